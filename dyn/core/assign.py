@@ -1,0 +1,129 @@
+"""Balanced assignment: N rows to E columns, exactly N/E rows each, at the least total cost.
+
+The transport problem has one price per column as its dual: at the right prices every row simply takes its cheapest
+column and the sizes come out equal. So the work is done on E prices, not on N rows: Newton steps on the smoothed dual
+bring the sizes close, then shortest augmenting paths on the graph of E columns move the few rows that are left over.
+Every row keeps its cheapest column at the current prices throughout, which is what makes the result optimal.
+
+Shapes: N rows, E columns, F = N / E rows per column, M rows of one column.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def balanced(cost_NE: Tensor, prices_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Assign F = N/E rows to every column with the least total cost; exact up to float64 rounding.
+
+    cost_NE: [N, E], finite, any device; N must be a multiple of E (asserted: callers report it to their users).
+    prices_E: [E] float64, a warm start such as the prices of the previous, similar call.
+    Returns labels_N [N] int64 on the device of the costs, and prices_E [E] float64 on the CPU, the dual certificate:
+    cost[n, e] + prices[e] is smallest at e = labels[n] for every row.
+
+    Deterministic: ties go to the lowest column, and tied rows move in ascending order.
+    """
+    rows, columns = cost_NE.shape
+    assert rows % columns == 0, (rows, columns)
+    # Hundreds of small dependent steps: a CPU does them faster than the launches on an accelerator would.
+    cost_EN = cost_NE.detach().to("cpu", torch.float64).T.contiguous()
+    # Smoothing only has to be finer from where a warm start stands, not to find the way there.
+    sharpness = 4 if prices_E is None else 256
+    prices_E = -cost_EN.median(1).values if prices_E is None else prices_E
+    prices_E = _anneal(cost_EN, prices_E, rows // columns, sharpness)
+    labels_N = (cost_EN + prices_E[:, None]).argmin(0)
+    _augment(cost_EN, prices_E, labels_N, rows // columns)
+    return labels_N.to(cost_NE.device), prices_E
+
+
+def _anneal(cost_EN: Tensor, prices_E: Tensor, size: int, sharpness: float) -> Tensor:
+    """Prices at which the sizes come out nearly equal: damped Newton on the dual, its minimum smoothed less and less.
+
+    Row n splits over the columns by softmax(-(cost + price) / width), the gradient is each column's mass - size.
+    Coordinate ascent (an auction) needs hundreds of sweeps when all rows rank the columns alike; Newton does not.
+    """
+    columns = len(prices_E)
+    spread = (cost_EN + prices_E[:, None]).aminmax(dim=0)
+    spread = (spread.max - spread.min).mean().item()
+    eye_EE = torch.eye(columns, dtype=cost_EN.dtype)
+    best, best_E = torch.inf, prices_E
+    while spread > 0 and sharpness < 1e9:
+        width = spread / sharpness
+
+        def smooth(prices_E: Tensor, width: float = width) -> tuple[Tensor, Tensor]:
+            z_EN = (cost_EN + prices_E[:, None]) / -width
+            log_N = z_EN.logsumexp(0)
+            return z_EN.sub_(log_N).exp_(), -width * log_N.sum() - size * prices_E.sum()
+
+        mass_EN, value = smooth(prices_E)
+        for _ in range(20):
+            gradient_E = mass_EN.sum(1) - size
+            if gradient_E.abs().max() <= max(1, size / 256):
+                break
+            # size / columns fixes the free constant of the prices, the small diagonal serves empty columns.
+            hessian_EE = mass_EN.sum(1).diag() - mass_EN @ mass_EN.T + 1e-6 * size * eye_EE + size / columns
+            step_E = width * torch.linalg.solve(hessian_EE, gradient_E)
+            rise = gradient_E @ step_E
+            for damping in (1, 0.5, 0.25, 0.1, 0.03, 0.01, 0.003, 0.001):
+                mass_EN, new = smooth(prices_E + damping * step_E)
+                if new >= value + 0.1 * damping * rise:
+                    break
+            prices_E, value = prices_E + damping * step_E, new
+        excess = _excess((cost_EN + prices_E[:, None]).argmin(0), columns, size).clamp(min=0).sum().item()
+        if excess < best:
+            best, best_E = excess, prices_E
+        if best <= 2 * columns:  # fewer rows than this move faster one path at a time
+            break
+        sharpness *= 8
+    return best_E.clone()
+
+
+def _augment(cost_EN: Tensor, prices_E: Tensor, labels_N: Tensor, size: int) -> None:
+    """Even the sizes out along shortest paths from over-full to under-full columns; labels and prices in place.
+
+    An edge a -> b weighs what the cheapest move of one of a's rows to b costs. At the current prices no edge is
+    negative; lowering the prices by the path lengths keeps it so (Johnson's potentials), hence no cycle of moves can
+    ever gain. Rows that are tied for the cheapest move go together, which settles integer costs in few rounds.
+    """
+    columns = len(prices_E)
+
+    def moves(a: int) -> tuple[Tensor, Tensor]:
+        rows_M = (labels_N == a).nonzero().squeeze(1)
+        return rows_M, cost_EN[:, rows_M] - cost_EN[a, rows_M]
+
+    def cheapest(a: int) -> Tensor:
+        rows_M, delta_EM = moves(a)
+        return delta_EM.amin(1) if len(rows_M) else torch.full_like(prices_E, torch.inf)
+
+    cheapest_EE = torch.stack([cheapest(a) for a in range(columns)])
+    while (excess_E := _excess(labels_N, columns, size)).any():
+        weight_EE = (cheapest_EE + prices_E - prices_E[:, None]).clamp(min=0)  # below zero only by rounding
+        length_E = torch.zeros_like(prices_E).masked_fill(excess_E <= 0, torch.inf)
+        parent_E = torch.full_like(excess_E, -1)
+        while True:  # Bellman-Ford; with no negative edge the parents cannot form a cycle
+            through_E, via_E = (length_E[:, None] + weight_EE).min(0)
+            shorter_E = through_E < length_E
+            if not shorter_E.any():
+                break
+            length_E, parent_E = torch.where(shorter_E, through_E, length_E), torch.where(shorter_E, via_E, parent_E)
+        goal = length_E.masked_fill(excess_E >= 0, torch.inf).argmin().item()
+        prices_E -= length_E.clamp(max=length_E[goal].item())
+
+        path, parents = [goal], parent_E.tolist()
+        while parents[path[-1]] >= 0:
+            path.append(parents[path[-1]])
+        steps = []
+        for b, a in zip(path, path[1:], strict=False):
+            rows_M, delta_EM = moves(a)
+            steps.append((b, rows_M[delta_EM[b] == cheapest_EE[a, b]]))
+        count = min(excess_E[path[-1]].item(), -excess_E[goal].item(), *(len(rows) for _, rows in steps))
+        for b, rows in steps:
+            labels_N[rows[:count]] = b
+        for a in path:
+            cheapest_EE[a] = cheapest(a)
+
+
+def _excess(labels_N: Tensor, columns: int, size: int) -> Tensor:
+    """Rows above (positive) or below (negative) the size asked for, per column [E]."""
+    return labels_N.bincount(minlength=columns) - size

@@ -1,0 +1,1 @@
+"""Text: sources, token shards, weighted mixtures, filters. Imports nothing else of ours."""

@@ -1,0 +1,348 @@
+"""LLaMA-MoE in the idiom of transformers 5: configuration, experts, model, Auto registration.
+
+One decoder for what Llama, Mistral, Qwen2 and Qwen3 dense checkpoints become: their attention biases, QK-norm and sliding windows
+are fields of the configuration. T tokens, B sequences, D hidden size, E routed experts, K experts per token, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
+
+from dyn.nn.experts import Balance, Experts, Gate, GateKind, MoeFeedForward, check_gate
+from dyn.ops.experts import experts as experts_op
+
+PER_LAYER = ("num_experts_per_tok", "moe_intermediate_size", "num_shared_experts", "score_scale")  # a value, or a list of one a layer
+
+
+@strict
+class LlamaMoeConfig(LlamaConfig):
+    """Configuration of `LlamaMoeForCausalLM`. Beyond LlamaConfig:
+
+    num_experts: routed experts E. num_experts_per_tok: K. moe_intermediate_size: F. num_shared_experts: always-on experts of width F, added with
+    weight 1. score_scale: c, multiplies the routed sum. These last four: one value, or a list of one a layer.
+    gate, gate_noise, noise_epsilon, balance, legacy_load: see `dyn.nn.experts.Gate`. balance_weight, z_loss_weight: weights of the two losses, summed
+    over layers (0.01 and 0 in the paper). bias_update_rate: step of balance="bias". learnable_scale: c becomes a parameter of each layer.
+    attention_output_bias: bias of o_proj (attention_bias is that of q, k, v). qk_norm: RMSNorm of queries and keys (Qwen3).
+    sliding_window and layer_types: as in Mistral and Qwen. intermediate_size: width of the dense model that it came from.
+    """
+
+    model_type = "dyn_llama_moe"
+    base_model_tp_plan = None
+
+    num_experts: int = 16
+    num_experts_per_tok: int | list[int] = 4
+    moe_intermediate_size: int | list[int] = 688
+    num_shared_experts: int | list[int] = 0
+    score_scale: float | int | list[float] = 4.0
+    learnable_scale: bool = False
+    gate: str = "mlp"
+    gate_noise: bool = True
+    noise_epsilon: float = 0.01
+    balance: str = "importance_load"
+    balance_weight: float = 0.01
+    z_loss_weight: float = 0.0
+    bias_update_rate: float = 1e-3
+    legacy_load: bool = False
+    attention_output_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+
+    def __post_init__(self, **kwargs) -> None:
+        if self.layer_types is None:
+            self.layer_types = ["full_attention" if self.sliding_window is None else "sliding_attention"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    def validate_moe(self) -> None:
+        """Part of `strict`'s validation: every layer's gate and widths, with the layer in the message."""
+        for name in PER_LAYER:
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != self.num_hidden_layers:
+                raise ValueError(f"{name} has {len(value)} entries; one value or one for each of the {self.num_hidden_layers} layers is allowed")
+        for layer in range(self.num_hidden_layers):
+            check_gate(self.num_experts, self.of_layer("num_experts_per_tok", layer), self.gate, self.gate_noise, self.balance, f"layer {layer}")
+            if self.of_layer("moe_intermediate_size", layer) < 1 or self.of_layer("num_shared_experts", layer) < 0:
+                raise ValueError(f"layer {layer}: moe_intermediate_size must be at least 1 and num_shared_experts at least 0, got "
+                                 f"{self.of_layer('moe_intermediate_size', layer)} and {self.of_layer('num_shared_experts', layer)}")
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act={self.hidden_act!r}: the experts are SwiGLU, so only 'silu' is allowed")
+
+    def of_layer(self, name: str, layer: int) -> Any:
+        """The value of a per-layer field (one of PER_LAYER) in one layer."""
+        value = getattr(self, name)
+        return value[layer] if isinstance(value, list) else value
+
+    def shared_width(self, layer: int) -> int:
+        """Width of a layer's always-on experts together."""
+        return self.of_layer("num_shared_experts", layer) * self.of_layer("moe_intermediate_size", layer)
+
+
+def dyn_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """`experts_implementation="dyn"`: transformers' MoE models in the default layout on `dyn.ops.experts`.
+
+    Raises:
+        ValueError: a layout that the op does not know, naming the flag of `use_experts_implementation` that differs.
+    """
+    wanted = {"is_transposed": False, "has_bias": False, "has_gate": True, "is_concatenated": True, "has_post_expert_norm": False}
+    for flag, value in wanted.items():
+        if getattr(module, flag, value) is not value:
+            raise ValueError(f"experts_implementation='dyn' needs {flag}={value}; {type(module).__name__} has {flag}={getattr(module, flag)}")
+    if not isinstance(module.act_fn, nn.SiLU) and getattr(module.act_fn, "__name__", type(module.act_fn).__name__) not in ("silu", "SiLUActivation"):
+        raise ValueError(f"experts_implementation='dyn' needs act_fn=silu; {type(module).__name__} has {module.act_fn}")
+    if "_default_apply_gate" not in getattr(type(module)._apply_gate, "__name__", ""):
+        raise ValueError(f"experts_implementation='dyn' needs the default _apply_gate; {type(module).__name__} has its own")
+    return experts_op(hidden_states, module.gate_up_proj, module.down_proj, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register("dyn", dyn_experts)
+
+
+@use_experts_implementation
+class LlamaMoeExperts(Experts):
+    """`Experts` behind transformers' switch: "dyn" (the default here), "grouped_mm", "batched_mm" or "eager" (this forward)."""
+
+    def __init__(self, config: LlamaMoeConfig, layer_idx: int) -> None:
+        super().__init__(config.num_experts, config.hidden_size, config.of_layer("moe_intermediate_size", layer_idx))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, D], [T, K], [T, K] -> [T, D]; the readable reference."""
+        return experts_op(hidden_states, self.gate_up_proj, self.down_proj, top_k_index, top_k_weights, backend="eager")
+
+
+class LlamaMoeAttention(nn.Module):
+    """Multi-head attention of Llama, Mistral, Qwen2 and Qwen3: biases, QK-norm and a sliding window by configuration."""
+
+    def __init__(self, config: LlamaMoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
+        self.head_dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.num_key_value_groups, self.scaling = heads // kv_heads, self.head_dim**-0.5
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None,
+                past_key_values: Cache | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """[B, L, D] -> ([B, L, D], attention weights or None)."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling,
+                                 sliding_window=self.sliding_window, **kwargs)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+
+class LlamaMoeDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then the mixture; hands the routing statistics up beside the hidden states, so that they survive checkpointing."""
+
+    def __init__(self, config: LlamaMoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = LlamaMoeAttention(config, layer_idx)
+        gate = Gate(config.hidden_size, config.num_experts, config.of_layer("num_experts_per_tok", layer_idx), config.gate, noise=config.gate_noise,
+                    noise_epsilon=config.noise_epsilon, balance=config.balance, legacy_load=config.legacy_load)
+        self.mlp = MoeFeedForward(gate, LlamaMoeExperts(config, layer_idx), shared_width=config.shared_width(layer_idx),
+                                  score_scale=float(config.of_layer("score_scale", layer_idx)), learnable_scale=config.learnable_scale)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None, output_router_stats: bool = False, **kwargs) -> tuple[Tensor, ...]:
+        """[B, L, D] -> (hidden [B, L, D], the five statistics of `Routing.stats`)."""
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        mixed, routed = self.mlp(self.post_attention_layernorm(hidden_states), token_mask, output_router_stats)
+        return hidden_states + mixed, *routed.stats()
+
+
+@dataclass
+class LlamaMoeOutput(CausalLMOutputWithPast):
+    """loss = lm_loss, plus aux_loss while training. aux_loss: weighted balance and z losses, summed over layers. Statistics, where asked for: expert_load and
+    expert_importance [layers, E] (tokens, sums of scores), dropped_mass [layers] (probability outside the chosen experts), balance_loss [layers] without weight."""
+
+    lm_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    balance_loss: Tensor | None = None
+    expert_load: Tensor | None = None
+    expert_importance: Tensor | None = None
+    dropped_mass: Tensor | None = None
+
+
+class LlamaMoePreTrainedModel(PreTrainedModel):
+    """What transformers must know about the family."""
+
+    config_class = LlamaMoeConfig
+    config: LlamaMoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaMoeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["selection_bias"]
+    _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Ours unless another is asked for."""
+        return super().get_correct_experts_implementation(requested_experts or "dyn")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, Gate):
+            if hasattr(module, "weight"):
+                init.normal_(module.weight, mean=0.0, std=std)
+            if hasattr(module, "noise"):
+                init.zeros_(module.noise.weight)
+            if hasattr(module, "selection_bias"):
+                init.zeros_(module.selection_bias)
+        elif isinstance(module, MoeFeedForward) and isinstance(module.score_scale, nn.Parameter):
+            init.constant_(module.score_scale, module.initial_scale)
+
+
+class LlamaMoeModel(LlamaMoePreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: LlamaMoeConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([LlamaMoeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+                past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
+                output_hidden_states: bool = False, output_router_stats: bool = False, **kwargs) -> tuple[Tensor, Cache | None, list[Tensor] | None, list[tuple]]:
+        """-> (last hidden states [B, L, D], cache, hidden states of every layer or None, statistics of every layer)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        # A 2-D mask over cache and input: its tail marks which of the tokens given now are padding.
+        token_mask = attention_mask[:, -hidden.shape[1]:].bool() if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+        packed = dict(config=self.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=position_ids)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
+            packed["position_ids"] = position_ids
+        masks = attention_mask if isinstance(attention_mask, dict) else {
+            kind: (create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask)(**packed) for kind in set(self.config.layer_types)}
+        position_embeddings = self.rotary_emb(hidden, position_ids)
+        history, stats = [hidden], []
+        for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
+            hidden, *layer_stats = layer(hidden, token_mask=token_mask, output_router_stats=output_router_stats, attention_mask=masks[kind],
+                                         position_ids=position_ids, past_key_values=past_key_values, position_embeddings=position_embeddings, **kwargs)
+            history.append(hidden)
+            stats.append(layer_stats)
+        hidden = self.norm(hidden)
+        return hidden, past_key_values if use_cache else None, [*history[:-1], hidden] if output_hidden_states else None, stats
+
+
+class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, GenerationMixin):
+    """A LLaMA whose feed-forward networks are mixtures of experts, with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LlamaMoeConfig) -> None:
+        super().__init__(config)
+        self.model = LlamaMoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.construction: Construction | None = None  # how it was made, when it was made from a dense model
+        self.post_init()
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+                past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
+                output_hidden_states: bool | None = None, output_router_stats: bool | None = None, logits_to_keep: int | Tensor = 0,
+                return_dict: bool | None = None, **kwargs) -> LlamaMoeOutput | tuple:
+        """Next-token logits and, with `labels` [B, L] (-100 = ignored; shifted inside), the loss.
+
+        `output_router_stats` (None: while training or with labels) fills the statistics of `LlamaMoeOutput`.
+        """
+        stats_wanted = self.training or labels is not None if output_router_stats is None else output_router_stats
+        use_cache = (self.config.use_cache and not self.training and labels is None) if use_cache is None else use_cache
+        hidden, cache, history, stats = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
+            use_cache=use_cache, output_hidden_states=bool(output_hidden_states), output_router_stats=stats_wanted, **kwargs)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        logits = self.lm_head(hidden if isinstance(keep, int) else hidden[:, keep, :])
+        output = LlamaMoeOutput(logits=logits, past_key_values=cache, hidden_states=tuple(history) if history else None)
+        if stats_wanted:
+            balance, z, output.expert_load, output.expert_importance, output.dropped_mass = (torch.stack(each) for each in zip(*stats, strict=True))
+            output.balance_loss = balance.detach()
+            output.aux_loss = self.config.balance_weight * balance.sum() + self.config.z_loss_weight * z.sum()
+        if labels is not None:
+            output.lm_loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+            output.loss = output.lm_loss + output.aux_loss if self.training and stats_wanted else output.lm_loss
+        return output if return_dict is not False else output.to_tuple()
+
+    def update_selection_bias(self, expert_load: Tensor) -> None:
+        """One step of balance="bias" for every layer from loads [layers, E] (counts of tokens). ValueError with any other balance."""
+        for layer, load_E in zip(self.model.layers, expert_load, strict=True):
+            layer.mlp.gate.update_bias(load_E, self.config.bias_update_rate)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """As in transformers; beside it the construction's manifest and a model card, where the model has a construction."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.construction is not None and kwargs.get("is_main_process", True):
+            self.construction.save(save_directory)
+            write_card(self, save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args, **kwargs) -> LlamaMoeForCausalLM:
+        """As in transformers; the construction's manifest comes along where a local folder has one."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.construction = Construction.load(pretrained_model_name_or_path)
+        return loaded
+
+
+AutoConfig.register(LlamaMoeConfig.model_type, LlamaMoeConfig)
+AutoModelForCausalLM.register(LlamaMoeConfig, LlamaMoeForCausalLM)
+
+ScaleMode = Literal["n_over_k", "n", "k", "sqrt_kn", "learnable", "measured"]
+
+# Below, since these two build on the classes above.
+from dyn.models.llama_moe_convert import Construction as Construction  # noqa: E402
+from dyn.models.llama_moe_convert import from_dense as from_dense  # noqa: E402
+from dyn.models.llama_moe_formats import from_official as from_official  # noqa: E402
+from dyn.models.llama_moe_formats import to_mixtral as to_mixtral  # noqa: E402
+from dyn.models.llama_moe_formats import to_qwen2_moe as to_qwen2_moe  # noqa: E402
+from dyn.models.llama_moe_formats import write_card as write_card  # noqa: E402
+
+__all__ = ["Balance", "Construction", "GateKind", "LlamaMoeConfig", "LlamaMoeForCausalLM", "LlamaMoeModel", "LlamaMoeOutput", "from_dense",
+           "from_official", "to_mixtral", "to_qwen2_moe", "write_card"]

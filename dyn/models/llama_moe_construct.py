@@ -1,0 +1,150 @@
+"""Expert construction: which neurons of a dense feed-forward make which expert, by every method of LLaMA-MoE section 1.
+
+N neurons, D hidden size, E routed experts, F expert width, S shared neurons, L layers. Adding a method: one function from `LayerSource` to (shared_S, groups_EF),
+entered in METHODS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dyn.core import split
+
+Need = Literal["nothing", "scores", "coactivations"]
+MANIFEST, INDEX = "construction.json", "construction.safetensors"
+
+
+@dataclass(kw_only=True, slots=True)
+class LayerSource:
+    """One dense layer and what its split may look at."""
+
+    gate_ND: Tensor
+    up_ND: Tensor
+    num_experts: int
+    group_size: int
+    num_shared: int
+    overlap: bool
+    features: Literal["up", "gate"]
+    generator: torch.Generator
+    scores_EN: Tensor | None = None
+    adjacency_NN: Tensor | None = None
+
+
+def _with_shared(source: LayerSource, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Of E + shared groups, the first ones are shared."""
+    return groups[: source.num_shared].reshape(-1).sort().values, groups[source.num_shared:]
+
+
+def random(source: LayerSource) -> tuple[Tensor, Tensor]:
+    """Section 1.2, the released models' method."""
+    return _with_shared(source, split.random(len(source.up_ND), source.num_experts + source.num_shared, generator=source.generator))
+
+
+def kmeans(source: LayerSource) -> tuple[Tensor, Tensor]:
+    """Section 1.3: balanced k-means on the L2-normalised rows of the up (or gate) projection."""
+    rows_ND = source.up_ND if source.features == "up" else source.gate_ND
+    return _with_shared(source, split.kmeans(rows_ND.float(), source.num_experts + source.num_shared, generator=source.generator))
+
+
+def coactivation(source: LayerSource) -> tuple[Tensor, Tensor]:
+    """Section 1.4: balanced partition of the graph of co-activations."""
+    return _with_shared(source, split.coactivation(source.adjacency_NN, source.num_experts + source.num_shared, generator=source.generator))
+
+
+def gradient(source: LayerSource) -> tuple[Tensor, Tensor]:
+    """Section 1.6: greedy assignment by importance."""
+    if source.num_shared:
+        raise ValueError(f"construction='gradient' has no shared experts, got num_shared_experts={source.num_shared}; sharing_inter with overlap=False has")
+    return torch.empty(0, dtype=torch.int64), split.gradient(source.scores_EN)
+
+
+def sharing_inner(source: LayerSource) -> tuple[Tensor, Tensor]:
+    """Section 1.7: every expert takes its own most important neurons."""
+    if source.num_shared:
+        raise ValueError(f"construction='sharing_inner' has no shared experts, got num_shared_experts={source.num_shared}; sharing_inter has")
+    return torch.empty(0, dtype=torch.int64), split.sharing_inner(source.scores_EN, source.group_size)
+
+
+def sharing_inter(source: LayerSource) -> tuple[Tensor, Tensor]:
+    """Section 1.8: what most experts find important is shared, the rest is routed."""
+    return split.sharing_inter(source.scores_EN, num_shared=source.num_shared, group_size=source.group_size, overlap=source.overlap)
+
+
+def copy(source: LayerSource) -> tuple[Tensor, Tensor]:
+    """Sparse upcycling: every expert is the whole feed-forward, or F random neurons of it where F is smaller."""
+    if source.num_shared:
+        raise ValueError(f"construction='copy' has no shared experts, got num_shared_experts={source.num_shared}")
+    units, device = len(source.up_ND), source.up_ND.device
+    chosen = [torch.randperm(units, generator=source.generator)[: source.group_size].sort().values for _ in range(source.num_experts)]
+    return torch.empty(0, dtype=torch.int64), torch.stack(chosen).to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A construction: its split, the statistics that it needs, its default number of shared experts, and whether it fixes E*F + S = N."""
+
+    split: Callable[[LayerSource], tuple[Tensor, Tensor]]
+    needs: Need = "nothing"
+    shared: int = 0
+    partition: bool = True
+
+
+METHODS: dict[str, Method] = {
+    "random": Method(random),
+    "kmeans": Method(kmeans),
+    "coactivation": Method(coactivation, needs="coactivations"),
+    "gradient": Method(gradient, needs="scores"),
+    "sharing_inner": Method(sharing_inner, needs="scores", partition=False),
+    "sharing_inter": Method(sharing_inter, needs="scores", shared=1),
+    "copy": Method(copy, partition=False),
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class Construction:
+    """The manifest of a conversion: enough to know, and to do again, which neuron went where.
+
+    groups, shared: a LongTensor [E, F] and [S] for each layer, indices into the dense model's neurons. source_hash: SHA-256 of the dense feed-forward weights.
+    """
+
+    method: str
+    seed: int
+    source: str
+    source_hash: str
+    source_license: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    groups: list[Tensor] = field(default_factory=list)
+    shared: list[Tensor] = field(default_factory=list)
+
+    def save(self, folder: str | Path) -> None:
+        """Write construction.json and construction.safetensors into `folder`."""
+        words = {k: v for k, v in asdict(self).items() if k not in ("groups", "shared")}
+        indices = {f"layers.{i}.{kind}": t.to(torch.int32).cpu().contiguous() for kind in ("groups", "shared") for i, t in enumerate(getattr(self, kind))}
+        save_file(indices, str(Path(folder) / INDEX))
+        (Path(folder) / MANIFEST).write_text(json.dumps({"version": 1, "layers": len(self.groups), **words}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Construction | None:
+        """Read it back; None where `folder` is not a local folder with a manifest."""
+        path = Path(folder)
+        if not (path / MANIFEST).is_file():
+            return None
+        words = json.loads((path / MANIFEST).read_text())
+        words.pop("version")
+        indices, layers = load_file(str(path / INDEX)), range(words.pop("layers"))
+        return cls(**words, groups=[indices[f"layers.{i}.groups"].long() for i in layers], shared=[indices[f"layers.{i}.shared"].long() for i in layers])
+
+
+def generator(seed: int, *place: object) -> torch.Generator:
+    """A generator of its own for every place (a layer, a use), all from one seed."""
+    digest = hashlib.sha256(":".join(map(str, (seed, *place))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,266 @@
+"""Dense model -> mixture of experts, one layer at a time.
+
+N neurons of the dense feed-forward, D hidden size, E routed experts, F expert width, S shared neurons, L layers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from dyn.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM, ScaleMode
+from dyn.models.llama_moe_construct import METHODS, Construction, LayerSource, generator
+from dyn.models.llama_moe_measure import dense_ratios, install_measured_scales, layer_coactivations, layer_scores
+from dyn.nn.experts import Balance, GateKind, check_gate
+
+KEPT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
+        "max_position_embeddings", "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings",
+        "rope_parameters", "attention_dropout", "use_cache")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+CHUNK_BYTES = 4 << 30  # co-activation graphs of as many layers as fit are gathered in one pass over the batches
+
+
+def from_dense(
+    dense: PreTrainedModel | str | Path,
+    *,
+    num_experts: int = 8,
+    num_experts_per_tok: int | list[int] = 4,
+    construction: str = "random",
+    num_shared_experts: int | list[int] | None = None,
+    moe_intermediate_size: int | list[int] | None = None,
+    overlap: bool = False,
+    gate: GateKind | None = None,
+    gate_noise: bool = False,
+    balance: Balance = "importance_load",
+    score_scale: ScaleMode | float | list[float] | None = None,
+    reinit: float = 0.0,
+    features: Literal["up", "gate"] = "up",
+    batches: Iterable[Tensor] | Sequence[Sequence[Tensor]] | None = None,
+    seed: int = 0,
+    license: str | None = None,
+) -> LlamaMoeForCausalLM:
+    """Split every feed-forward network of a dense decoder into experts and put a gate in front (LLaMA-MoE sections 1 and 2).
+
+    A model given as an object stays as it is and the result shares no memory with it; given as a folder or hub id it is loaded in its own dtype and taken apart
+    layer by layer, so that the whole needs little more than one layer beyond the weights.
+
+    Args:
+        dense: Llama, Mistral, Qwen2 or Qwen3 for causal language modelling, or a folder or hub id of one (safetensors).
+        num_experts: routed experts E.
+        num_experts_per_tok: K of E, routed experts only; one number or a list of one a layer (so are the next two).
+        construction: random | kmeans | coactivation | gradient | sharing_inner | sharing_inter | copy.
+        num_shared_experts: always-on experts of width F, with weight 1, outside the scale; None: 0, for sharing_inter 1.
+        moe_intermediate_size: F; None: N / (E + shared), for copy N. sharing_inner, sharing_inter with overlap, and copy may take others.
+        overlap: sharing_inter only: whether routed experts may share neurons among themselves.
+        gate, gate_noise, balance: see `dyn.nn.experts.Gate`; None is a linear gate with small random weights.
+        score_scale: c: n_over_k (E/K, the paper's; the default), n (E), k (K), sqrt_kn, learnable (starts at E/K), measured (by layer, needs batches), a number, or
+            a list of one number a layer. Section 2.3 says what each preserves.
+        reinit: copy only: the share of each copy's neurons that is drawn anew.
+        features: kmeans only: cluster rows of the up or of the gate projection.
+        batches: token ids [B, L], read once into a list. gradient and the sharing methods group sequences by k-means of mean last hidden states; or give E lists.
+        seed: for splits, groups, gates and re-drawn neurons.
+        license: licence of the source, for manifest and model card (a folder's own card is read when None).
+
+    Raises:
+        ValueError: a family or setting that does not fit, naming the field; sizes that do not add up; missing batches.
+    """
+    if construction not in METHODS:
+        near = difflib.get_close_matches(construction, METHODS, 1)
+        raise ValueError(f"construction={construction!r} is unknown; allowed: {', '.join(METHODS)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    method = METHODS[construction]
+    consume = not isinstance(dense, nn.Module)
+    name, license = _provenance(dense, license)
+    if consume:
+        dense = load_dense(dense)
+    config = _moe_config(dense.config, method.partition, construction, num_experts, num_experts_per_tok, num_shared_experts, moe_intermediate_size, overlap,
+                         gate or "linear", gate_noise, balance, score_scale)
+    if reinit and construction != "copy":
+        raise ValueError(f"reinit={reinit} belongs to construction='copy', got {construction!r}")
+    if not 0.0 <= reinit <= 1.0:
+        raise ValueError(f"reinit={reinit} must lie in [0, 1]")
+    grouped = None if batches is None else list(batches)
+    if grouped is None and (method.needs != "nothing" or score_scale == "measured"):
+        raise ValueError(f"construction={construction!r} with score_scale={score_scale!r} needs batches: an iterable of token ids [B, L]")
+    layers = dense.model.layers
+    scores = layer_scores(dense, grouped, num_experts, seed) if method.needs == "scores" else None
+    flat = [b for group in grouped for b in (group if isinstance(group, (list, tuple)) else [group])] if grouped else []
+    ratios = dense_ratios(dense, flat) if score_scale == "measured" else None
+
+    groups, shared, state, adjacency = [], [], {}, {}
+    hasher = hashlib.sha256()
+    per_pass = max(1, CHUNK_BYTES // (4 * config.intermediate_size**2))
+    for i, layer in enumerate(layers):
+        if method.needs == "coactivations" and i % per_pass == 0:
+            adjacency = layer_coactivations(dense, flat, range(i, min(i + per_pass, len(layers))))
+        mlp = layer.mlp
+        weights = [mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach(), mlp.down_proj.weight.detach()]
+        for weight in weights:
+            hasher.update(weight.contiguous().view(torch.uint8).cpu().numpy())
+        source = LayerSource(gate_ND=weights[0], up_ND=weights[1], num_experts=num_experts, group_size=config.of_layer("moe_intermediate_size", i),
+                             num_shared=config.of_layer("num_shared_experts", i), overlap=overlap, features=features, generator=generator(seed, "split", i),
+                             scores_EN=None if scores is None else scores[i], adjacency_NN=adjacency.pop(i, None))
+        shared_S, groups_EF = method.split(source)
+        groups.append(groups_EF.cpu())
+        shared.append(shared_S.cpu())
+        state.update({f"model.layers.{i}.mlp.{k}": v for k, v in _experts(weights, shared_S, groups_EF, reinit, generator(seed, "reinit", i)).items()})
+        # The graph pass of a later chunk runs the dense layers before it, so with co-activations nothing may go until all chunks are in.
+        if consume and (method.needs != "coactivations" or i >= len(layers) - per_pass):
+            layer.mlp = None
+    moe = _assemble(dense, config, state, consume, seed)
+    if ratios is not None:
+        install_measured_scales(moe, ratios, flat)
+    moe.construction = Construction(method=construction, seed=seed, source=name, source_hash=hasher.hexdigest(), source_license=license, groups=groups, shared=shared,
+                                    details={"overlap": overlap, "reinit": reinit, "features": features, "score_scale": score_scale or "n_over_k",
+                                             "calibration_tokens": sum(b.numel() for b in flat)})
+    return moe
+
+
+def load_dense(path: str | Path) -> PreTrainedModel:
+    """A dense decoder from a folder or hub id, in its own dtype, safetensors only. ValueError for a folder that is none, or a family that does not fit."""
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{path} is no model folder: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(path)
+        check_family(config)
+        return AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
+    except OSError as error:
+        raise ValueError(f"{path} is no model that transformers can load: {str(error).splitlines()[0]}") from error
+
+
+def check_family(config) -> None:
+    """Raise ValueError naming the first field of a configuration that does not fit."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"model_type={config.model_type!r} does not fit; allowed: {', '.join(FAMILIES)}")
+    if config.hidden_act != "silu":
+        raise ValueError(f"hidden_act={config.hidden_act!r} does not fit: experts are SwiGLU, so only 'silu' is allowed")
+    if getattr(config, "mlp_bias", False):
+        raise ValueError("mlp_bias=True does not fit: experts have no biases")
+
+
+def _moe_config(dense, partition: bool, construction: str, E: int, k, shared, width, overlap: bool, gate: str, noise: bool, balance: str, scale) -> LlamaMoeConfig:
+    """The configuration of the mixture, every size checked, in the plainest form (one number where all layers agree)."""
+    check_family(dense)
+    if E < 1:
+        raise ValueError(f"num_experts={E} must be at least 1")
+    layers, units = dense.num_hidden_layers, dense.intermediate_size
+    shared = METHODS[construction].shared if shared is None else shared
+    ks, shareds = _per_layer("num_experts_per_tok", k, layers), _per_layer("num_shared_experts", shared, layers)
+    if width is None:
+        uneven = [E + s for s in shareds if units % (E + s)]
+        if construction == "copy":
+            width = units
+        elif uneven:
+            raise ValueError(f"num_experts + num_shared_experts = {uneven[0]} does not divide intermediate_size={units}; nearest: {_nearest_divisors(units, uneven[0])}")
+        else:
+            width = [units // (E + s) for s in shareds]
+    widths = _per_layer("moe_intermediate_size", width, layers)
+    free = not partition or (construction == "sharing_inter" and overlap)
+    for i, (kk, f, s) in enumerate(zip(ks, widths, shareds, strict=True)):
+        check_gate(E, kk, gate, noise, balance, f"layer {i}")
+        if not 1 <= f <= units:
+            raise ValueError(f"moe_intermediate_size={f} must lie in 1..{units} (intermediate_size), layer {i}")
+        if not free and (E + s) * f != units:
+            raise ValueError(f"construction={construction!r} keeps every neuron once: (num_experts + num_shared_experts) * moe_intermediate_size = ({E} + {s}) * {f} = "
+                             f"{(E + s) * f}, not intermediate_size={units} (layer {i})")
+    named = {"n_over_k": [E / kk for kk in ks], "n": [float(E)] * layers, "k": [float(kk) for kk in ks], "sqrt_kn": [math.sqrt(kk * E) for kk in ks]}
+    named |= {None: named["n_over_k"], "learnable": named["n_over_k"], "measured": [1.0] * layers}
+    if isinstance(scale, str) and scale not in named:
+        raise ValueError(f"score_scale={scale!r} is unknown; allowed: {', '.join(n for n in named if n)}, a number, or a list of one a layer")
+    scales = named[scale] if scale is None or isinstance(scale, str) else [float(c) for c in _per_layer("score_scale", scale, layers)]
+    if scale == "measured" and any(shareds):
+        raise ValueError("score_scale='measured' compares the routed sum with the dense feed-forward, so it needs num_shared_experts=0")
+    kept = {name: getattr(dense, name) for name in KEPT if hasattr(dense, name)}
+    bias = dense.model_type == "qwen2" or getattr(dense, "attention_bias", False)
+    window = getattr(dense, "sliding_window", None)
+    kinds = getattr(dense, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"] * layers
+    return LlamaMoeConfig(
+        **kept, head_dim=getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads, attention_bias=bias,
+        attention_output_bias=bias and dense.model_type != "qwen2", qk_norm=dense.model_type == "qwen3", sliding_window=window, layer_types=kinds,
+        num_experts=E, num_experts_per_tok=_plain(ks), moe_intermediate_size=_plain(widths), num_shared_experts=_plain(shareds), gate=gate, gate_noise=noise,
+        balance=balance, score_scale=_plain(scales), learnable_scale=scale == "learnable")
+
+
+def _per_layer(name: str, value, layers: int) -> list:
+    if isinstance(value, (list, tuple)):
+        if len(value) != layers:
+            raise ValueError(f"{name} has {len(value)} entries; one value or one for each of the {layers} layers is allowed")
+        return list(value)
+    return [value] * layers
+
+
+def _plain(values: list):
+    return values[0] if len(set(values)) == 1 else values
+
+
+def _nearest_divisors(n: int, wanted: int) -> str:
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    below, above = [d for d in divisors if d < wanted][-1:], [d for d in divisors if d > wanted][:1]
+    return ", ".join(map(str, below + above))
+
+
+def _experts(weights: list[Tensor], shared_S: Tensor, groups_EF: Tensor, reinit: float, draw: torch.Generator) -> dict[str, Tensor]:
+    """Rows of the gate and up projections and columns of the down projection, by the same index lists (section 1.1)."""
+    gate_ND, up_ND, down_DN = weights
+    shared_S, groups_EF = shared_S.to(gate_ND.device), groups_EF.to(gate_ND.device)
+    gate_EFD, up_EFD, down_EDF = gate_ND[groups_EF], up_ND[groups_EF], down_DN[:, groups_EF].permute(1, 0, 2).contiguous()
+    if reinit:
+        # Drop-Upcycling: new neurons follow mean and deviation of the matrix that they replace a part of.
+        for expert in range(len(groups_EF)):
+            fresh = torch.randperm(groups_EF.shape[1], generator=draw)[: round(reinit * groups_EF.shape[1])].to(gate_ND.device)
+            for bank, weight in ((gate_EFD[expert], gate_ND), (up_EFD[expert], up_ND), (down_EDF[expert].T, down_DN)):
+                noise = torch.empty(len(fresh), bank.shape[1]).normal_(generator=draw).to(weight.device)
+                bank[fresh] = (weight.float().mean() + weight.float().std() * noise).to(weight.dtype)
+    state = {"experts.gate_up_proj": torch.cat([gate_EFD, up_EFD], dim=1), "experts.down_proj": down_EDF}
+    if len(shared_S):
+        state |= {"shared_experts.gate_proj.weight": gate_ND[shared_S], "shared_experts.up_proj.weight": up_ND[shared_S],
+                  "shared_experts.down_proj.weight": down_DN[:, shared_S].contiguous()}
+    return state
+
+
+def _assemble(dense: PreTrainedModel, config: LlamaMoeConfig, state: dict[str, Tensor], consume: bool, seed: int) -> LlamaMoeForCausalLM:
+    """Put the experts and everything else of the dense model into a new one; only gates are new."""
+    config.dtype = dense.dtype
+    with torch.device("meta"):
+        moe = LlamaMoeForCausalLM._from_config(config, dtype=dense.dtype)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    for key, value in dense.state_dict().items():
+        if ".mlp." not in key and key not in tied:
+            state[key] = value if consume else value.clone()
+    result = moe.load_state_dict(state, strict=False, assign=True)
+    assert not result.unexpected_keys, result.unexpected_keys
+    moe.tie_weights()
+    device = dense.device
+    for i, layer in enumerate(moe.model.layers):
+        mlp = layer.mlp
+        if config.learnable_scale:
+            mlp.score_scale = nn.Parameter(torch.full((1,), mlp.initial_scale, dtype=dense.dtype, device=device))
+        mlp.gate.to_empty(device="cpu")
+        mlp.gate.reset_parameters(std=0.02, generator=generator(seed, "gate", i))
+        if config.balance == "bias":
+            mlp.gate.selection_bias.zero_()
+        mlp.gate.to(device)
+    moe.model.rotary_emb = type(moe.model.rotary_emb)(config=config).to(device)
+    left = [name for name, p in moe.named_parameters() if p.is_meta]
+    assert not left, left
+    if dense.generation_config is not None:
+        moe.generation_config = dense.generation_config
+    return moe.train(dense.training)
+
+
+def _provenance(dense: nn.Module | str | Path, license: str | None) -> tuple[str, str | None]:
+    """(name without private folders, licence) of a source."""
+    path = str(getattr(dense, "name_or_path", "") if isinstance(dense, nn.Module) else dense)
+    if not path:
+        return type(dense).__name__, license
+    if license is None and (Path(path) / "README.md").is_file():
+        from huggingface_hub import ModelCard
+        license = ModelCard.load(Path(path) / "README.md").data.get("license")
+    return Path(path).name if Path(path).exists() else path, license

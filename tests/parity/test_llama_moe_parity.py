@@ -1,0 +1,119 @@
+"""The converted model against transformers' dense ones: same hidden states where theory says so, for every family."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+import dyn.models  # noqa: F401  (registers dyn_llama_moe)
+from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense
+
+SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+             pad_token_id=0, bos_token_id=1, eos_token_id=2)
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama_bias_head": LlamaConfig(**SIZES, attention_bias=True, head_dim=12),
+    "mistral": MistralConfig(**SIZES, sliding_window=5),
+    "qwen2": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+}
+IDS = torch.randint(3, 97, (2, 14), generator=torch.Generator().manual_seed(0))
+
+
+def tiny(family: str = "llama", dtype=torch.float32):
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]).to(dtype).eval()
+    with torch.no_grad():  # non-trivial norms and biases
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.normal_(1.0 if p.mean() > 0.5 else 0.0, 0.2)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shared", [0, 2])
+def test_every_expert_with_equal_scores_and_scale_n_is_the_dense_model(family, shared):
+    dense = tiny(family)
+    moe = from_dense(dense, num_experts=4, num_experts_per_tok=4, num_shared_experts=shared, gate="uniform", score_scale="n")
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0  # left padding
+    for attention_mask in (None, mask):
+        with torch.no_grad():
+            want = dense(input_ids=IDS, attention_mask=attention_mask).logits
+            got = moe(input_ids=IDS, attention_mask=attention_mask).logits
+        torch.testing.assert_close(got[mask.bool()], want[mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_and_load_gives_equal_logits_and_the_manifest(family, tmp_path):
+    moe = from_dense(tiny(family), num_experts=4, num_experts_per_tok=2, gate="mlp", gate_noise=True, seed=3).eval()
+    moe.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert list(tmp_path.glob("model-*.safetensors")), "sharded"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, LlamaMoeForCausalLM)
+    assert loaded.config._experts_implementation == "dyn"
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=IDS).logits, moe(input_ids=IDS).logits, atol=1e-6, rtol=1e-6)
+    assert loaded.construction.seed == 3 and loaded.construction.source_hash == moe.construction.source_hash
+    for got, want in zip(loaded.construction.groups, moe.construction.groups, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_experts_implementations_agree():
+    moe = from_dense(tiny(), num_experts=4, num_experts_per_tok=2).eval()
+    logits = {}
+    for name in ("dyn", "eager", "batched_mm", "grouped_mm"):
+        moe.set_experts_implementation(name)
+        with torch.no_grad():
+            logits[name] = moe(input_ids=IDS).logits
+    for name, value in logits.items():
+        torch.testing.assert_close(value, logits["eager"], atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_generation_with_cache_equals_generation_without():
+    moe = from_dense(tiny("mistral"), num_experts=4, num_experts_per_tok=2, seed=1).eval()
+    arguments = dict(input_ids=IDS[:, :6], max_new_tokens=8, do_sample=False, pad_token_id=0)
+    torch.testing.assert_close(moe.generate(**arguments), moe.generate(**arguments, use_cache=False))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    grads = []
+    for checkpointing in (False, True):
+        moe = from_dense(tiny(), num_experts=4, num_experts_per_tok=2, gate_noise=True, seed=2).train()
+        if checkpointing:
+            moe.gradient_checkpointing_enable()
+        torch.manual_seed(5)  # same gate noise
+        output = moe(input_ids=IDS, labels=IDS)
+        assert output.loss > output.lm_loss and output.aux_loss > 0
+        output.loss.backward()
+        grads.append({n: p.grad.clone() for n, p in moe.named_parameters()})
+        assert all(g is not None for g in grads[-1].values())
+    for name in grads[0]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], msg=name)
+
+
+def test_padding_is_not_in_the_statistics():
+    moe = from_dense(tiny(), num_experts=4, num_experts_per_tok=2).eval()
+    mask = torch.ones_like(IDS)
+    mask[1, :5] = 0
+    output = moe(input_ids=IDS, attention_mask=mask, output_router_stats=True)
+    assert output.expert_load.shape == (3, 4)
+    assert output.expert_load.sum(-1).tolist() == [2 * mask.sum()] * 3
+    assert (output.dropped_mass > 0).all() and (output.dropped_mass < 1).all()
+
+
+def test_packed_documents_do_not_see_each_other():
+    moe = from_dense(tiny(), num_experts=4, num_experts_per_tok=2).eval()
+    packed = IDS[:1]
+    positions = torch.cat([torch.arange(6), torch.arange(8)])[None]
+    with torch.no_grad():
+        together = moe(input_ids=packed, position_ids=positions, use_cache=False).logits
+        alone = moe(input_ids=packed[:, 6:], use_cache=False).logits
+    torch.testing.assert_close(together[:, 6:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_compiles():
+    moe = from_dense(tiny(), num_experts=4, num_experts_per_tok=2).eval()
+    with torch.no_grad():
+        want = moe(input_ids=IDS, use_cache=False).logits
+        got = torch.compile(moe, backend="aot_eager", fullgraph=True)(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

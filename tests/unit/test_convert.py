@@ -1,0 +1,157 @@
+"""from_dense: what each argument does, what it refuses, and what it leaves alone."""
+
+import copy
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense
+from dyn.models.llama_moe_construct import METHODS
+from dyn.nn.experts import Gate
+from dyn.nn.surgery import count_parameters, freeze
+
+BATCHES = [torch.randint(0, 61, (4, 12), generator=torch.Generator().manual_seed(i)) for i in range(6)]
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32)
+    return LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_construction_takes_rows_and_columns_of_the_dense_weights(method):
+    dense = tiny()
+    moe = from_dense(dense, num_experts=3 if method == "sharing_inter" else 4, num_experts_per_tok=2, construction=method, batches=BATCHES)
+    for i, (layer, made) in enumerate(zip(dense.model.layers, moe.model.layers, strict=True)):
+        groups, shared = moe.construction.groups[i], moe.construction.shared[i]
+        width = groups.shape[1]
+        for e, index in enumerate(groups):
+            assert (index.diff() > 0).all()
+            torch.testing.assert_close(made.mlp.experts.gate_up_proj[e, :width], layer.mlp.gate_proj.weight[index])
+            torch.testing.assert_close(made.mlp.experts.gate_up_proj[e, width:], layer.mlp.up_proj.weight[index])
+            torch.testing.assert_close(made.mlp.experts.down_proj[e], layer.mlp.down_proj.weight[:, index])
+        if METHODS[method].partition:
+            assert torch.cat([groups.flatten(), shared]).sort().values.tolist() == list(range(24))
+    assert len(moe.construction.source_hash) == 64
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_seed_decides_everything_and_the_dense_model_is_untouched(method):
+    dense = tiny()
+    before = copy.deepcopy(dense.state_dict())
+    make = lambda seed: from_dense(dense, num_experts=3 if method == "sharing_inter" else 4, num_experts_per_tok=2, construction=method, batches=BATCHES, seed=seed)  # noqa: E731
+    torch.manual_seed(11)
+    one = make(5).state_dict()
+    torch.manual_seed(12)
+    two = make(5).state_dict()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    other = make(6).state_dict()
+    assert any(not torch.equal(one[k], other[k]) for k in one)
+    with torch.no_grad():
+        for p in make(5).parameters():
+            p.zero_()
+    assert all(torch.equal(before[k], v) for k, v in dense.state_dict().items())
+    assert all(p.requires_grad for p in dense.parameters()) and not dense.training
+
+
+def test_copy_without_reinit_and_scale_one_is_the_dense_model_exactly():
+    dense, ids = tiny().double(), BATCHES[0]
+    moe = from_dense(dense, num_experts=3, num_experts_per_tok=2, construction="copy", score_scale=1.0)
+    torch.testing.assert_close(moe(input_ids=ids).logits, dense(input_ids=ids).logits, atol=1e-12, rtol=1e-12)
+    half = from_dense(dense, num_experts=3, num_experts_per_tok=2, construction="copy", score_scale=1.0, reinit=0.5)
+    changed = (half.model.layers[0].mlp.experts.down_proj != moe.model.layers[0].mlp.experts.down_proj).any(1).sum(-1)
+    assert changed.tolist() == [12, 12, 12]
+
+
+def test_score_scales():
+    scale = lambda **kw: from_dense(tiny(), num_experts=4, num_experts_per_tok=2, **kw).config.score_scale  # noqa: E731
+    assert scale() == 2.0 and scale(score_scale="n") == 4.0 and scale(score_scale="k") == 2.0 and scale(score_scale="sqrt_kn") == 8**0.5
+    assert scale(score_scale=[1.5, 2.5]) == [1.5, 2.5]
+    learnable = from_dense(tiny(), num_experts=4, num_experts_per_tok=2, score_scale="learnable")
+    assert learnable.model.layers[1].mlp.score_scale.item() == 2.0 and learnable.config.learnable_scale
+    assert from_dense(tiny(), num_experts=4, num_experts_per_tok=[1, 4]).config.score_scale == [4.0, 1.0]
+
+
+def test_measured_scale_restores_the_ratio_of_feed_forward_to_residual():
+    from dyn.models.llama_moe_measure import dense_ratios
+    dense = tiny()
+    # With every expert and equal scores the output is FFN / N, whatever the batch: the measured scale must be N.
+    exact = from_dense(dense, num_experts=4, num_experts_per_tok=4, gate="uniform", score_scale="measured", batches=BATCHES)
+    assert exact.config.score_scale == pytest.approx([4.0, 4.0], rel=1e-4)
+    assert all(r > 0 for r in dense_ratios(dense, BATCHES))
+
+
+def test_budgets_by_layer_and_shared_experts(tmp_path):
+    moe = from_dense(tiny(), num_experts=4, num_experts_per_tok=[1, 3], num_shared_experts=[2, 0])
+    assert moe.config.moe_intermediate_size == [4, 6]
+    assert moe.model.layers[0].mlp.shared_experts.up_proj.weight.shape == (8, 16) and moe.model.layers[1].mlp.shared_experts is None
+    moe.save_pretrained(tmp_path)
+    loaded = LlamaMoeForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(input_ids=BATCHES[0]).logits, moe(input_ids=BATCHES[0]).logits)
+
+
+def test_a_folder_is_consumed_in_its_own_dtype(tmp_path):
+    dense = tiny().to(torch.bfloat16)
+    dense.save_pretrained(tmp_path, max_shard_size="5KB")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\ncard\n")
+    moe = from_dense(tmp_path, num_experts=4, num_experts_per_tok=2)
+    assert moe.dtype == torch.bfloat16 and moe.construction.source_license == "mit" and moe.construction.source == tmp_path.name
+    same = from_dense(dense, num_experts=4, num_experts_per_tok=2)
+    assert all(torch.equal(v, same.state_dict()[k]) for k, v in moe.state_dict().items())
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    (dict(num_experts=7), "num_experts.*7 does not divide intermediate_size=24; nearest: 6, 8"),
+    (dict(num_experts_per_tok=5), "num_experts_per_tok=5.*num_experts=4"),
+    (dict(num_experts_per_tok=[1]), "num_experts_per_tok has 1 entries"),
+    (dict(construction="kmean"), "did you mean 'kmeans'"),
+    (dict(construction="gradient"), "needs batches"),
+    (dict(construction="gradient", batches=[torch.full((4, 8), 61)]), "vocab_size=61"),
+    (dict(construction="gradient", batches=[BATCHES[:1]] * 3), "3 lists"),
+    (dict(moe_intermediate_size=5), "keeps every neuron once"),
+    (dict(construction="gradient", num_shared_experts=2, batches=BATCHES), "sharing_inter"),
+    (dict(score_scale="twice"), "score_scale='twice'"),
+    (dict(score_scale=[1.0]), "score_scale has 1 entries"),
+    (dict(gate="uniform"), "uniform"),
+    (dict(gate="switch"), "switch.*num_experts_per_tok=1"),
+    (dict(gate="best"), "gate='best'"),
+    (dict(balance="even"), "balance='even'"),
+    (dict(reinit=0.5), "reinit"),
+    (dict(construction="copy", reinit=2.0), r"\[0, 1\]"),
+])
+def test_refusals_name_the_field(changes, words):
+    with pytest.raises(ValueError, match=words):
+        from_dense(tiny(), **dict(num_experts=4, num_experts_per_tok=2) | changes)
+
+
+def test_other_families_are_refused_by_the_field(tmp_path):
+    with pytest.raises(ValueError, match="model_type='gpt2'"):
+        from_dense(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=11)))
+    with pytest.raises(ValueError, match="mlp_bias=True"):
+        from_dense(tiny(mlp_bias=True), num_experts=4)
+    with pytest.raises(ValueError, match="hidden_act='gelu'"):
+        from_dense(tiny(hidden_act="gelu"), num_experts=4)
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        from_dense(tmp_path)
+
+
+def test_freezing_is_by_identity():
+    moe = from_dense(tiny(), num_experts=4, num_experts_per_tok=2, gate="mlp", gate_noise=True)
+    assert freeze(moe, Gate) == count_parameters(moe)["gate"] == 2 * (16 * 4 + 4 * 4 + 16 * 4)
+    assert all(layer.mlp.experts.gate_up_proj.requires_grad for layer in moe.model.layers)
+    assert freeze(moe, moe.lm_head) == 61 * 16
+    with pytest.raises(ValueError, match="has no such Conv2d"):
+        freeze(moe, torch.nn.Conv2d)
+
+
+def test_selection_bias_moves_towards_the_idle_expert():
+    moe = from_dense(tiny(), num_experts=4, num_experts_per_tok=2, balance="bias").train()
+    load = moe(input_ids=BATCHES[0], labels=BATCHES[0]).expert_load
+    moe.update_selection_bias(load)
+    for layer, load_E in zip(moe.model.layers, load, strict=True):
+        bias = layer.mlp.gate.selection_bias
+        assert (bias[load_E < load_E.mean()] > 0).all() and (bias[load_E > load_E.mean()] < 0).all()
+    with pytest.raises(ValueError, match="balance='bias'"):
+        from_dense(tiny(), num_experts=4, num_experts_per_tok=2).update_selection_bias(load)
