@@ -65,6 +65,11 @@ def read(schema: type[T], path: str | Path, words: Sequence[str] = ()) -> T:
     return _build(tree, place=Path(path).name)
 
 
+def read_dict(path: str | Path) -> dict[str, Any]:
+    """What `save` wrote at `path`, as `to_dict` gives it, without a schema."""
+    return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+
+
 def save(cfg: Any, path: str | Path) -> None:
     """Write all values of a config as YAML that `yaml.safe_load` reads."""
     Path(path).write_text(_to_yaml(cfg), encoding="utf-8")

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,8 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dyn import config
-from dyn.runfolder import Cancelled, Run, create, follow, rank, read_json, unfinished
+from dyn import config, report
+from dyn.env import follow, rank, world_size
+from dyn.runfolder import Cancelled, Run, create, read_json, unfinished
 
 __all__ = ["Cancelled", "Run", "main"]
 
@@ -46,8 +45,11 @@ def _run(name: str, words: list[str]) -> int:
     options, words = _split(words)
     path = _find(name)
     experiment = _import(name, path)
+    rows = _rows(experiment.SWEEPS, options)
+    if len(rows) > 1 and world_size() > 1:
+        raise ValueError("several processes run one row of a sweep at a time: choose it by only=")
     if rank() > 0:
-        return _execute(experiment, Run.join(*follow()))
+        return 0 if "dry" in options else _execute(experiment, Run.join(*follow()))
     runs, profile = Path(options.get("runs", "runs")), options.get("profile", "demo")
     if "resume" in options:
         if "sweep" in options:
@@ -56,12 +58,11 @@ def _run(name: str, words: list[str]) -> int:
         if "dry" in options:
             return _dry(experiment, name, [("", config.read(experiment.Config, folder / "config.yaml"))])
         return _execute(experiment, Run.open(folder))
-    rows = _rows(experiment.SWEEPS, options, words)
     cfgs = [(row.get("row", ""), _load(experiment, name, path, profile, row, words)) for row in rows]
     if "dry" in options:
         return _dry(experiment, name, cfgs)
     if len(cfgs) > 1:
-        return _sweep(name, path, runs, profile, options["sweep"], cfgs)
+        return _sweep(name, runs, profile, options["sweep"], cfgs)
     [(row, cfg)] = cfgs
     return _execute(experiment, Run.open(create(runs, name, cfg, profile=profile, row=row)))
 
@@ -127,7 +128,7 @@ def _load(experiment: ModuleType, name: str, path: Path, profile: str, row: Mapp
     return config.load(experiment.Config, name, profile, words, row=keys, root=path.parent.parent)
 
 
-def _rows(sweeps: Mapping[str, list[dict[str, Any]]], options: Mapping[str, str], words: list[str]) -> list[dict[str, Any]]:
+def _rows(sweeps: Mapping[str, list[dict[str, Any]]], options: Mapping[str, str]) -> list[dict[str, Any]]:
     """The sweep's rows that were asked for; without a sweep one row that changes nothing."""
     if "sweep" not in options:
         return [{}]
@@ -154,7 +155,7 @@ def _execute(experiment: ModuleType, run: Run) -> int:
         try:
             metrics = experiment.main(config.read(experiment.Config, run.folder / "config.yaml"), run)
             if not isinstance(metrics, dict):
-                raise TypeError(f"main must return a dict of metrics, got {type(metrics).__name__}")  # noqa: TRY301
+                raise TypeError(f"main must return a dict of metrics, got {type(metrics).__name__}")
         except BaseException as caught:  # every end of a run is written down
             error, metrics = caught, {}
         return run.finish(metrics, error)
@@ -192,10 +193,8 @@ def _resume(experiment: ModuleType, name: str, path: Path, runs: Path, options: 
     return folder
 
 
-def _sweep(name: str, path: Path, runs: Path, profile: str, sweep: str, cfgs: list[tuple[str, Any]]) -> int:
+def _sweep(name: str, runs: Path, profile: str, sweep: str, cfgs: list[tuple[str, Any]]) -> int:
     """Each row in its own process (its memory is its own, and its death spares the others); then one table and one report."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("under torchrun a sweep runs one row at a time: choose it by only=")
     folders: list[Path] = []
     results: list[dict[str, Any]] = []
     for number, (row, cfg) in enumerate(cfgs, 1):
@@ -203,19 +202,19 @@ def _sweep(name: str, path: Path, runs: Path, profile: str, sweep: str, cfgs: li
         print(f"row {number} of {len(cfgs)}: {row} · {folder}", flush=True)
         code = _child([sys.executable, "-m", "dyn.run", name, f"resume={folder}", f"runs={runs}"])
         if not (folder / "result.json").is_file():
-            Run.open(folder).finish({}, ChildProcessError(f"the process of this row ended with code {code} and left no result"))
+            run = Run.open(folder)
+            with run.listening():
+                run.finish({}, ChildProcessError(f"the process of this row ended with code {code} and left no result"))
         folders.append(folder)
         results.append(read_json(folder / "result.json"))
         if results[-1]["status"] == "cancelled":
             break
     names = list(dict.fromkeys(key for result in results for key, value in result["metrics"].items() if isinstance(value, (int, float))))[:5]
     table = [["row", "status", *names]]
-    table += [[r["what"]["row"], r["status"], *(show(r["metrics"].get(key)) for key in names)] for r in results]
+    table += [[r["what"]["row"], r["status"], *(report.show(r["metrics"].get(key)) for key in names)] for r in results]
     table += [[row, "not run", *("-" for _ in names)] for row, _ in cfgs[len(results) :]]
     print(_table(table))
     try:
-        from dyn import report
-
         print(f"report: {report.write_report(folders, folders[0].parent / f'{folders[0].name}-{sweep}')}")
     except Exception as error:  # the rows' results stand without it
         print(f"no report: {error}", file=sys.stderr)
@@ -248,23 +247,12 @@ def _child(command: list[str]) -> int:
 # Text
 
 
-def show(value: Any) -> str:
-    """A value for a table: thousands separators, four significant digits."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "-"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return ", ".join(show(inner) for inner in value) if isinstance(value, (list, tuple)) else str(value)
-
-
 def _lines(tree: Mapping[str, Any], depth: int = 0) -> list[list[str]]:
     """A plan as [key, value] lines, nested dicts indented under their key."""
     lines = []
     for key, value in tree.items():
         nested = isinstance(value, Mapping)
-        lines.append(["  " * (depth + 1) + str(key), "" if nested else show(value)])
+        lines.append(["  " * (depth + 1) + str(key), "" if nested else report.show(value)])
         lines += _lines(value, depth + 1) if nested else []
     return lines
 

@@ -7,29 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dyn import config
+from dyn import config, env, report
 
 T = TypeVar("T")
 SCHEMA = 1
-VERSIONS = ("dyn", "torch", "lightning", "transformers", "datasets", "triton")
-_WAIT = timedelta(minutes=5)  # for rank 0 to say which folder the run has
 
 
 class Cancelled(Exception):
@@ -59,7 +54,7 @@ class Run:
         self.notes: dict[str, Any] = {}
         self.stop = threading.Event()
         self._state = state
-        self._writes = rank() == 0
+        self._writes = env.rank() == 0
         self._began = time.monotonic()
         self._gentle = False
         self._signum: int | None = None
@@ -79,13 +74,13 @@ class Run:
         lock.flush()
         run = cls(folder, read_json(folder / "stages.json"))
         run._lock = lock
-        _announce(folder, run._state)
-        env = _env()
+        env.announce(folder, run._state)
+        facts = env.facts()
         if run.resumed:
             run.log(f"resuming {folder}")
-            for change in config.differences(run._state["env"], env):
+            for change in config.differences(run._state["env"], facts):
                 run.log(f"warning: this run began elsewhere, so it will not be bitwise the same: {change}")
-        write_json(folder / "stages.json", run._state | {"starts": run._state["starts"] + 1, "env": run._state["env"] or env})
+        write_json(folder / "stages.json", run._state | {"starts": run._state["starts"] + 1, "env": run._state["env"] or facts})
         run._state = read_json(folder / "stages.json")
         return run
 
@@ -191,13 +186,15 @@ class Run:
         if status != "ok":
             print(self._note(f"{status}: {_message(error)}"), file=sys.stderr)
             if self._state["stages"] or any((self.folder / "checkpoints").glob("*")):
-                print(self._note(f"to resume: make exp NAME={self.name} PROFILE={self.profile} RESUME={self.folder}"), file=sys.stderr)
+                words = f"NAME={self.name} PROFILE={self.profile} RESUME={self.folder}"
+                make, run = f"make exp {words}", f"python -m dyn.run {self.name} resume={self.folder}"
+                print(self._note(f"to resume: {make if Path('Makefile').is_file() else run}"), file=sys.stderr)
         try:
-            from dyn import report  # late: matplotlib takes a second
-
             self.log(f"report: {report.write_report([self.folder], self.folder)}")
         except Exception as caught:  # a report that cannot be drawn must not change what the run was
             self.log(f"no report: {type(caught).__name__}: {caught}")
+        os.environ.pop("DYN_RUN_FOLDER", None)
+        self._lock.close()
         return code
 
     def _verdict(self, error: BaseException | None) -> tuple[str, int]:
@@ -225,8 +222,8 @@ class Run:
             "metrics": metrics,
             "cost": plain(self.cost) | measured,
             "notes": plain(self.notes),
-            "config": config.read_dict(self.folder / "config.yaml"),
-            "env": _env(),
+            "config": plain(config.read_dict(self.folder / "config.yaml")),
+            "env": env.facts(),
             "started": self._state["started"],
             "finished": _now(),
             "starts": self._state["starts"],
@@ -261,53 +258,7 @@ def unfinished(parent: Path) -> list[Path]:
     return sorted(path.parent for path in parent.glob("*/stages.json") if not ended_well(path.parent))
 
 
-# Ranks. Lightning's own launcher copies the environment of rank 0; torchrun has a store; srun has the shared disk.
-
-
-def rank() -> int:
-    """This process's rank, by the variables that torchrun, Lightning and srun set."""
-    return next((int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if key in os.environ), 0)
-
-
-def _store() -> Any:
-    from torch.distributed.rendezvous import rendezvous
-
-    return next(iter(rendezvous("env://", timeout=_WAIT)))[0]
-
-
-def _slurm_file() -> Path:
-    keys = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    return Path(".dyn-" + "-".join(os.environ.get(key, "0") for key in keys))
-
-
-def _announce(folder: Path, state: dict[str, Any]) -> None:
-    """Tell the other ranks, those to come and those that wait in `follow`."""
-    os.environ["DYN_RUN_FOLDER"] = str(folder)
-    message = json.dumps([str(folder), state])
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _store().set("dyn_run", message)
-    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
-        write_json(_slurm_file(), [str(folder), state])
-
-
-def follow() -> tuple[Path, dict[str, Any]]:
-    """On another rank: the folder and its state as rank 0 found it. Raises TimeoutError after five minutes."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        folder, state = json.loads(_store().get("dyn_run"))
-    elif "DYN_RUN_FOLDER" in os.environ:
-        folder = os.environ["DYN_RUN_FOLDER"]
-        state = read_json(Path(folder) / "stages.json")
-    else:
-        end = time.monotonic() + _WAIT.total_seconds()
-        while not _slurm_file().is_file():
-            if time.monotonic() > end:
-                raise TimeoutError("rank 0 has not begun its run; start several processes by torchrun or srun")
-            time.sleep(0.2)
-        folder, state = read_json(_slurm_file())
-    return Path(folder), state
-
-
-# Files and facts
+# Files
 
 
 def read_json(path: Path) -> Any:
@@ -345,49 +296,10 @@ def plain(value: Any) -> Any:
 
 def _message(error: BaseException | None) -> str:
     """The error's text without the folders of this machine."""
-    text = str(error) or type(error).__name__
-    return text.replace(str(Path.cwd()) + os.sep, "").replace(str(Path.home()), "~")
+    text, home = str(error) or type(error).__name__, str(Path.home())
+    text = text.replace(str(Path.cwd()) + os.sep, "")
+    return text.replace(home + os.sep, "~" + os.sep) if len(home) > 1 else text
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _env() -> dict[str, Any]:
-    import torch
-
-    versions = {name: _version(name) for name in VERSIONS}
-    cuda = torch.cuda.is_available()
-    return {
-        "python": platform.python_version(),
-        "versions": {name: version for name, version in versions.items() if version},
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
-        "device": torch.cuda.get_device_name() if cuda else f"CPU: {_cpu()}",
-        "threads": torch.get_num_threads(),
-        "world_size": int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))),
-        "platform": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*words: str) -> str | None:
-    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent), *words]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

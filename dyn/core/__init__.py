@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: saliency, partitions and routing on torch alone. Nothing here imports the rest of the suite."""
+"""Tensors in, tensors out: saliency, splits and routing on torch alone. Nothing here imports the rest of the suite."""

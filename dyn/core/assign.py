@@ -46,28 +46,31 @@ def _anneal(cost_EN: Tensor, prices_E: Tensor, size: int, sharpness: float) -> T
     columns = len(prices_E)
     spread = (cost_EN + prices_E[:, None]).aminmax(dim=0)
     spread = (spread.max - spread.min).mean().item()
-    eye_EE = torch.eye(columns, dtype=cost_EN.dtype)
     best, best_E = torch.inf, prices_E
-    while spread > 0 and sharpness < 1e9:
+
+    def smooth(prices_E: Tensor, width: float) -> tuple[Tensor, Tensor]:
+        z_EN = (cost_EN + prices_E[:, None]) / -width
+        log_N = z_EN.logsumexp(0)
+        return z_EN.sub_(log_N).exp_(), -width * log_N.sum() - size * prices_E.sum()
+
+    budget = 80  # evaluations; 5 to 30 are usual, many copies of the same rows would take hundreds
+    while spread > 0 and sharpness < 1e9 and budget > 0:
         width = spread / sharpness
-
-        def smooth(prices_E: Tensor, width: float = width) -> tuple[Tensor, Tensor]:
-            z_EN = (cost_EN + prices_E[:, None]) / -width
-            log_N = z_EN.logsumexp(0)
-            return z_EN.sub_(log_N).exp_(), -width * log_N.sum() - size * prices_E.sum()
-
-        mass_EN, value = smooth(prices_E)
-        for _ in range(20):
+        mass_EN, value = smooth(prices_E, width)
+        budget -= 1
+        damping = 1.0
+        while budget > 0 and damping > 0.01:
             gradient_E = mass_EN.sum(1) - size
             if gradient_E.abs().max() <= max(1, size / 256):
                 break
-            # size / columns fixes the free constant of the prices, the small diagonal serves empty columns.
-            hessian_EE = mass_EN.sum(1).diag() - mass_EN @ mass_EN.T + 1e-6 * size * eye_EE + size / columns
+            hessian_EE = mass_EN.sum(1).diag() - mass_EN @ mass_EN.T
+            hessian_EE += size / columns  # the prices are free up to one constant
+            hessian_EE.diagonal().add_(1e-6 * size)  # columns that nobody takes
             step_E = width * torch.linalg.solve(hessian_EE, gradient_E)
-            rise = gradient_E @ step_E
-            for damping in (1, 0.5, 0.25, 0.1, 0.03, 0.01, 0.003, 0.001):
-                mass_EN, new = smooth(prices_E + damping * step_E)
-                if new >= value + 0.1 * damping * rise:
+            for damping in (1, 0.5, 0.25, 0.1, 0.03, 0.01):
+                mass_EN, new = smooth(prices_E + damping * step_E, width)
+                budget -= 1
+                if new >= value + 0.1 * damping * (gradient_E @ step_E):
                     break
             prices_E, value = prices_E + damping * step_E, new
         excess = _excess((cost_EN + prices_E[:, None]).argmin(0), columns, size).clamp(min=0).sum().item()

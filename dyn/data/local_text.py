@@ -53,7 +53,7 @@ def domains(names: Iterable[str] | None = None, *, limit_bytes: int | None = Non
     Args:
         names: which of DOMAINS; None: all.
         limit_bytes: stop adding to a domain's train split at this size (UTF-8; the last document may pass it); None: all there is.
-        limit_validation_bytes: the same for validation; None: a twentieth of `limit_bytes`.
+        limit_validation_bytes: the same for validation; None: a twentieth of `limit_bytes`, or 100,000.
         held_out: chance of a document to be held out; its content alone decides.
 
     Raises:
@@ -65,8 +65,8 @@ def domains(names: Iterable[str] | None = None, *, limit_bytes: int | None = Non
     for name in names:
         if name not in DOMAINS:
             raise ValueError(f"local text has no domain {name!r}; it has {', '.join(DOMAINS)}")
-    if limit_validation_bytes is None and limit_bytes is not None:
-        limit_validation_bytes = limit_bytes // 20 + 1
+    if limit_validation_bytes is None:
+        limit_validation_bytes = 100_000 if limit_bytes is None else limit_bytes // 20 + 1
     limits = {"train": limit_bytes, "validation": limit_validation_bytes}
     return {name: _collect(name, limits, held_out) for name in names}
 
@@ -210,7 +210,8 @@ def _docs() -> Iterator[Candidate]:
 
 
 def _licences() -> Iterator[Candidate]:
-    yield from _package_files(lambda file: bool(_LICENCE.search(file.stem)) and file.suffix.lower() not in (".py", ".pyc", ".pyi", ".h", ".so", ".json", ".yaml"))
+    code = (".py", ".pyc", ".pyi", ".h", ".so", ".json", ".yaml")
+    yield from _package_files(lambda file: bool(_LICENCE.search(file.stem)) and file.suffix.lower() not in code)
     for root in (Path(sysconfig.get_path("stdlib")), Path(sys.base_prefix)):
         yield from ((f"python/{path.name}", _file(path)) for path in sorted(root.glob("LICENSE*")))
     yield from _debian()

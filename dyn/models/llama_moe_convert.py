@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dyn.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM, ScaleMode
 from dyn.models.llama_moe_construct import METHODS, Construction, LayerSource, generator
@@ -72,16 +72,13 @@ def from_dense(
     Raises:
         ValueError: a family or setting that does not fit, naming the field; sizes that do not add up; missing batches.
     """
-    if construction not in METHODS:
-        near = difflib.get_close_matches(construction, METHODS, 1)
-        raise ValueError(f"construction={construction!r} is unknown; allowed: {', '.join(METHODS)}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    method = METHODS[construction]
+    method = METHODS[_known(construction)]
     consume = not isinstance(dense, nn.Module)
     name, license = _provenance(dense, license)
     if consume:
         dense = load_dense(dense)
-    config = _moe_config(dense.config, method.partition, construction, num_experts, num_experts_per_tok, num_shared_experts, moe_intermediate_size, overlap,
-                         gate or "linear", gate_noise, balance, score_scale)
+    config = moe_config(dense.config, construction, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok, num_shared_experts=num_shared_experts,
+                        moe_intermediate_size=moe_intermediate_size, overlap=overlap, gate=gate, gate_noise=gate_noise, balance=balance, score_scale=score_scale)
     if reinit and construction != "copy":
         raise ValueError(f"reinit={reinit} belongs to construction='copy', got {construction!r}")
     if not 0.0 <= reinit <= 1.0:
@@ -145,13 +142,16 @@ def check_family(config) -> None:
         raise ValueError("mlp_bias=True does not fit: experts have no biases")
 
 
-def _moe_config(dense, partition: bool, construction: str, E: int, k, shared, width, overlap: bool, gate: str, noise: bool, balance: str, scale) -> LlamaMoeConfig:
-    """The configuration of the mixture, every size checked, in the plainest form (one number where all layers agree)."""
+def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, num_experts_per_tok, num_shared_experts=None, moe_intermediate_size=None,
+               overlap: bool = False, gate: str | None = None, gate_noise: bool = False, balance: str = "importance_load", score_scale=None) -> LlamaMoeConfig:
+    """The configuration that `from_dense` (see there) gives a dense one, every size checked, in the plainest form (one number where all layers agree)."""
     check_family(dense)
+    method = METHODS[_known(construction)]
+    E, k, shared, width, scale, gate = num_experts, num_experts_per_tok, num_shared_experts, moe_intermediate_size, score_scale, gate or "linear"
     if E < 1:
         raise ValueError(f"num_experts={E} must be at least 1")
     layers, units = dense.num_hidden_layers, dense.intermediate_size
-    shared = METHODS[construction].shared if shared is None else shared
+    shared = method.shared if shared is None else shared
     ks, shareds = _per_layer("num_experts_per_tok", k, layers), _per_layer("num_shared_experts", shared, layers)
     if width is None:
         uneven = [E + s for s in shareds if units % (E + s)]
@@ -162,9 +162,9 @@ def _moe_config(dense, partition: bool, construction: str, E: int, k, shared, wi
         else:
             width = [units // (E + s) for s in shareds]
     widths = _per_layer("moe_intermediate_size", width, layers)
-    free = not partition or (construction == "sharing_inter" and overlap)
+    free = not method.partition or (construction == "sharing_inter" and overlap)
     for i, (kk, f, s) in enumerate(zip(ks, widths, shareds, strict=True)):
-        check_gate(E, kk, gate, noise, balance, f"layer {i}")
+        check_gate(E, kk, gate, gate_noise, balance, f"layer {i}")
         if not 1 <= f <= units:
             raise ValueError(f"moe_intermediate_size={f} must lie in 1..{units} (intermediate_size), layer {i}")
         if not free and (E + s) * f != units:
@@ -184,8 +184,15 @@ def _moe_config(dense, partition: bool, construction: str, E: int, k, shared, wi
     return LlamaMoeConfig(
         **kept, head_dim=getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads, attention_bias=bias,
         attention_output_bias=bias and dense.model_type != "qwen2", qk_norm=dense.model_type == "qwen3", sliding_window=window, layer_types=kinds,
-        num_experts=E, num_experts_per_tok=_plain(ks), moe_intermediate_size=_plain(widths), num_shared_experts=_plain(shareds), gate=gate, gate_noise=noise,
+        num_experts=E, num_experts_per_tok=_plain(ks), moe_intermediate_size=_plain(widths), num_shared_experts=_plain(shareds), gate=gate, gate_noise=gate_noise,
         balance=balance, score_scale=_plain(scales), learnable_scale=scale == "learnable")
+
+
+def _known(construction: str) -> str:
+    if construction not in METHODS:
+        near = difflib.get_close_matches(construction, METHODS, 1)
+        raise ValueError(f"construction={construction!r} is unknown; allowed: {', '.join(METHODS)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return construction
 
 
 def _per_layer(name: str, value, layers: int) -> list:

@@ -1,0 +1,118 @@
+"""Which documents to keep. Both filters are our own: the LLaMA-MoE paper (section 4.1 of its specification) filtered CommonCrawl and C4 for
+advertisements (about 50 % removed; worse downstream, so not used) and for fluency (about 15 % removed; used), but its classifiers and
+thresholds are not public. These have their place, not their decisions: shares and effects need not agree.
+
+A filter is a dataclass with `domains` (those that it looks at) and `__call__(texts, domain) -> list of bool, True = keep`. Its repr goes into
+the key of the token cache, so it names all its settings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+WEB = ("en_cc", "en_c4")
+"""The domains that the paper filtered."""
+
+_PHRASES = (
+    r"\d{1,2}\s?% off|free (?:shipping|delivery|trial|quote|consultation)|discounts?|coupons?|promo(?:tion(?:al)?)?(?: code)?s?",
+    r"best (?:price|deal)s?|lowest prices?|special offers?|limited time|on sale|sale ends|in stock|money[- ]back|satisfaction guaranteed",
+    r"add to (?:cart|basket|bag)|check ?out now|buy (?:now|online|one)|shop (?:now|our|online)|order (?:now|today|online)|book (?:now|online)",
+    r"call (?:us|now|today)|contact us (?:now|today)|click here|sign up|subscribe|learn more|apply now|act now|get started",
+    r"our (?:products|services|customers)",
+)
+_SELL = re.compile(rf"[$€£]\s?\d|\d\s?(?:usd|eur|gbp)\b|\b(?:{'|'.join(_PHRASES)})\b", re.IGNORECASE)
+_CONTACT = re.compile(r"https?://|www\.|\b[\w.+-]+@[\w-]+\.\w{2,}\b|(?<!\d)(?:\+?\d{1,2}[ .-]?)?\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}(?!\d)", re.IGNORECASE)
+_SHOUT = re.compile(r"\b[A-Z]{4,}\b|!")
+
+
+class Filter(Protocol):
+    """See the module."""
+
+    domains: Sequence[str] | None
+
+    def __call__(self, texts: list[str], domain: str) -> list[bool]: ...
+
+
+def advert_score(text: str) -> float:
+    """How much a text reads like an advertisement, from 0 up; nothing learned, heuristics of ours. The sum, per 100 words, of
+
+    prices, discounts and calls to action (1 each); addresses, mails and phone numbers (1/2 each); words in capitals and exclamation
+    marks (1/4 each); plus 4 x the share of its lines that repeat an earlier one (menus and product lists repeat).
+    """
+    words = max(len(text.split()), 20)  # a lone phone number in ten words is no evidence
+    lines = [line.strip().lower() for line in text.splitlines() if line.strip()]
+    repeated = 1 - len(Counter(lines)) / len(lines) if lines else 0.0
+    found = len(_SELL.findall(text)) + 0.5 * len(_CONTACT.findall(text)) + 0.25 * len(_SHOUT.findall(text))
+    return 100 * found / words + 4 * repeated
+
+
+def advert(text: str, threshold: float = 3.0) -> bool:
+    """Whether to keep a text: `advert_score` below the threshold."""
+    return advert_score(text) < threshold
+
+
+@dataclass(frozen=True)
+class Advert:
+    """Remove advertisements from the named domains (None: all): see `advert_score`."""
+
+    threshold: float = 3.0
+    domains: tuple[str, ...] | None = WEB
+
+    def __call__(self, texts: list[str], domain: str) -> list[bool]:
+        """True for the texts to keep; `domain` does not matter here."""
+        return [advert(text, self.threshold) for text in texts]
+
+
+@dataclass(frozen=True)
+class Fluency:
+    """Keep the documents whose perplexity under a dense model lies in [low, high]: below is boilerplate, above is noise.
+
+    Args:
+        perplexity: texts -> perplexities [len(texts)]; not in the repr, so `model` must name the model.
+        low, high: absolute bounds; `Fluency.between` finds them from quantiles of a sample.
+        model: name of the model.
+        domains: the domains to filter; None: all.
+
+    Raises:
+        ValueError: bounds that leave nothing. On use: perplexities of another number than the texts.
+    """
+
+    perplexity: Callable[[list[str]], Tensor] = field(repr=False, compare=False)
+    low: float = 0.0
+    high: float = float("inf")
+    model: str = "dense"
+    domains: tuple[str, ...] | None = WEB
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high:
+            raise ValueError(f"fluency: low={self.low}, high={self.high}; needed: 0 <= low < high")
+
+    @classmethod
+    def between(cls, perplexity: Callable[[list[str]], Tensor], sample: list[str], low: float = 0.05, high: float = 0.9, **settings) -> Fluency:
+        """Bounds at two quantiles of a sample's perplexities; the default removes 15 %, as the paper's did. `settings`: model, domains."""
+        if not sample or not 0 <= low < high <= 1:
+            raise ValueError(f"fluency: a sample of {len(sample)} texts, quantiles {low} and {high}; needed: some texts, 0 <= low < high <= 1")
+        bounds = torch.quantile(_checked(perplexity, sample), torch.tensor([low, high], dtype=torch.float64))
+        return cls(perplexity, *bounds.tolist(), **settings)
+
+    def __call__(self, texts: list[str], domain: str) -> list[bool]:
+        """True for the texts to keep. A perplexity that is not a number is outside every band."""
+        values = _checked(self.perplexity, texts)
+        return ((values >= self.low) & (values <= self.high)).tolist()
+
+
+def _checked(perplexity: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
+    values = torch.as_tensor(perplexity(texts)).detach().double().cpu().flatten()
+    if len(values) != len(texts):
+        raise ValueError(f"fluency: the model gave {len(values)} perplexities for {len(texts)} texts")
+    return values
+
+
+FILTERS: dict[str, Callable[..., Filter]] = {"advert": Advert, "fluency": Fluency}

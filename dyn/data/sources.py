@@ -1,0 +1,176 @@
+"""Where text comes from: this machine, a folder in the hub's layout, or the hub; as streams of (domain, split, text).
+
+One field addresses all three (`TextSource.path`). The environment variable DYN_DATA names a folder of local copies, looked at before the hub.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from dyn.data import local_text
+
+SLIMPAJAMA = {"RedPajamaCommonCrawl": "en_cc", "RedPajamaC4": "en_c4", "RedPajamaGithub": "github", "RedPajamaWikipedia": "en_wikipedia",
+              "RedPajamaBook": "en_book", "RedPajamaArXiv": "en_arxiv", "RedPajamaStackExchange": "en_stack"}
+"""SlimPajama's names (`meta.redpajama_set_name`) -> the names of the LLaMA-MoE paper's domains."""
+
+SPLITS = ("train", "validation")
+
+
+@dataclass(kw_only=True, slots=True)
+class TextSource:
+    """A corpus in domains.
+
+    path: "local" (`local_text`: what every machine holds), a folder in the hub's layout, or a hub id. Copies below $DYN_DATA (by the whole id,
+        or its last part) come before the hub.
+    text_field: the column of the text.
+    domain_field: the column of a document's domain, dots lead inwards ("meta.redpajama_set_name"); None: every config is a domain.
+    domain_names: values of `domain_field` -> names of domains; None: SLIMPAJAMA.
+    domains: which domains to take; None: all.
+    max_tokens, max_validation_tokens: tokens a domain, at most, in each split; None: all.
+    held_out: share of the documents held out for validation (by the hash of their content) where the source has no validation split.
+    streaming: read from the hub without downloading all of it first.
+    revision: of the hub's repository; None: the newest. A cache does not notice when the newest changes: pin it where that matters.
+    """
+
+    path: str = "local"
+    text_field: str = "text"
+    domain_field: str | None = None
+    domain_names: dict[str, str] | None = None
+    domains: list[str] | None = None
+    max_tokens: int | None = None
+    max_validation_tokens: int | None = None
+    held_out: float = 0.05
+    streaming: bool = False
+    revision: str | None = None
+
+
+class Stream(NamedTuple):
+    """One pass over a part of a source: the (domain, split) pairs that it may feed, and the documents."""
+
+    targets: list[tuple[str, str]]
+    rows: Callable[[], Iterator[tuple[str, str, str]]]
+
+
+def resolve(path: str) -> str:
+    """The folder that stands for `path`, if there is one: itself, $DYN_DATA/path or $DYN_DATA/(last part of path); else `path`, a hub id."""
+    root = os.environ.get("DYN_DATA")
+    places = [Path(path)] + ([Path(root) / path, Path(root) / Path(path).name] if root else [])
+    return next((str(place) for place in places if place.is_dir()), path)
+
+
+def origin(source: TextSource) -> dict[str, str | int | None]:
+    """What a source's text depends on, without reading it and without naming places of this machine."""
+    if source.path == "local":
+        return {"kind": "local", **local_text.manifest()}
+    folder = Path(resolve(source.path))
+    if not folder.is_dir():
+        return {"kind": "hub", "id": source.path, "revision": source.revision}
+    files = sorted((f.relative_to(folder).as_posix(), f.stat().st_size) for f in folder.rglob("*") if f.is_file() and not f.name.startswith("."))
+    return {"kind": "folder", "files": len(files), "digest": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}
+
+
+def streams(source: TextSource) -> list[Stream]:
+    """The streams of a source; each (domain, split) pair is fed by exactly one of them, always in the same order.
+
+    Raises:
+        ValueError: nothing found at the path, a missing train split or column, an unknown domain.
+    """
+    if source.path == "local":
+        names = choose(source.domains, local_text.DOMAINS, "local text")
+        return [Stream([(name, split) for split in SPLITS], lambda name=name: _local_rows(source, name)) for name in names]
+    if not 0 < source.held_out < 1:
+        raise ValueError(f"held_out={source.held_out} must lie between 0 and 1, both excluded")
+    return _by_field(source) if source.domain_field else _by_config(source)
+
+
+def choose(wanted: Iterable[str] | None, known: Iterable[str], where: str) -> list[str]:
+    """`wanted`, or all of `known` for None. ValueError naming the nearest for a name that is not known."""
+    known = list(known)
+    for name in wanted or ():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1, 0.0)
+            raise ValueError(f"{where}: no domain {name!r}; there are {', '.join(known)}" + (f" (nearest: {near[0]})" if near else ""))
+    return known if wanted is None else list(dict.fromkeys(wanted))
+
+
+def _local_rows(source: TextSource, name: str) -> Iterator[tuple[str, str, str]]:
+    # English has 4 to 5 bytes a token, code fewer: this is enough, and bounds what is read.
+    limit, limit_validation = (None if n is None else 6 * n for n in (source.max_tokens, source.max_validation_tokens))
+    documents = local_text.domains([name], limit_bytes=limit, limit_validation_bytes=limit_validation, held_out=source.held_out)[name]
+    for split in SPLITS:
+        for document in documents[split]:
+            yield name, split, document.text
+
+
+def _ask_hub(source: TextSource, question: Callable, *args: str) -> list[str]:
+    try:
+        return list(question(resolve(source.path), *args, revision=source.revision))
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        looked = "a folder" + (", a copy below $DYN_DATA" if os.environ.get("DYN_DATA") else " (DYN_DATA, a folder of local copies, is not set)")
+        raise ValueError(f"path={source.path!r}: no data set; looked for {looked} and on the hub ({type(error).__name__}: {error})") from error
+
+
+def _splits(source: TextSource, config: str) -> list[str]:
+    from datasets import get_dataset_split_names
+
+    found = _ask_hub(source, get_dataset_split_names, config)
+    if "train" not in found:
+        raise ValueError(f"path={source.path!r}, config {config!r}: no train split; found {', '.join(found)}")
+    return [split for split in SPLITS if split in found]
+
+
+def _rows(source: TextSource, config: str, split: str, held: bool, domain_of: Callable[[dict], str | None]) -> Iterator[tuple[str, str, str]]:
+    from datasets import load_dataset
+
+    data = load_dataset(resolve(source.path), config, split=split, streaming=source.streaming, revision=source.revision)
+    columns = [c for c in (source.text_field, (source.domain_field or "").partition(".")[0]) if c]
+    for column in columns:
+        if data.column_names is not None and column not in data.column_names:
+            raise ValueError(f"path={source.path!r}, config {config!r}: no column {column!r}; found {', '.join(data.column_names)}")
+    for row in data.select_columns(columns):
+        if (domain := domain_of(row)) is not None:
+            text = row[source.text_field]
+            yield domain, "validation" if held and local_text.is_held_out(text, source.held_out) else split, text
+
+
+def _by_config(source: TextSource) -> list[Stream]:
+    from datasets import get_dataset_config_names
+
+    result = []
+    for config in choose(source.domains, _ask_hub(source, get_dataset_config_names), f"path={source.path!r}"):
+        found = _splits(source, config)
+        held = "validation" not in found
+        for split in found:
+            targets = [(config, s) for s in (SPLITS if held else [split])]
+            result.append(Stream(targets, lambda c=config, s=split, h=held: _rows(source, c, s, h, lambda row: c)))
+    return result
+
+
+def _by_field(source: TextSource) -> list[Stream]:
+    from datasets import get_dataset_config_names
+
+    names = source.domain_names or SLIMPAJAMA
+    domains = choose(source.domains, dict.fromkeys(names.values()), f"path={source.path!r}, domain_names")
+    configs = _ask_hub(source, get_dataset_config_names)
+    if len(configs) != 1:
+        raise ValueError(f"path={source.path!r}: domain_field={source.domain_field!r} needs a data set of one config; found {', '.join(configs)}")
+
+    def domain_of(row: dict) -> str | None:
+        value = row
+        for key in source.domain_field.split("."):
+            value = value[key]
+        if value not in names and source.domains is None:
+            raise ValueError(f"{source.domain_field}={value!r} has no name in domain_names ({', '.join(names)}); add it, or name the domains to take")
+        return name if (name := names.get(value)) in domains else None
+
+    found = _splits(source, configs[0])
+    held = "validation" not in found
+    return [Stream([(d, s) for d in domains for s in (SPLITS if held else [split])], lambda split=split: _rows(source, configs[0], split, held, domain_of))
+            for split in found]

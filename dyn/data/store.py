@@ -1,0 +1,82 @@
+"""The files of a cache folder at any fsspec address: written whole or not at all, and read from local disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+
+class Store:
+    """A folder at an fsspec address. Names are relative, with slashes."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.fs, self.root = url_to_fs(address)
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def index(self) -> dict | None:
+        """What index.json holds; None: there is none. ValueError when it cannot be read."""
+        try:
+            with self.fs.open(f"{self.root}/index.json", "rb") as file:
+                return json.loads(file.read())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ValueError(f"{self.address}/index.json is no JSON ({error}); delete {self.address} to make its shards again") from error
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file so that it is there whole or not at all, also after a kill. OSError (a full disk, say) leaves no part of it."""
+        target = f"{self.root}/{name}"
+        try:
+            if not self.is_local:  # object stores show an object when it is whole
+                self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+                self.fs.pipe_file(target, data)
+                return
+            part = Path(target + ".part")
+            part.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with part.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.replace(target)
+            except OSError:
+                part.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+            message = f"cannot write {name} ({len(data):,} bytes) in {self.address}: {why}; finished shards are kept, run again to go on"
+            raise OSError(error.errno, message) from error
+
+    def lock(self) -> AbstractContextManager:
+        """Held by one process at a time, and let go when it dies. Remote folders have none: let one process build there."""
+        if not self.is_local:
+            return nullcontext()
+        from filelock import FileLock
+
+        Path(self.root).mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{self.root}/.lock")
+
+    def local_copy(self, files: dict[str, int], cache: str | None) -> Path:
+        """A local folder with these files (name -> bytes): this one, or a copy in `cache` for a remote one. Copies of the right size stay."""
+        if self.is_local:
+            return Path(self.root)
+        home = Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dyn" / "tokens"
+        folder = home / self.root.rpartition("/")[2]
+        for name, size in files.items():
+            target = folder / name
+            if self.fs.exists(f"{self.root}/{name}") and not (target.is_file() and target.stat().st_size == size):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part = target.with_name(f"{target.name}.{os.getpid()}.part")
+                try:
+                    self.fs.get_file(f"{self.root}/{name}", str(part))
+                    part.replace(target)
+                finally:
+                    part.unlink(missing_ok=True)
+        return folder

@@ -1,0 +1,111 @@
+"""Where this process runs: its rank and the run that it belongs to, and the facts that a result records (versions, commit, device)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+VERSIONS = ("dyn", "torch", "lightning", "transformers", "datasets", "triton")
+_WAIT = timedelta(minutes=5)  # for rank 0 to say which folder the run has
+
+
+def rank() -> int:
+    """This process's rank, by the variables that torchrun, Lightning and srun set."""
+    return next((int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if key in os.environ), 0)
+
+
+def world_size() -> int:
+    """How many processes were started together by torchrun or srun."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1)))
+
+
+# Lightning's own launcher copies the environment of rank 0; torchrun has a store; srun has the shared disk.
+
+
+def announce(folder: Path, state: dict[str, Any]) -> None:
+    """On rank 0: tell the other ranks, those that will be launched and those that wait in `follow`."""
+    os.environ["DYN_RUN_FOLDER"] = str(folder)
+    message = json.dumps([str(folder), state])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _store().set("dyn_run", message)
+    elif "SLURM_STEP_ID" in os.environ and world_size() > 1:
+        whole = _slurm_file().with_suffix(".tmp")
+        whole.write_text(message, encoding="utf-8")
+        whole.replace(_slurm_file())
+
+
+def follow() -> tuple[Path, dict[str, Any]]:
+    """On another rank: the folder, and its state as rank 0 found it. Raises TimeoutError after five minutes."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        folder, state = json.loads(_store().get("dyn_run"))
+    elif "DYN_RUN_FOLDER" in os.environ:
+        folder = os.environ["DYN_RUN_FOLDER"]
+        state = json.loads((Path(folder) / "stages.json").read_text(encoding="utf-8"))
+    else:
+        end = time.monotonic() + _WAIT.total_seconds()
+        while not _slurm_file().is_file():
+            if time.monotonic() > end:
+                raise TimeoutError("rank 0 has not begun its run; start several processes by torchrun or srun")
+            time.sleep(0.2)
+        folder, state = json.loads(_slurm_file().read_text(encoding="utf-8"))
+    return Path(folder), state
+
+
+def _store() -> Any:
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(iter(rendezvous("env://", timeout=_WAIT)))[0]
+
+
+def _slurm_file() -> Path:
+    keys = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")  # never the same twice, so a file left behind misleads nobody
+    return Path(".dyn-" + "-".join(os.environ.get(key, "0") for key in keys))
+
+
+def facts() -> dict[str, Any]:
+    """Versions, commit, device, threads, world size and platform; no path and no host name."""
+    import torch
+
+    versions = {name: _version(name) for name in VERSIONS}
+    status = _git("status", "--porcelain")
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version for name, version in versions.items() if version},
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU: {_cpu()}",
+        "threads": torch.get_num_threads(),
+        "world_size": world_size(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*words: str) -> str | None:
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent), *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

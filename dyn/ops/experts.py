@@ -1,0 +1,298 @@
+"""The experts' gated feed-forward over routed tokens.
+
+    y_t = sum_j weight_tj * E_idx_tj(x_t),        E_e(x) = (silu(x G_e^T) * (x U_e^T)) D_e^T
+
+T tokens, K experts a token, S = T*K routed rows in expert order, E experts, D hidden size, F expert width. A name ends
+in the shape of its tensor: `gate_up_E2FD` is [E, 2F, D], the gate's F rows before the up projection's.
+
+`_eager` is the specification. `_torch` sorts the (token, expert) pairs once, runs one matrix product an expert on
+slices of the sorted rows, and has its own backward. What backward keeps is x, the pre-activations [S, 2F] and the order
+of the rows: the weights' gradient is <dL/d(activation), activation>, so the experts' outputs are never kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+_logged: set[str] = set()
+
+# Elementwise work runs on as many experts at once as have pre-activations of this size together. One expert at a time is
+# slower by a tenth or more where experts are many and small, all at once by as much where rows are many: they leave the
+# caches, and malloc returns large blocks to the system, to be faulted in again.
+_SEGMENT_BYTES = 4 << 20
+
+Ends = list[int] | Tensor  # where each expert's rows end: numbers on the host, or int32 [E] on the device
+
+
+def experts(
+    x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, backend: str = "auto", recompute: bool = False
+) -> Tensor:
+    """Weighted sum of the chosen experts' outputs for every token (llama_moe section 2.2, without the score scale).
+
+    Args:
+        x_TD: tokens, floating; float64 works throughout.
+        gate_up_E2FD, down_EDF: stacked expert weights in x's dtype, any strides; gate rows first, then up rows.
+        idx_TK: expert ids, int32 or int64. An id >= E means "no expert" and adds nothing. Negative ids raise on CPU
+            (elsewhere the check would wait for the device, and they are undefined).
+        weight_TK: floating, often float32. The weights enter in x's precision; their gradient is summed in float32.
+        backend: "eager" (a loop over experts under autograd: the reference), "torch", or "auto" (today "torch").
+        recompute: keep no pre-activations and compute them again in backward (bitwise the same gradients).
+
+    Returns y_TD in x's dtype. Under autocast x and the expert weights are cast first, as a linear layer would, and y
+    has the autocast dtype. Results are deterministic. The "torch" backend has no second derivative.
+
+    Raises ValueError for shapes or dtypes that do not fit and for an unknown backend.
+    """
+    device = x_TD.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x_TD.dtype != torch.float64:  # meta has no autocast state
+        dtype = torch.get_autocast_dtype(device)
+        x_TD, gate_up_E2FD, down_EDF = x_TD.to(dtype), gate_up_E2FD.to(dtype), down_EDF.to(dtype)
+    _check(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK)
+    if backend != "auto" and backend not in _BACKENDS:
+        raise ValueError(f"backend={backend!r} of experts is unknown; allowed: auto, {', '.join(_BACKENDS)}")
+    if backend == "auto":
+        backend = "torch"
+        if not torch.compiler.is_compiling() and device not in _logged:
+            _logged.add(device)
+            _log.info("experts: backend=auto picked %s on %s", backend, device)
+    return _BACKENDS[backend](x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, recompute)
+
+
+def _check(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> None:
+    shapes = f"got x {list(x_TD.shape)}, gate_up {list(gate_up_E2FD.shape)}, down {list(down_EDF.shape)}"
+    if x_TD.dim() != 2 or gate_up_E2FD.dim() != 3 or down_EDF.dim() != 3:
+        raise ValueError(f"experts needs x [T, D], gate_up [E, 2F, D] and down [E, D, F]; {shapes}")
+    E, D, width = down_EDF.shape
+    if gate_up_E2FD.shape != (E, 2 * width, D) or x_TD.shape[1] != D:
+        raise ValueError(f"experts: beside this down, gate_up must be [{E}, {2 * width}, {D}] and x [T, {D}]; {shapes}")
+    T, (_, K) = len(x_TD), idx_TK.shape if idx_TK.dim() == 2 else (0, 0)
+    if K < 1 or idx_TK.shape != (T, K) or weight_TK.shape != (T, K):
+        given = f"{list(idx_TK.shape)} and {list(weight_TK.shape)}"
+        raise ValueError(f"experts needs idx and weight of one shape [T, K] with T={T} and K >= 1; got {given}")
+    if idx_TK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"experts: idx has dtype {idx_TK.dtype}; allowed: torch.int32, torch.int64")
+    if not (x_TD.is_floating_point() and weight_TK.is_floating_point()):
+        raise ValueError(f"experts: x and weight must be floating point; got {x_TD.dtype} and {weight_TK.dtype}")
+    if not x_TD.dtype == gate_up_E2FD.dtype == down_EDF.dtype:
+        given = f"{x_TD.dtype}, {gate_up_E2FD.dtype}, {down_EDF.dtype}"
+        raise ValueError(f"experts: x, gate_up and down must share a dtype; got {given}")
+
+
+def _refuse_negative(smallest: Tensor) -> None:
+    if smallest.device.type == "cpu" and smallest < 0:
+        raise ValueError(f"experts: idx holds {int(smallest)}; ids are >= 0, and ids >= E stand for no expert")
+
+
+# eager: the specification ---------------------------------------------------------------------------------------------
+
+
+def _eager(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, _: bool) -> Tensor:
+    if idx_TK.numel():
+        _refuse_negative(idx_TK.min())
+    sum_dtype = torch.promote_types(x_TD.dtype, weight_TK.dtype)
+    y_TD = torch.zeros_like(x_TD, dtype=sum_dtype)
+    for e in range(down_EDF.shape[0]):
+        token, slot = (idx_TK == e).nonzero(as_tuple=True)
+        gate, up = F.linear(x_TD[token], gate_up_E2FD[e]).chunk(2, dim=-1)
+        out = F.linear(F.silu(gate) * up, down_EDF[e])
+        y_TD = y_TD.index_add(0, token, out.to(sum_dtype) * weight_TK[token, slot, None].to(sum_dtype))
+    return y_TD.to(x_TD.dtype)
+
+
+# torch: sorted rows, one product an expert ----------------------------------------------------------------------------
+
+
+def _torch(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, recompute: bool) -> Tensor:
+    differentiable = (x_TD, gate_up_E2FD, down_EDF, weight_TK)
+    keep = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
+    return _forward(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, keep)[0]
+
+
+@torch.library.custom_op("dyn::experts", mutates_args=())
+def _forward(
+    x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y_TD, the pre-activations [S, 2F] in expert order (no rows unless `keep`), and the order of the rows [S]."""
+    sorted_S, order_S = idx_TK.flatten().sort(stable=True)
+    if sorted_S.numel():
+        _refuse_negative(sorted_S[0])
+    ends = _ends(sorted_S, gate_up_E2FD, down_EDF)
+    token_S = order_S // idx_TK.shape[1]
+    num_rows, double_width = order_S.numel(), gate_up_E2FD.shape[1]
+    y_SD = x_TD.new_empty(num_rows, x_TD.shape[1])
+    kept_S2F = x_TD.new_empty(num_rows if keep else 0, double_width)
+    for some, rows, local in _segments(ends, num_rows, double_width * x_TD.element_size()):
+        gate_up = kept_S2F[rows] if keep else x_TD.new_empty(rows.stop - rows.start, double_width)
+        _products(x_TD.index_select(0, token_S[rows]), gate_up_E2FD[some].transpose(1, 2), local, gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        _products(F.silu(gate).mul_(up), down_EDF[some].transpose(1, 2), local, y_SD[rows])
+    _clear_skipped(ends, y_SD, kept_S2F)
+    return _gather_sum(y_SD, order_S, weight_TK.to(x_TD.dtype)), kept_S2F, order_S
+
+
+@torch.library.custom_op("dyn::experts_backward", mutates_args=())
+def _backward(
+    dy_TD: Tensor, x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor,
+    kept_S2F: Tensor, order_S: Tensor, need_x: bool, need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, gate_up, down, weight; without elements where they are not needed."""
+    ends = _ends(idx_TK.flatten()[order_S], gate_up_E2FD, down_EDF)
+    token_S = order_S // idx_TK.shape[1]
+    weight_S1 = weight_TK.flatten()[order_S, None].to(x_TD.dtype)
+    num_rows, width = order_S.numel(), down_EDF.shape[2]
+    sum_dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    dx_SD = x_TD.new_empty(num_rows if need_x else 0, x_TD.shape[1])
+    dweight_S = x_TD.new_empty(num_rows, dtype=sum_dtype)
+    dgate_up_E2FD, ddown_EDF = (w.new_empty(w.shape if need_params else 0) for w in (gate_up_E2FD, down_EDF))
+    for some, rows, local in _segments(ends, num_rows, 2 * width * x_TD.element_size()):
+        x = x_TD.index_select(0, token_S[rows])
+        gate_up = kept_S2F[rows]
+        if not kept_S2F.numel():
+            gate_up = x.new_empty(x.shape[0], 2 * width)
+            _products(x, gate_up_E2FD[some].transpose(1, 2), local, gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        swish = F.silu(gate)
+        act = swish * up
+        # The weighted down projection. dact lacks the weight for as long as it gives the weight's gradient.
+        dy = dy_TD.index_select(0, token_S[rows])
+        dact = torch.empty_like(act)
+        _products(dy, down_EDF[some], local, dact)
+        dweight_S[rows] = (dact * act).sum(-1, dtype=sum_dtype)
+        dact.mul_(weight_S1[rows])
+        if need_params:
+            _outer_products(dy, act.mul_(weight_S1[rows]), local, ddown_EDF[some])
+        # silu(gate) * up, then the gate-up projection.
+        dgate_up = torch.empty_like(gate_up)
+        torch.mul(dact, swish, out=dgate_up[:, width:])
+        torch.ops.aten.silu_backward.grad_input(dact.mul_(up), gate, grad_input=dgate_up[:, :width])
+        if need_params:
+            _outer_products(dgate_up, x, local, dgate_up_E2FD[some])
+        if need_x:
+            _products(dgate_up, gate_up_E2FD[some], local, dx_SD[rows])
+    _clear_skipped(ends, dx_SD, dweight_S)
+    dx_TD = _gather_sum(dx_SD, order_S, weight_TK, weighted=False) if need_x else dx_SD
+    dweight_TK = torch.empty_like(dweight_S).index_copy_(0, order_S, dweight_S).view(weight_TK.shape)
+    return dx_TD, dgate_up_E2FD, ddown_EDF, dweight_TK.to(weight_TK.dtype)
+
+
+@_forward.register_fake
+def _(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, keep):
+    num_rows = idx_TK.shape[0] * idx_TK.shape[1]
+    kept_S2F = x_TD.new_empty(num_rows if keep else 0, gate_up_E2FD.shape[1])
+    return x_TD.new_empty(x_TD.shape), kept_S2F, idx_TK.new_empty(num_rows, dtype=torch.int64)
+
+
+@_backward.register_fake
+def _(dy_TD, x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, kept_S2F, order_S, need_x, need_params):
+    dx_TD = x_TD.new_empty(x_TD.shape if need_x else (0, x_TD.shape[1]))
+    dgate_up_E2FD, ddown_EDF = (w.new_empty(w.shape if need_params else 0) for w in (gate_up_E2FD, down_EDF))
+    return dx_TD, dgate_up_E2FD, ddown_EDF, weight_TK.new_empty(weight_TK.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, _ = inputs
+    _, kept_S2F, order_S = output
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
+    ctx.save_for_backward(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, kept_S2F, order_S)
+
+
+def _differentiate(ctx, dy_TD, _dkept, _dorder):
+    if dy_TD is None:  # only the outputs without a gradient were used
+        return (None,) * 6
+    need_x, need_gate_up, need_down, *_ = ctx.needs_input_grad
+    dx, dgate_up, ddown, dweight = _backward(dy_TD, *ctx.saved_tensors, need_x, need_gate_up or need_down)
+    grads = (dx, dgate_up, ddown, None, dweight, None)
+    return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup)
+
+
+# the pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _ends(sorted_S: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Ends:
+    """Where each expert's rows end. They stay on the device where grouped_mm can take them, so that nothing waits."""
+    num_experts = down_EDF.shape[0]
+    ids_E = torch.arange(num_experts, device=sorted_S.device, dtype=sorted_S.dtype)
+    ends_E = torch.searchsorted(sorted_S, ids_E, right=True, out_int32=True)
+    return ends_E if len(sorted_S) and _can_group(gate_up_E2FD, down_EDF) else ends_E.tolist()
+
+
+def _can_group(*weights: Tensor) -> bool:
+    """grouped_mm is one kernel for bfloat16 on CUDA, and wants rows, strides and addresses in multiples of 16 bytes."""
+    return all(
+        w.is_cuda
+        and w.dtype == torch.bfloat16
+        and 1 in w.stride()[1:]
+        and all(size % 8 == 0 for size in w.shape[1:])
+        and all(step == 1 or step % 8 == 0 for step in w.stride())
+        and w.data_ptr() % 16 == 0
+        for w in weights
+    )
+
+
+def _segments(ends: Ends, num_rows: int, row_bytes: int) -> Iterator[tuple[slice, slice, Ends]]:
+    """Runs of experts to work on together: their slice, the slice of their rows, and their ends within those rows."""
+    if isinstance(ends, Tensor):
+        yield slice(None), slice(0, num_rows), ends
+        return
+    first = start = 0
+    for last, (end, following) in enumerate(itertools.pairwise([*ends, None])):
+        if following is None or (following - start) * row_bytes > _SEGMENT_BYTES:
+            yield slice(first, last + 1), slice(start, end), [e - start for e in ends[first : last + 1]]
+            first, start = last + 1, end
+
+
+def _products(rows_SI: Tensor, weight_EIO: Tensor, ends: Ends, out_SO: Tensor) -> None:
+    """out[rows of e] = rows[rows of e] @ weight[e]; zero in rows of no expert."""
+    if isinstance(ends, Tensor):
+        product = F.grouped_mm(rows_SI, weight_EIO, offs=ends)  # leaves rows after the last end as they were
+        routed_S1 = torch.arange(out_SO.shape[0], device=ends.device)[:, None] < ends[-1]
+        torch.where(routed_S1, product, product.new_zeros(()), out=out_SO)
+        return
+    for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+        if end > start:
+            torch.mm(rows_SI[start:end], weight_EIO[e], out=out_SO[start:end])
+
+
+def _outer_products(left_SI: Tensor, right_SO: Tensor, ends: Ends, out_EIO: Tensor) -> None:
+    """out[e] = left[rows of e]^T @ right[rows of e]; zero for an expert without rows."""
+    if isinstance(ends, Tensor):
+        product = F.grouped_mm(left_SI.t(), right_SO, offs=ends)
+        filled_E11 = ends.diff(prepend=ends.new_zeros(1)).gt(0)[:, None, None]
+        torch.where(filled_E11, product, product.new_zeros(()), out=out_EIO)
+        return
+    for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+        if end > start:
+            torch.mm(left_SI[start:end].t(), right_SO[start:end], out=out_EIO[e])
+        else:
+            out_EIO[e].zero_()
+
+
+def _clear_skipped(ends: Ends, *tensors: Tensor) -> None:
+    """Zero the rows after the last expert's (ids >= E); on the device `_products` has done so."""
+    if not isinstance(ends, Tensor):
+        for t in tensors:
+            t[ends[-1] :].zero_()
+
+
+def _gather_sum(rows_SD: Tensor, order_S: Tensor, weight_TK: Tensor, weighted: bool = True) -> Tensor:
+    """sum_k weight[t, k] * (the row of slot (t, k)), back in token order. embedding_bag is this in one deterministic
+    pass, summed in float32, where a gather, a product and a sum would write [T, K, D] twice."""
+    if not order_S.numel():
+        return rows_SD.new_zeros(weight_TK.shape[0], rows_SD.shape[1])
+    place_S = torch.empty_like(order_S)
+    place_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
+    weights = weight_TK if weighted else None
+    return F.embedding_bag(place_S.view(weight_TK.shape), rows_SD, per_sample_weights=weights, mode="sum")
+
+
+_BACKENDS: dict[str, Callable[..., Tensor]] = {"eager": _eager, "torch": _torch}

@@ -1,0 +1,76 @@
+"""From a gate's logits to each token's experts and their weights.
+
+T tokens, E experts, K experts a token; a name ends in the shape of its tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def route(
+    logits_TE: Tensor,
+    k: int,
+    *,
+    renormalise: bool = True,
+    scale: float = 1.0,
+    score: str = "softmax",
+    bias_E: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The k best experts of every token, best first, and their weights (LLaMA-MoE specification, section 2.2).
+
+    Args:
+        logits_TE: the gate's output, floating.
+        k: experts a token, 1 <= k <= E.
+        renormalise: make the weights of a token sum to `scale`. With softmax: the softmax over the chosen logits.
+        scale: factor on the weights (section 2.3).
+        score: "softmax" over the experts, or "sigmoid" of each logit.
+        bias_E: added to the scores for the choice alone, not for the weights (DeepSeek-V3's balancing). No gradient.
+        backend: "auto" or "eager" (today the same).
+
+    Returns idx_TK (int64) and weight_TK (float32; float64 for float64 logits, so that exact tests stay exact), with
+    gradients from the weights to the logits. Where scores tie, torch.topk decides: the same on every run of one
+    machine, but not always the lowest id and not the same on every device.
+
+    Raises ValueError for logits that are not a floating [T, E], k out of range, an unknown score or backend, or a bias
+    of another length.
+    """
+    if logits_TE.dim() != 2 or not logits_TE.is_floating_point():
+        raise ValueError(f"route needs floating logits [T, E]; got {logits_TE.dtype} {list(logits_TE.shape)}")
+    num_experts = logits_TE.shape[1]
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"route: k={k} with {num_experts} experts; allowed: 1 to {num_experts}")
+    if score not in ("softmax", "sigmoid"):
+        raise ValueError(f"route: score={score!r} is unknown; allowed: softmax, sigmoid")
+    if bias_E is not None and bias_E.shape != (num_experts,):
+        raise ValueError(f"route: bias_E has shape {list(bias_E.shape)}; it must be [{num_experts}]")
+    if backend == "auto":
+        backend = "eager"
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend={backend!r} of route is unknown; allowed: auto, {', '.join(_BACKENDS)}")
+    logits_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    return _BACKENDS[backend](logits_TE, k, renormalise, scale, score, bias_E)
+
+
+def _eager(
+    logits_TE: Tensor, k: int, renormalise: bool, scale: float, score: str, bias_E: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    score_TE = logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
+    # Scores rise with logits, so without a bias the logits choose: tiny scores underflow to ties, their logits do not.
+    choice_TE = logits_TE if bias_E is None else score_TE + bias_E.to(score_TE.dtype)
+    idx_TK = choice_TE.detach().topk(k, dim=-1).indices
+    if not renormalise:
+        weight_TK = score_TE.gather(-1, idx_TK)
+    elif score == "softmax":  # the same as dividing the chosen scores by their sum, without their underflow
+        weight_TK = logits_TE.gather(-1, idx_TK).softmax(-1)
+    else:
+        weight_TK = score_TE.gather(-1, idx_TK)
+        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=torch.finfo(weight_TK.dtype).tiny)
+    return idx_TK, weight_TK * scale
+
+
+_BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"eager": _eager}

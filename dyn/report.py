@@ -1,0 +1,364 @@
+"""Results as one page: python -m dyn.report [folders or json files ...] [--out report]; looks in results/ and runs/ unless told.
+
+A pure function of files: result.json (schema 1; in a folder of results also NAME.json) and, beside each, metrics.jsonl or curves.json, plots/*.png
+and samples.json (NAME.metrics.jsonl and so on beside NAME.json). Broken and foreign files are named and skipped.
+Runs whose configs differ only in `seed` are one row: mean ± standard error. Of several runs of one config the newest good one counts.
+`notes` in a result: `main` (metrics to show first), `controls` (rows to compare with), `compare` (metrics to compare), `not_tested` (sentences).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dyn import page
+
+SCHEMA = 1
+DEFAULT = ("results", "runs")
+_BESIDE = ("metrics.jsonl", "curves.json", "samples.json")
+_COORDINATES = {"step", "epoch", "time", "tokens", "seconds"}
+_PANELS = 9
+
+
+@dataclass(kw_only=True, slots=True)
+class Group:
+    """Results that differ only in their seed, newest run of each; `values` of the good ones."""
+
+    row: str
+    profile: str
+    results: list[tuple[Path, dict[str, Any]]]
+
+    @property
+    def good(self) -> list[dict[str, Any]]:
+        return [result for _, result in self.results if result["status"] == "ok"]
+
+    def values(self, part: str, key: str) -> list[float]:
+        """A scalar of every good result; part is "metrics" or "cost"."""
+        found = (flatten(result[part]).get(key) for result in self.good)
+        return [number for value in found if (number := _number(value)) is not None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m dyn.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="*", default=[name for name in DEFAULT if Path(name).is_dir()])
+    parser.add_argument("--out", default="report")
+    given = parser.parse_args(argv)
+    try:
+        print(f"report: {write_report(given.inputs, given.out)}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def write_report(inputs: Iterable[str | Path], out: str | Path) -> Path:
+    """Write out/report.html (nothing outside it is needed), out/report.md and the curves as out/report-*.png; returns the HTML's path.
+
+    Raises ValueError when `inputs` hold no result at all.
+    """
+    inputs, out = [Path(path) for path in inputs], Path(out)
+    results, skipped = find(inputs)
+    if not results:
+        raise ValueError(f"no result.json (schema {SCHEMA}) in {', '.join(map(str, inputs)) or ' or '.join(DEFAULT)}{_because(skipped)}")
+    out.mkdir(parents=True, exist_ok=True)
+    blocks: list[page.Block] = [("h1", "Results")]
+    for name in sorted({result["what"]["experiment"] for _, result in results}):
+        blocks += _experiment(name, [item for item in results if item[1]["what"]["experiment"] == name], out)
+    if skipped:
+        blocks += [("h2", "Skipped files"), ("list", [f"{path.name}: {reason}" for path, reason in skipped])]
+    (out / "report.md").write_text(page.markdown(blocks, out), encoding="utf-8")
+    whole = out / "report.html"
+    whole.write_text(page.html(blocks), encoding="utf-8")
+    return whole
+
+
+# Reading
+
+
+def find(inputs: Iterable[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[tuple[Path, str]]]:
+    """(results with their paths, skipped files with the reason). A folder is searched for result.json at any depth and for *.json at its top."""
+    paths: dict[Path, None] = {}
+    for path in inputs:
+        top = [] if (path / "result.json").is_file() else [p for p in path.glob("*.json") if not p.name.endswith(_BESIDE)]
+        paths |= dict.fromkeys(sorted([*path.rglob("result.json"), *top]) if path.is_dir() else [path])
+    results: dict[str, tuple[Path, dict[str, Any]]] = {}
+    skipped = []
+    for path in paths:
+        try:
+            result = read(path)
+        except (ValueError, OSError) as error:
+            skipped.append((path, str(error)))
+            continue
+        copy = json.dumps([result["what"], result["started"], result["finished"]], sort_keys=True)
+        if copy not in results or not _beside(results[copy][0], "metrics.jsonl").is_file():  # a committed copy of a run is the same result
+            results[copy] = (path, result)
+    return list(results.values()), skipped
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result of schema 1; ValueError when the file is broken or something else."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError("not valid JSON") from None
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+        raise ValueError(f"not a result of schema {SCHEMA}")
+    wanted = {"what": dict, "status": str, "metrics": dict, "cost": dict, "config": dict, "env": dict, "started": str, "finished": str}
+    wrong = [key for key, kind in wanted.items() if not isinstance(result.get(key), kind)]
+    wrong += [f"what.{key}" for key in ("experiment", "row", "profile", "digest") if not wrong and not isinstance(result["what"].get(key), str)]
+    if wrong:
+        raise ValueError(f"missing or of the wrong type: {', '.join(wrong)}")
+    return result | {"notes": result.get("notes") or {}}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> one dict with "a/b" keys; lists are left out."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {} if isinstance(value, list) else {f"{prefix}{key}": value}
+    return flat
+
+
+def groups(results: Iterable[tuple[Path, dict[str, Any]]]) -> list[Group]:
+    """One group a config without its seed, in the order in which their first runs started; of each config the newest good run."""
+    latest: dict[str, tuple[Path, dict[str, Any]]] = {}
+    ordered = sorted(results, key=lambda item: item[1]["started"])
+    for path, result in sorted(ordered, key=lambda item: item[1]["status"] == "ok"):
+        latest[json.dumps([result["what"], result["config"]], sort_keys=True)] = (path, result)
+    found: dict[str, Group] = {}
+    for path, result in sorted(latest.values(), key=lambda item: (item[1]["started"], item[1]["config"].get("seed", 0))):
+        what, config = result["what"], {key: value for key, value in result["config"].items() if key != "seed"}
+        key = json.dumps([what["row"], what["profile"], config], sort_keys=True)
+        found.setdefault(key, Group(row=what["row"] or what["profile"], profile=what["profile"], results=[])).results.append((path, result))
+    return list(found.values())
+
+
+def _beside(path: Path, name: str) -> Path:
+    return path.parent / name if path.name == "result.json" else path.with_name(f"{path.stem}.{name}")
+
+
+def _images(path: Path) -> list[Path]:
+    if path.name != "result.json":
+        return sorted(path.parent.glob(f"{path.stem}.*.png"))
+    return [image for folder in (path.parent / "plots", path.parent) for image in sorted(folder.glob("*.png")) if not image.name.startswith("report-")]
+
+
+def _because(skipped: list[tuple[Path, str]]) -> str:
+    return "; skipped: " + "; ".join(f"{path.name} ({reason})" for path, reason in skipped) if skipped else ""
+
+
+# Tables and verdicts
+
+
+def _experiment(name: str, results: list[tuple[Path, dict[str, Any]]], out: Path) -> list[page.Block]:
+    rows = groups(results)
+    main = _union(_main(result) for group in rows for _, result in group.results)
+    every = _union(_scalars(result["metrics"]) for group in rows for result in group.good)
+    costs = _union(_scalars(result["cost"]) for group in rows for result in group.good)
+    head = ["row", "profile", "status", "seeds", *main, "digest", "commit", "device"]
+    table = [[g.row, g.profile, _status(g), _seeds(g), *(_spread(g.values("metrics", key)) for key in main), *_origin(g)] for g in rows]
+    blocks: list[page.Block] = [("h2", name), ("table", [head, *table])]
+    if costs:
+        blocks += [("h3", "Costs"), ("table", [["row", *costs], *([g.row, *(_spread(g.values("cost", key)) for key in costs)] for g in rows if g.good)])]
+    if set(every) - set(main):
+        measured = [group for group in rows if group.good]
+        lines = [[key, *(_spread(group.values("metrics", key)) for group in measured)] for key in every]
+        blocks += [("h3", "All metrics"), ("table", [["metric", *(group.row for group in measured)], *lines])]
+    if verdicts := [line for group in rows for line in compare(group, rows)]:
+        blocks += [("h3", "Comparisons"), ("list", verdicts)]
+    if untested := _union(result["notes"].get("not_tested", []) for group in rows for _, result in group.results):
+        blocks += [("h3", "Not tested at this scale"), ("list", untested)]
+    return blocks + _pictures(name, rows, out)
+
+
+def compare(group: Group, rows: Sequence[Group]) -> list[str]:
+    """Lines on the controls that a row names: which are missing, or else each difference beside the smallest that the seeds could have shown."""
+    controls = {name: next((g for g in rows if g.row == name and g.profile == group.profile and g.good), None) for name in _controls(group)}
+    if missing := [name for name, control in controls.items() if control is None]:
+        return [f"{group.row}: control missing: {'; '.join(missing)}"]
+    lines = []
+    for key in _union(result["notes"].get("compare", _main(result)[:1]) for result in group.good):
+        for name, control in controls.items():
+            ours, theirs = group.values("metrics", key), control.values("metrics", key)
+            if not ours or not theirs:
+                lines.append(f"{group.row} against {name}, {key}: not measured in {name if ours else group.row}")
+                continue
+            a, b, least = statistics.fmean(ours), statistics.fmean(theirs), smallest_difference(ours, theirs)
+            text = f"{group.row} against {name}, {key}: {show(a)} against {show(b)}, difference {a - b:+.3g}"
+            if not math.isfinite(a - b):
+                lines.append(f"{text}; no verdict")
+            elif least is None:
+                lines.append(f"{text}; one seed: no spread known")
+            else:
+                verdict = ("lower" if a < b else "higher") if abs(a - b) > least else "no difference shown"
+                lines.append(f"{text}; smallest that the seeds could have shown {least:.2g}: {verdict}")
+    return lines
+
+
+def smallest_difference(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """1.96 sqrt(2) times the pooled standard error of two means (s sqrt(1/n + 1/m) where n differs); None where one has a single seed."""
+    n, m = len(a), len(b)
+    if min(n, m) < 2:
+        return None
+    pooled = ((n - 1) * statistics.variance(a) + (m - 1) * statistics.variance(b)) / (n + m - 2)
+    return 1.96 * math.sqrt(pooled * (1 / n + 1 / m))
+
+
+def show(value: Any) -> str:
+    """A value as text: thousands separators, four significant digits."""
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
+    return ", ".join(show(inner) for inner in value) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _spread(values: list[float]) -> str:
+    """mean ± standard error, or the one value that all have."""
+    if len(set(values)) < 2:
+        return show(values[0] if values else None)
+    error = statistics.stdev(values) / math.sqrt(len(values)) if all(map(math.isfinite, values)) else math.nan
+    return f"{show(statistics.fmean(values))} ± {error:.2g}"
+
+
+def _number(value: Any) -> float | None:
+    """A scalar of a result; nan and infinities are strings there, since JSON has none."""
+    if value in ("nan", "inf", "-inf"):
+        return float(value)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _scalars(tree: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in flatten(tree).items() if _number(value) is not None]
+
+
+def _main(result: Mapping[str, Any]) -> list[str]:
+    return result["notes"].get("main") or _scalars(result["metrics"])[:6]
+
+
+def _controls(group: Group) -> list[str]:
+    return _union(result["notes"].get("controls", []) for result in group.good)
+
+
+def _union(lists: Iterable[Iterable[str]]) -> list[str]:
+    return list(dict.fromkeys(item for items in lists for item in items))
+
+
+def _status(group: Group) -> str:
+    texts = []
+    for _, result in group.results:
+        error = result.get("error")
+        texts.append(f"{result['status']} ({error['type']}: {error['message']})" if error else result["status"])
+    return "; ".join(text if texts.count(text) == 1 else f"{text} ×{texts.count(text)}" for text in dict.fromkeys(texts))
+
+
+def _seeds(group: Group) -> str:
+    seeds = [str(result["config"]["seed"]) for result in group.good if "seed" in result["config"]]
+    return f"{len(group.good)} ({', '.join(seeds)})" if seeds else str(len(group.good))
+
+
+def _origin(group: Group) -> list[str]:
+    """Digests, commits (with + where files were changed) and devices of a row."""
+    results = [result for _, result in group.results]
+    commits = [str(r["env"].get("commit") or "?")[:8] + ("+" if r["env"].get("dirty") else "") for r in results]
+    devices = [f"{r['env'].get('device', '?')}, {r['env'].get('threads', '?')} threads" for r in results]
+    return [", ".join(dict.fromkeys(texts)) for texts in ([r["what"]["digest"] for r in results], commits, devices)]
+
+
+# Curves, pictures, samples
+
+
+def curves(path: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """The curves beside a result: panel -> line -> (step, value). "val/<domain>/loss" are lines of the panel "val loss"; cut lines are skipped."""
+    series: dict[str, dict[float, float]] = {}
+    if (file := _beside(path, "metrics.jsonl")).is_file():
+        for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            for key, value in line.items() if isinstance(line, dict) and "step" in line else ():
+                if key not in _COORDINATES and (number := _number(value)) is not None:
+                    series.setdefault(key, {})[line["step"]] = number
+    elif (file := _beside(path, "curves.json")).is_file():
+        series = {key: dict(points) for key, points in json.loads(file.read_text(encoding="utf-8")).items()}
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for key, points in series.items():
+        first, *middle = key.split("/")
+        alone = len(middle) < 2 and first in ("train", "val", "test")
+        panel, label = (key, key) if alone or not middle else (f"{first} {middle[-1]}", "/".join(middle[:-1])) if len(middle) > 1 else (first, middle[0])
+        panels.setdefault(panel, {})[label] = sorted(points.items())
+    rank = {"val loss": 0, "val/loss": 0, "train/loss": 1}
+    return dict(sorted(panels.items(), key=lambda item: rank.get(item[0], 2)))
+
+
+def _draw(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path) -> Path:
+    from matplotlib.figure import Figure  # without pyplot there is no global state and no window
+
+    shown = list(panels.items())[:_PANELS]
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(4.4 * columns, 3.0 * rows), layout="constrained")
+    for number, (panel, lines) in enumerate(shown, 1):
+        axes = figure.add_subplot(rows, columns, number)
+        for label, points in list(lines.items())[:12]:
+            axes.plot([step for step, _ in points], [value for _, value in points], label=label, linewidth=1.2)
+        axes.set_title(panel, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+        if len(lines) > 1:
+            axes.legend(fontsize=6)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return path
+
+
+def _pictures(name: str, rows: Sequence[Group], out: Path) -> list[page.Block]:
+    """Per row the curves, plots and samples of its first run; with several rows also their mean held-out loss in one panel."""
+    blocks: list[page.Block] = []
+    together: dict[str, list[tuple[float, float]]] = {}
+    for group in rows:
+        path, result = next((item for item in group.results if item[1]["status"] == "ok"), group.results[0])
+        inner: list[page.Block] = []
+        if panels := curves(path):
+            inner.append(("image", ("curves", _draw(panels, out / _slug(f"report-{name}-{group.row}-{result['what']['digest']}.png")))))
+            lines = panels.get("val loss") or panels.get("val/loss") or {}
+            steps = set.intersection(*({step for step, _ in points} for points in lines.values())) if lines else set()
+            label = group.row if len(rows) == len({g.row for g in rows}) else f"{group.row} {result['what']['digest']}"
+            together |= {label: [(s, statistics.fmean(dict(points)[s] for points in lines.values())) for s in sorted(steps)]} if steps else {}
+        inner += [("image", (image.stem, image)) for image in _images(path)]
+        inner += _samples(_beside(path, "samples.json"))
+        blocks += [("h3", f"{group.row} · {result['what']['digest']}"), *inner] if inner else []
+    if len(together) > 1:
+        blocks.insert(0, ("image", ("held-out loss of the rows", _draw({"held-out loss": together}, out / _slug(f"report-{name}.png")))))
+    return blocks
+
+
+def _samples(path: Path) -> list[page.Block]:
+    try:
+        samples = json.loads(path.read_text(encoding="utf-8"))
+        head = _union(samples)
+        return [("h4", "Samples"), ("table", [head, *([str(sample.get(key, "-")) for key in head] for sample in samples)])]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, AttributeError):
+        return [("p", f"{path.name} is broken and was skipped.")]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""What a pre-training run would be, from shapes alone: parameters, FLOPs, tokens, steps, memory. Nothing is downloaded where the configuration is embedded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from dyn.models.llama_moe import LlamaMoeForCausalLM
+from dyn.models.llama_moe_convert import moe_config
+from dyn.models.packaged import EMBEDDED_CONFIGS, PACKAGED, packaged
+from dyn.nn.surgery import count_parameters, flops_per_token
+
+GIB = 1 << 30
+
+
+def dense_config(source: str) -> PretrainedConfig:
+    """Configuration of a dense model: embedded, packaged, from a folder or from the hub."""
+    if source in EMBEDDED_CONFIGS:
+        return AutoConfig.for_model("llama", **EMBEDDED_CONFIGS[source])
+    return AutoConfig.from_pretrained(packaged(source) if source in PACKAGED else source)
+
+
+def meta_model(model: Any, dense: PretrainedConfig) -> torch.nn.Module:
+    """The network that an experiment's ModelConfig asks for, on the meta device."""
+    with torch.device("meta"):
+        if model.kind == "dense":
+            return AutoModelForCausalLM.from_config(dense)
+        return LlamaMoeForCausalLM(moe_config(
+            dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok, num_shared_experts=model.num_shared_experts,
+            moe_intermediate_size=model.moe_intermediate_size, overlap=model.overlap, gate=model.gate, gate_noise=model.gate_noise, balance=model.balance,
+            score_scale=model.score_scale))
+
+
+def memory_per_device(net: torch.nn.Module, *, batch_size: int, block_size: int, world: int, bf16: bool, checkpointing: bool) -> dict[str, float]:
+    """A first-order estimate in GiB: weights, gradients and Adam's moments in float32 sharded over `world` devices, the computing copy of two layers and the
+    embeddings, saved activations (only each layer's input with checkpointing, and one layer's inside), and the logits with their gradient in float32."""
+    config, counts, width = net.config, count_parameters(net), 2 if bf16 else 4
+    tokens, hidden, layers = batch_size * block_size, config.hidden_size, config.num_hidden_layers
+    embeddings = 2 * config.vocab_size * hidden
+    per_layer = (counts["total"] - embeddings) / layers
+    inner = counts["active"] - embeddings if counts["active"] > embeddings else counts["active"]
+    # Inside a layer about one value is kept for each hidden unit of every matrix product's input: norms and attention 8 D, the active feed-forward 3 of its width.
+    ffn = max((inner / layers - 4 * hidden**2) / (3 * hidden), 0)
+    inside = tokens * (8 * hidden + 3 * ffn) * width
+    parts = {
+        "weights, gradients, moments": 16 * counts["total"] / world,
+        "computing copy": (2 * per_layer + embeddings) * width if world > 1 or bf16 else 0,
+        "activations": tokens * hidden * layers * width + inside if checkpointing else inside * layers,
+        "logits": 2 * 4 * tokens * config.vocab_size,
+    }
+    return {k: v / GIB for k, v in parts.items()} | {"total": sum(parts.values()) / GIB}
+
+
+def plan_pretraining(cfg: Any) -> dict[str, Any]:
+    """For `make exp ... DRY=1`: see the module. `cfg` is the Config of experiments/llama_moe_cpt.py."""
+    net = meta_model(cfg.model, dense_config(cfg.model.source))
+    counts = count_parameters(net)
+    per_token = flops_per_token(net, cfg.data.block_size)
+    steps, tokens_per_step = cfg.steps(), cfg.tokens_per_step()
+    world = cfg.trainer.devices * cfg.trainer.num_nodes
+    memory = memory_per_device(net, batch_size=cfg.data.batch_size, block_size=cfg.data.block_size, world=world, bf16=cfg.trainer.precision != "32-true",
+                               checkpointing=cfg.trainer.gradient_checkpointing)
+    return {
+        "parameters": {"total": counts["total"], "activated (without gates)": counts["active"], "gates": counts["gate"]},
+        "training": {"tokens a step": tokens_per_step, "steps": steps, "tokens": steps * tokens_per_step, "devices": world},
+        "FLOPs": {"forward, a token": per_token, "training, in all": 3 * per_token * steps * tokens_per_step},
+        "memory, GiB a device (estimate)": {k: round(v, 2) for k, v in memory.items()},
+    }

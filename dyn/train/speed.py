@@ -1,0 +1,61 @@
+"""The rate that a device could reach: what model FLOPs utilisation is measured against."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+# Dense bfloat16 matrix products without sparsity, FLOP/s, from the vendor's data sheets; the first name that the device's name contains counts.
+GPU_BF16 = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "B200": 2250e12,
+    "A100": 312e12, "A800": 312e12, "A10G": 70e12, "A40": 150e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}
+
+
+@functools.cache
+def measure_matmul_rate(dtype: torch.dtype, device: str = "cpu", *, size: int = 2048, seconds: float = 1.0, trials: int = 3) -> float:
+    """Floating-point operations a second of square matrix products, the best of a few trials; measured once a process.
+
+    Args:
+        dtype, device: of the factors.
+        size: rows and columns.
+        seconds, trials: how long a trial takes, and how many there are.
+    """
+    a, b = (torch.randn(size, size, generator=torch.Generator().manual_seed(i)).to(device, dtype) for i in range(2))
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    best, repeats = 0.0, 1
+    with torch.inference_mode():
+        for _ in range(trials):
+            spent, products = 0.0, 0
+            while spent < seconds:
+                wait()
+                begin = time.perf_counter()
+                for _ in range(repeats):
+                    torch.mm(a, b)
+                wait()
+                took = time.perf_counter() - begin
+                spent, products = spent + took, products + repeats
+                if took < 0.01:  # let a call last long enough for the clock
+                    repeats *= 2
+            best = max(best, products * 2 * size**3 / spent)
+    return best
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """The peak of one device in FLOP/s, and where the figure comes from: a data sheet for known GPUs in bfloat16, else the measured rate of matrix products."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = next((rate for key, rate in GPU_BF16.items() if key in name), None)
+        if known is not None and dtype == torch.bfloat16:
+            return known, f"data sheet of {name}, dense bfloat16"
+        rate = measure_matmul_rate(dtype, str(device), size=4096)
+        return rate, f"measured rate of {str(dtype).removeprefix('torch.')} matrix products on {name}"
+    rate = measure_matmul_rate(dtype)
+    return rate, f"measured rate of {str(dtype).removeprefix('torch.')} matrix products on this CPU, {torch.get_num_threads()} threads"
+
+
+def mfu(active_parameters: int, tokens_per_second: float, peak: float) -> float:
+    """Model FLOPs utilisation, 6 P R / peak, with P the parameters that a token passes through, not all that are stored (section 4.6, fact 32)."""
+    return 6 * active_parameters * tokens_per_second / peak

@@ -1,0 +1,190 @@
+"""A Lightning trainer for one run folder: strategy from the number of processes, loggers, checkpoints; and the calls around it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from dyn.train.callbacks import JsonlLogger, PlainProgress, RngState, Throughput
+from dyn.train.checkpoint import AtomicCheckpointIO, Checkpoints, Stop, Stopped, find_checkpoint, verify_checkpoint
+from dyn.train.optim import OptimConfig
+from dyn.train.tasks import CausalLM
+
+__all__ = ["TrainerConfig", "evaluate", "find_checkpoint", "fit", "make_trainer", "verify_checkpoint"]
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainerConfig:
+    """How long, how often, on what. A step is an optimiser step."""
+
+    max_steps: int = 13_623  # section 4.4: 200 B tokens
+    accumulate: int = 1  # micro-batches a step
+    precision: Literal["bf16-mixed", "bf16-true", "32-true"] = "bf16-mixed"  # bf16-true: weights and optimiser moments in bfloat16 too
+    gradient_checkpointing: bool = False
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1  # a node
+    num_nodes: int = 1
+    strategy: Literal["auto", "single", "ddp", "fsdp2"] = "auto"  # auto: DDP on one node, FSDP2 over several
+    log_every: int = 5  # steps, as are the next two
+    val_every: int = 340  # 0: only at the end
+    checkpoint_every: int = 340  # 0: only at the end
+    keep_checkpoints: int = 2
+    val_first: bool = True  # validate before the first step
+    progress_seconds: float = 15.0  # between lines, where there is no terminal
+    seed: int = 1227
+    deterministic: bool = False  # torch's deterministic algorithms, for bitwise resume on GPUs; slower
+    peak_flops: float | None = None  # of one device, for MFU; None: data sheet, or measured
+    wandb: bool = False
+    wandb_project: str = "dyn"
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "accumulate", "devices", "num_nodes", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
+        for name in ("val_every", "checkpoint_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 0")
+        if self.strategy == "single" and self.world_size > 1:
+            raise ValueError(f"trainer.strategy=single fits one process, not devices={self.devices} x num_nodes={self.num_nodes}; allowed: auto, ddp, fsdp2")
+
+    @property
+    def world_size(self) -> int:
+        """Processes, one a device."""
+        return self.devices * self.num_nodes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That matrix products run in."""
+        return torch.float32 if self.precision == "32-true" else torch.bfloat16
+
+
+def make_trainer(cfg: TrainerConfig, run: Any, callbacks: Sequence[Callback] = (), *, name: str = "") -> Trainer:
+    """A trainer that writes into a run's folder: metrics.jsonl, checkpoints/[name/]step-*.ckpt.
+
+    It holds RngState, Throughput, a progress display, Stop and Checkpoints; `callbacks` come before the last two. `run` has `folder`, `log(text)`, `stop`,
+    `graceful()` and `listen()` (`dyn.run`).
+
+    Args:
+        cfg: settings.
+        run: the run.
+        callbacks: more callbacks.
+        name: tells several trainings of one run apart ("stage" in metrics.jsonl).
+
+    Raises:
+        ValueError: wandb is asked for and not installed, or a GPU that is not there.
+    """
+    folder = Path(run.folder)
+    log = JsonlLogger(folder / "metrics.jsonl", name)
+    checkpoints = Checkpoints(folder / "checkpoints" / name, every=cfg.checkpoint_every, keep=cfg.keep_checkpoints, val_every=cfg.val_every,
+                              val_first=cfg.val_first, log=log)
+    bar = TQDMProgressBar(refresh_rate=1, leave=True) if sys.stderr.isatty() else PlainProgress(run.log, cfg.progress_seconds)
+    return Trainer(
+        **_machine(cfg), logger=[log, *_wandb(cfg, folder, name)], default_root_dir=folder, max_steps=cfg.max_steps, accumulate_grad_batches=cfg.accumulate,
+        val_check_interval=(cfg.val_every or cfg.max_steps + 1) * cfg.accumulate, check_val_every_n_epoch=None, log_every_n_steps=cfg.log_every,
+        enable_progress_bar=isinstance(bar, TQDMProgressBar), deterministic=cfg.deterministic,
+        callbacks=[RngState(cfg.seed), *callbacks, Throughput(cfg.dtype, cfg.log_every, cfg.peak_flops), bar, Stop(run, checkpoints), checkpoints])
+
+
+def fit(trainer: Trainer, task: CausalLM, train_loader: Any, val_loaders: Mapping[str, Iterable], ckpt: str | Path | None = None) -> dict[str, float]:
+    """Train to the end, from `ckpt` where given; returns the final validation loss of every domain.
+
+    SIGINT and SIGTERM meanwhile: a checkpoint is written and the run's Cancelled raised.
+
+    Args:
+        trainer: of `make_trainer`.
+        task: what to train.
+        train_loader: this rank's micro-batches, with `__len__`, `state_dict` and `load_state_dict` (`dyn.data.mixture.MixtureLoader`).
+        val_loaders: domain -> batches, the same on every rank; ranks share them out. Domains as in the task.
+        ckpt: a checkpoint of the same training (`find_checkpoint`).
+
+    Raises:
+        ValueError: a loader that is too short or cannot be resumed, other domains than the task's, a damaged or foreign checkpoint.
+    """
+    needed = trainer.max_steps * trainer.accumulate_grad_batches
+    if missing := [m for m in ("__len__", "state_dict", "load_state_dict") if not hasattr(train_loader, m)]:
+        raise ValueError(f"{type(train_loader).__name__} cannot be resumed exactly: it has no {', '.join(missing)}")
+    if len(train_loader) < needed:
+        raise ValueError(f"the training data have {len(train_loader)} micro-batches; {trainer.max_steps} steps of {trainer.accumulate_grad_batches} need {needed}")
+    if list(val_loaders) != task.domains:
+        raise ValueError(f"validation domains {list(val_loaders)} differ from the task's {task.domains}")
+    if ckpt is not None:
+        ckpt = str(verify_checkpoint(ckpt))
+    stop = next(c for c in trainer.callbacks if isinstance(c, Stop))
+    shards = _share(val_loaders, trainer)
+    with stop.run.graceful():
+        try:
+            trainer.fit(task, train_loader, shards, ckpt_path=ckpt, weights_only=True)
+            if stop.checkpoints.validated != trainer.global_step:
+                trainer.validate(task, shards, verbose=False)
+        except Stopped as reason:
+            stop.run.log(str(reason))
+    return dict(task.val_losses)
+
+
+def evaluate(net: nn.Module, val_loaders: Mapping[str, Iterable], cfg: TrainerConfig, callbacks: Sequence[Callback] = ()) -> dict[str, float]:
+    """Loss by domain (nats a token, exact over all targets) of a network as it is; nothing is logged or saved. Put `ExpertLoad()` into `callbacks` for its load."""
+    task = CausalLM(net, OptimConfig(warmup_steps=0), list(val_loaders), cfg)
+    trainer = Trainer(**_machine(cfg), logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=list(callbacks))
+    training = net.training
+    trainer.validate(task, _share(val_loaders, trainer), verbose=False)
+    net.train(training)
+    return dict(task.val_losses)
+
+
+def _machine(cfg: TrainerConfig) -> dict[str, Any]:
+    """Devices, strategy, precision, and what is never wanted."""
+    cuda = torch.cuda.is_available()
+    if cfg.accelerator == "gpu" and not cuda:
+        raise ValueError("trainer.accelerator=gpu: torch finds no GPU here; allowed: auto, cpu")
+    kind = cfg.strategy if cfg.strategy != "auto" else "single" if cfg.world_size == 1 else "ddp" if cfg.num_nodes == 1 else "fsdp2"
+    strategy: Any = "auto"
+    if kind == "ddp":
+        strategy = DDPStrategy()
+    elif kind == "fsdp2":
+        strategy = ModelParallelStrategy(data_parallel_size=cfg.world_size, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # our signal handlers see to it
+    return dict(accelerator="gpu" if cuda and cfg.accelerator != "cpu" else "cpu", devices=cfg.devices, num_nodes=cfg.num_nodes, strategy=strategy,
+                precision="bf16-mixed" if cfg.precision == "bf16-mixed" and kind != "fsdp2" else "32-true", plugins=plugins, num_sanity_val_steps=0,
+                use_distributed_sampler=False, enable_model_summary=False, inference_mode=False)
+
+
+def _wandb(cfg: TrainerConfig, folder: Path, name: str) -> list[Logger]:
+    if not cfg.wandb:
+        return []
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        raise ValueError("trainer.wandb=true needs the package wandb: install the extra with `pip install dyn[wandb]`") from None
+    from lightning.pytorch.loggers import WandbLogger
+
+    label = f"{folder.name}{f'-{name}' if name else ''}"
+    return [WandbLogger(project=cfg.wandb_project, name=label, id=label, resume="allow", save_dir=str(folder))]
+
+
+def _share(val_loaders: Mapping[str, Iterable], trainer: Trainer) -> list[Iterable]:
+    """This rank's batches of every domain: as many on each rank, filled up with batches without targets, since sharded networks compute together."""
+    world, rank = trainer.world_size, trainer.global_rank
+    if world == 1:
+        return list(val_loaders.values())
+    shares = []
+    for loader in val_loaders.values():
+        batches = list(loader)
+        mine = batches[rank::world]
+        if len(mine) < math.ceil(len(batches) / world):
+            mine.append({**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)})
+        shares.append(mine)
+    return shares

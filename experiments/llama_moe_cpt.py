@@ -1,0 +1,120 @@
+"""LLaMA-MoE: split a dense LLaMA into experts, add a gate, continue pre-training (EMNLP 2024; docs/llama_moe.md).
+
+The defaults are the paper's recipe for LLaMA-MoE-3.5B (4 of 16): section numbers are those of the method's specification in docs/llama_moe.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dyn.data.tokens import TextSource
+from dyn.train.optim import OptimConfig
+from dyn.train.trainer import TrainerConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """What is trained. `from_dense` explains the fields that it shares."""
+
+    source: str = "meta-llama/Llama-2-7b-hf"  # folder, hub id, or a packaged model's name
+    kind: Literal["moe", "dense"] = "moe"  # dense: the control, the same model without experts on the same tokens
+    start: Literal["pretrained", "scratch"] = "pretrained"  # scratch: the same shape with random weights (Figure 7)
+    num_experts: int = 16
+    num_experts_per_tok: int = 4
+    construction: str = "random"  # section 1.2
+    num_shared_experts: int | None = None
+    moe_intermediate_size: int | None = None
+    overlap: bool = False
+    gate: Literal["linear", "mlp", "switch", "uniform", "random"] = "mlp"  # section 2.1
+    gate_noise: bool = True  # section 2.2
+    balance: Literal["importance_load", "switch", "bias", "none"] = "importance_load"
+    balance_weight: float = 0.01
+    z_loss_weight: float = 0.0
+    score_scale: str | float = "n_over_k"  # section 2.3
+    reinit: float = 0.0
+    attention_dropout: float = 0.0
+    calibration_sequences: int = 64  # of block_size tokens, for constructions and scales that look at data
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where the text comes from and how domains are mixed (sections 4.1-4.3)."""
+
+    text: TextSource = field(default_factory=lambda: TextSource(path="cerebras/SlimPajama-627B", domain_field="meta.redpajama_set_name", streaming=True))
+    weights: str | dict[str, float] = "sheared_llama"  # uniform | llama | sheared_llama | a weight for each domain
+    stand_for: dict[str, str] = field(default_factory=dict)  # domain here -> domain of the paper, so that its tables of weights apply to another corpus
+    dynamic: Literal["none", "a", "b"] = "none"  # rule of section 4.3, after every validation
+    anchored: bool = False  # dynamic weights start from the initial ones each time
+    block_size: int = 4096
+    batch_size: int = 8  # sequences a device and micro-batch
+    mask_documents: bool = False
+    validation_tokens: int = 262_144  # a domain; whole blocks
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """Section 4.4: 8 x 4 x 112 x 4096 = 14,680,064 tokens a step, 13,623 steps."""
+
+    seed: int = 1227
+    tokens: int = 200_000_000_000
+    minutes: float | None = None  # for each training: fewer steps where these do not fit, decided once from a measured step
+    dense_control: bool = False  # also train the dense model on the same tokens, in the same run
+    sample_tokens: int = 48
+    prompts: list[str] = field(default_factory=lambda: ["The most important thing about", "def read_lines(path):\n"])
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(accumulate=4, devices=8, num_nodes=14, val_every=340, checkpoint_every=340))
+
+    def tokens_per_step(self) -> int:
+        """Over all devices and micro-batches."""
+        return self.data.block_size * self.data.batch_size * self.trainer.accumulate * self.trainer.devices * self.trainer.num_nodes
+
+    def steps(self) -> int:
+        """Full optimiser steps in the token budget."""
+        return self.tokens // self.tokens_per_step()
+
+    def check(self) -> None:
+        """ValueError for settings that cannot be, before anything is loaded."""
+        if self.steps() < 1:
+            raise ValueError(f"tokens={self.tokens} is less than one step of {self.tokens_per_step()} tokens")
+        if self.dense_control and self.model.kind == "dense":
+            raise ValueError("dense_control=true beside model.kind=dense would train the same model twice")
+
+
+def row(name: str, **changes: Any) -> dict[str, Any]:
+    """A sweep row; `model__gate=...` means the key model.gate."""
+    return {"row": name} | {key.replace("__", "."): value for key, value in changes.items()}
+
+
+SWEEPS: dict[str, list[dict[str, Any]]] = {
+    "construction": [row("random"), *(row(m, model__construction=m) for m in ("kmeans", "coactivation", "gradient", "sharing_inner")),  # Figure 3
+                     row("sharing_inter", model__construction="sharing_inter", model__num_experts=14, model__num_shared_experts=2, model__num_experts_per_tok=2),
+                     row("copy, half re-drawn", model__construction="copy", model__num_experts=4, model__num_experts_per_tok=1, model__reinit=0.5, model__score_scale=1.0)],
+    "sampling": [row("static Sheared-LLaMA"), row("static LLaMA", data__weights="llama"), row("static uniform", data__weights="uniform"),  # section 4.2
+                 row("dynamic from LLaMA", data__weights="llama", data__dynamic="a"), row("dynamic from uniform", data__weights="uniform", data__dynamic="a"),
+                 row("dynamic, rule B", data__weights="llama", data__dynamic="b"), row("dynamic from LLaMA, anchored", data__weights="llama", data__dynamic="a", data__anchored=True)],
+    "gate": [row("mlp, noisy"), row("mlp, no noise", model__gate_noise=False), row("linear, noisy", model__gate="linear"),  # section 2.1, 2.4
+             row("linear, no noise", model__gate="linear", model__gate_noise=False), row("switch loss", model__balance="switch"),
+             row("selection bias", model__balance="bias"), row("no balance loss", model__balance="none"), row("balance weight 0.1", model__balance_weight=0.1),
+             row("z-loss", model__z_loss_weight=0.001), row("random gate", model__gate="random", model__gate_noise=False, model__balance="none"),
+             row("switch, top-1", model__gate="switch", model__balance="switch", model__num_experts_per_tok=1)],
+    "scale": [row(s, model__score_scale=s) for s in ("n_over_k", "n", "k", "sqrt_kn", "learnable", "measured")] + [row("1", model__score_scale=1.0)],  # section 2.3
+    "experts": [row("4 of 16"), row("2 of 16", model__num_experts_per_tok=2), row("2 of 8", model__num_experts=8, model__num_experts_per_tok=2)],  # section 3
+    "controls": [row("4 of 16"), row("dense, same tokens", model__kind="dense"), row("4 of 16 from scratch", model__start="scratch")],  # Figure 7
+}
+
+
+def main(cfg: Config, run: Any) -> dict[str, float]:
+    """Convert, train, evaluate, export; see `dyn.train.pretrain`."""
+    from dyn.train.pretrain import pretrain
+
+    return pretrain(cfg, run)
+
+
+def plan(cfg: Config) -> dict[str, Any]:
+    """What the run would be, from shapes alone."""
+    from dyn.train.plan import plan_pretraining
+
+    return plan_pretraining(cfg)

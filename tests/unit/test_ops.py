@@ -1,0 +1,290 @@
+"""The ops do what their docstrings say: edges, dtypes, autocast, compile, memory, refusals. Values: tests/parity."""
+
+import logging
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from dyn.ops import experts as experts_module
+from dyn.ops.experts import experts
+from dyn.ops.route import route
+
+BACKENDS = list(experts_module._BACKENDS)
+
+
+def problem(T=10, D=6, F=4, E=5, K=2, dtype=torch.float32, ids=None):
+    """x, gate_up, down, idx, weight; the floating ones are leaves."""
+    g = torch.Generator().manual_seed(0)
+    x, gate_up, down = (torch.randn(*s, generator=g, dtype=torch.float64).to(dtype) for s in ((T, D), (E, 2 * F, D), (E, D, F)))
+    idx = torch.randint(ids or E, (T, K), generator=g)
+    weight = torch.rand(T, K, generator=g, dtype=torch.float64).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return [t.requires_grad_() for t in (x, gate_up, down)] + [idx, weight.requires_grad_()]
+
+
+def floating(args):
+    return [t for t in args if t.is_floating_point()]
+
+
+# route ------------------------------------------------------------------------------------------------------------------
+
+
+def test_route_by_hand():
+    idx, weight = route(torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, -1.0]]), 2)
+    assert idx.tolist() == [[1, 2], [0, 1]] and idx.dtype == torch.int64
+    torch.testing.assert_close(weight, torch.tensor([[1.0, 0.0], [3.0, 0.0]]).softmax(-1))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_route_scores(score, renormalise):
+    logits = torch.randn(20, 7, generator=torch.Generator().manual_seed(1))
+    idx, weight = route(logits, 3, score=score, renormalise=renormalise, scale=2.5)
+    scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+    expected, order = scores.sort(descending=True)
+    expected = expected[:, :3]
+    if renormalise:
+        expected = expected / expected.sum(-1, keepdim=True)
+    assert torch.equal(idx, order[:, :3])
+    torch.testing.assert_close(weight, 2.5 * expected)
+
+
+def test_route_bias_chooses_but_does_not_weigh():
+    logits = torch.tensor([[1.0, 0.9, 0.0]], requires_grad=True)
+    bias = torch.tensor([0.0, 0.0, 5.0], requires_grad=True)
+    idx, weight = route(logits, 2, bias_E=bias)
+    assert idx.tolist() == [[2, 0]]
+    torch.testing.assert_close(weight, torch.tensor([[0.0, 1.0]]).softmax(-1))
+    weight[0, 0].backward()
+    assert bias.grad is None and logits.grad[0, 1] == 0 and logits.grad[0, 0] < 0
+
+
+@pytest.mark.parametrize("dtype, out", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)])
+def test_route_dtypes(dtype, out):
+    assert route(torch.randn(3, 4).to(dtype), 2)[1].dtype == out
+
+
+def test_route_orders_experts_whose_probability_underflows():
+    idx, weight = route(torch.tensor([[-500.0, 0.0, -400.0, -300.0]]), 4)
+    assert idx.tolist() == [[1, 3, 2, 0]] and weight.isfinite().all()
+
+
+def test_route_without_tokens():
+    idx, weight = route(torch.zeros(0, 4), 2)
+    assert idx.shape == weight.shape == (0, 2)
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    (dict(k=5), "k=5 with 4 experts; allowed: 1 to 4"),
+    (dict(k=0), "k=0 with 4 experts; allowed: 1 to 4"),
+    (dict(k=1, score="tanh"), "score='tanh' is unknown; allowed: softmax, sigmoid"),
+    (dict(k=1, backend="cuda"), "backend='cuda' of route is unknown; allowed: auto, eager"),
+    (dict(k=1, bias_E=torch.zeros(3)), r"bias_E has shape \[3\]; it must be \[4\]"),
+    (dict(k=1, logits_TE=torch.zeros(2, 3, 4)), r"floating logits \[T, E\]; got torch.float32 \[2, 3, 4\]"),
+    (dict(k=1, logits_TE=torch.zeros(2, 4, dtype=torch.int64)), r"floating logits \[T, E\]; got torch.int64"),
+])
+def test_route_refuses(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        route(**{"logits_TE": torch.zeros(2, 4)} | kwargs)
+
+
+# experts ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_experts_by_hand(backend):
+    """One hidden unit, one neuron an expert: E_e(x) = silu(g x) * u x * d."""
+    x = torch.tensor([[2.0], [-1.0]], dtype=torch.float64)
+    gate_up = torch.tensor([[[1.0], [3.0]], [[0.5], [-2.0]]], dtype=torch.float64)
+    down = torch.tensor([[[0.25]], [[4.0]]], dtype=torch.float64)
+    y = experts(x, gate_up, down, torch.tensor([[1, 0], [0, 7]]), torch.tensor([[0.75, 0.25], [2.0, 9.0]], dtype=torch.float64), backend)
+    silu = torch.nn.functional.silu
+    first = 0.75 * silu(0.5 * x[0]) * -2 * x[0] * 4 + 0.25 * silu(x[0]) * 3 * x[0] * 0.25
+    second = 2 * silu(x[1]) * 3 * x[1] * 0.25  # the id 7 stands for no expert
+    torch.testing.assert_close(y, torch.stack([first, second]), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("T, ids", [(0, None), (4, "none"), (1, None)])
+def test_few_or_no_rows(backend, T, ids):
+    x, gate_up, down, idx, weight = args = problem(T=T)
+    if ids == "none":
+        idx.fill_(5)
+    y = experts(*args, backend=backend)
+    grads = torch.autograd.grad(y.sum(), floating(args))
+    assert [g.shape for g in grads] == [t.shape for t in floating(args)]
+    if T == 0 or ids == "none":
+        assert all((t == 0).all() for t in (y, *grads))
+    else:
+        assert (y != 0).all() and all((g != 0).any() for g in grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_negative_ids_raise(backend):
+    args = problem()
+    args[3][2, 1] = -3
+    with pytest.raises(ValueError, match="idx holds -3"):
+        experts(*args, backend=backend)
+
+
+@pytest.mark.parametrize("place, value, message", [
+    (0, torch.zeros(10, 5), r"gate_up must be \[5, 8, 6\] and x \[T, 6\]; got x \[10, 5\]"),
+    (0, torch.zeros(2, 5, 6), r"needs x \[T, D\]"),
+    (0, torch.zeros(10, 6, dtype=torch.bfloat16), "must share a dtype; got torch.bfloat16, torch.float32"),
+    (0, torch.zeros(10, 6, dtype=torch.int64), "must be floating point; got torch.int64"),
+    (1, torch.zeros(5, 7, 6), r"gate_up must be \[5, 8, 6\]"),
+    (2, torch.zeros(4, 6, 4), r"gate_up must be \[4, 8, 6\]"),
+    (3, torch.zeros(10, 3, dtype=torch.int64), r"one shape \[T, K\] with T=10 and K >= 1; got \[10, 3\] and \[10, 2\]"),
+    (3, torch.zeros(9, 2, dtype=torch.int64), "with T=10"),
+    (3, torch.zeros(10, dtype=torch.int64), r"got \[10\]"),
+    (3, torch.zeros(10, 2), "idx has dtype torch.float32; allowed: torch.int32, torch.int64"),
+    (4, torch.zeros(10, 2, dtype=torch.int64), "must be floating point"),
+])
+def test_experts_refuses(place, value, message):
+    args = problem()
+    args[place] = value
+    with pytest.raises(ValueError, match=message):
+        experts(*args)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend='cuda' of experts is unknown; allowed: auto, eager, torch"):
+        experts(*problem(), backend="cuda")
+
+
+def test_auto_says_once_what_it_picked(caplog, monkeypatch):
+    monkeypatch.setattr(experts_module, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="dyn.ops.experts"):
+        experts(*problem())
+        experts(*problem())
+    assert [r.message for r in caplog.records] == ["experts: backend=auto picked torch on cpu"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradcheck(recompute):
+    x, gate_up, down, idx, weight = problem(T=5, D=3, F=2, E=4, dtype=torch.float64, ids=6)
+    torch.autograd.gradcheck(lambda a, b, c, w: experts(a, b, c, idx, w, "torch", recompute), (x, gate_up, down, weight))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_opcheck_forward(keep):
+    torch.library.opcheck(torch.ops.dyn.experts.default, (*problem(), keep))
+
+
+@pytest.mark.parametrize("need_x, need_params", [(True, True), (False, True), (True, False)])
+def test_opcheck_backward(need_x, need_params):
+    args = [t.detach() for t in problem(ids=7)]
+    y, kept, order = torch.ops.dyn.experts(*args, True)
+    torch.library.opcheck(torch.ops.dyn.experts_backward.default, (torch.ones_like(y), *args, kept, order, need_x, need_params))
+
+
+def test_recompute_is_bitwise_the_same_and_keeps_less():
+    kept = {}
+    results = {}
+    for recompute in (False, True):
+        args = problem(T=200, dtype=torch.bfloat16)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t):
+            y = experts(*args, recompute=recompute)
+        kept[recompute] = sum(sizes)
+        results[recompute] = y, *torch.autograd.grad(y.float().sin().sum(), floating(args))
+    assert all(torch.equal(a, b) for a, b in zip(results[False], results[True], strict=True))
+    assert kept[False] - kept[True] == 200 * 2 * 8  # the pre-activations [S, 2F] and nothing else
+
+
+def test_results_are_bitwise_repeatable():
+    first, second = ((lambda a, y: (y, *torch.autograd.grad(y.sin().sum(), floating(a))))(a, experts(*a)) for a in (problem(T=99), problem(T=99)))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_segments_do_not_change_results(monkeypatch):
+    """However many experts the elementwise work takes at once, rows and products are the same."""
+    results = []
+    for size in (0, 300, 1 << 30):
+        monkeypatch.setattr(experts_module, "_SEGMENT_BYTES", size)
+        args = problem(T=60, ids=7)
+        y = experts(*args)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), floating(args))))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_inference_keeps_nothing():
+    with torch.no_grad():
+        y = experts(*problem())
+    assert not y.requires_grad and y.grad_fn is None
+    with torch.inference_mode():
+        experts(*problem())
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (4,), (1, 2), (0, 4)])
+def test_only_what_requires_grad_gets_one(wanted):
+    args, whole = problem(), problem()
+    for i in (0, 1, 2, 4):
+        args[i].requires_grad_(i in wanted)
+    experts(*args).sin().sum().backward()
+    experts(*whole).sin().sum().backward()
+    for i in (0, 1, 2, 4):
+        assert (args[i].grad is None) == (i not in wanted)
+        if i in wanted:
+            assert torch.equal(args[i].grad, whole[i].grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_views_and_int32_ids(backend):
+    x, gate_up, down, idx, weight = problem()
+    views = [t.detach().transpose(-1, -2).contiguous().transpose(-1, -2) for t in (x, gate_up, down)]
+    views[2] = torch.cat([views[2], views[2]], dim=2)[:, :, :4]
+    strided = [v.requires_grad_() for v in views]
+    assert not any(v.is_contiguous() for v in strided)
+    plain, other = experts(x, gate_up, down, idx, weight, backend), experts(*strided, idx.int(), weight, backend)
+    torch.testing.assert_close(plain, other)
+    for a, b in zip(torch.autograd.grad(plain.sum(), (x, gate_up, down)), torch.autograd.grad(other.sum(), strided), strict=True):
+        torch.testing.assert_close(a, b)  # the gradient of .sum() is expanded: strides 0 come in as well
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(backend):
+    args = problem(T=40, D=16, F=8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = experts(*args, backend=backend)
+    assert y.dtype == torch.bfloat16
+    grads = torch.autograd.grad(y.float().square().sum(), floating(args))
+    exact = problem(T=40, D=16, F=8, dtype=torch.float64)
+    z = experts(*exact, backend="eager")
+    for got, want in zip((y, *grads), (z, *torch.autograd.grad(z.square().sum(), floating(exact))), strict=True):
+        assert got is y or got.dtype == torch.float32
+        assert (got.double() - want).norm() < 2e-2 * want.norm()
+
+
+def test_gradient_checkpointing():
+    plain, other = problem(), problem()
+    y, z = experts(*plain), checkpoint(experts, *other, use_reentrant=False)
+    assert torch.equal(y, z)
+    for a, b in zip(torch.autograd.grad(y.sin().sum(), floating(plain)), torch.autograd.grad(z.sin().sum(), floating(other)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiles_into_one_graph():
+    """Routing and experts without a graph break, also for other numbers of tokens and under autocast."""
+    torch._dynamo.reset()
+
+    def layer(x, gate_up, down, logits):
+        return experts(x, gate_up, down, *route(logits, 2))
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for T in (10, 17, 23):
+        x, gate_up, down, *_ = problem(T=T)
+        logits = torch.randn(T, 5, generator=torch.Generator().manual_seed(T), requires_grad=True)
+        leaves = (x, gate_up, down, logits)
+        y, z = layer(*leaves), compiled(*leaves)
+        torch.testing.assert_close(y, z)
+        for a, b in zip(torch.autograd.grad(y.sin().sum(), leaves), torch.autograd.grad(z.sin().sum(), leaves), strict=True):
+            torch.testing.assert_close(a, b)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(layer(*leaves), compiled(*leaves))
+
+
+def test_shapes_without_data():
+    args = [t.to("meta") for t in problem()]
+    y = experts(*args)
+    assert y.shape == (10, 6) and y.is_meta

@@ -1,0 +1,133 @@
+"""report.py: what is read, merged, compared and drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from dyn import report
+
+
+def result(row="a", seed=0, loss=1.0, status="ok", started="10:00", **more):
+    return {
+        "schema": 1,
+        "what": {"experiment": "x", "row": row, "profile": "small", "digest": f"{row}{seed}"},
+        "status": status,
+        "error": None if status == "ok" else {"type": "ValueError", "message": "bad"},
+        "metrics": {"val/loss": loss} if status == "ok" else {},
+        "cost": {},
+        "config": {"seed": seed, "row": row},
+        "env": {},
+        "started": started,
+        "finished": "12:00",
+        "notes": {},
+    } | more
+
+
+def grouped(*results):
+    return report.groups([(None, item) for item in results])
+
+
+def test_runs_that_differ_only_in_seed_are_one_row():
+    one, two = grouped(result(loss=1.0), result("b", loss=9.0), result(seed=1, loss=3.0))
+    assert (one.row, one.values("metrics", "val/loss"), two.row) == ("a", [1.0, 3.0], "b")
+
+
+def test_of_one_config_the_newest_good_run_counts():
+    [group] = grouped(result(loss=1.0, started="10:01"), result(loss=2.0, started="10:02"), result(status="failed", started="10:03"))
+    assert [item["metrics"]["val/loss"] for item in group.good] == [2.0] and len(group.results) == 1
+    [group] = grouped(result(status="failed", started="10:03"), result(seed=1, started="10:04"))
+    assert len(group.results) == 2 and len(group.good) == 1  # another seed's failure stays in the row
+
+
+def test_smallest_difference():
+    assert report.smallest_difference([1.0], [1.0, 2.0]) is None
+    a, b = [1.0, 2.0, 3.0], [5.0, 7.0, 9.0]  # variances 1 and 4, pooled 2.5
+    assert report.smallest_difference(a, b) == pytest.approx(1.96 * math.sqrt(2) * math.sqrt(2.5 / 3))
+    assert report.smallest_difference([1.0, 2.0], a) == pytest.approx(1.96 * math.sqrt((0.5 + 2 * 1.0) / 3 * (1 / 2 + 1 / 3)))
+
+
+def test_verdicts_need_every_control_and_some_spread():
+    control = [result("dense", seed, loss) for seed, loss in enumerate([2.0, 2.1, 2.2])]
+    moe = [result("moe", seed, loss, notes={"controls": ["dense"]}) for seed, loss in enumerate([1.0, 1.1, 1.2])]
+    rows = grouped(*control, *moe)
+    [line] = report.compare(rows[1], rows)
+    assert "difference -1; smallest that the seeds could have shown 0.16: lower" in line
+    assert report.compare(rows[0], rows) == []
+    assert report.compare(rows[1], rows[1:]) == ["moe: control missing: dense"]
+    other = [item | {"what": item["what"] | {"profile": "demo"}} for item in control]  # another profile is no control
+    rows = grouped(*other, *moe)
+    assert report.compare(rows[1], rows) == ["moe: control missing: dense"]
+    rows = grouped(control[0], moe[0])
+    assert report.compare(rows[1], rows)[0].endswith("one seed: no spread known")
+    failed = grouped(result("dense", status="failed"), moe[0])
+    assert report.compare(failed[1], failed) == ["moe: control missing: dense"]
+
+
+def test_curves_by_panel_skip_what_is_cut_or_not_a_number(tmp_path):
+    lines = [
+        {"step": 0, "epoch": 0, "train/loss": 4.0, "val/code/loss": 3.0, "val/docs/loss": 2.0, "weights/code": 0.5, "text": "x"},
+        {"step": 5, "train/loss": "nan", "val/code/loss": 2.5},
+        {"step": 5, "val/code/loss": 2.4},  # said again after a resume: the later one counts
+        {"no": "step"},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 6, "train')
+    panels = report.curves(tmp_path / "result.json")
+    assert list(panels) == ["val loss", "train/loss", "weights"]
+    assert panels["val loss"] == {"code": [(0, 3.0), (5, 2.4)], "docs": [(0, 2.0)]}
+    assert panels["train/loss"]["train/loss"][0] == (0, 4.0) and math.isnan(panels["train/loss"]["train/loss"][1][1])
+
+
+def test_committed_results_have_their_files_beside_them(tmp_path):
+    (tmp_path / "row.json").write_text(json.dumps(result()))
+    (tmp_path / "row.curves.json").write_text(json.dumps({"val/code/loss": [[0, 3.0], [1, 2.0]]}))
+    (tmp_path / "row.samples.json").write_text(json.dumps([{"prompt": "p", "dense": "d"}]))
+    report.write_report([tmp_path], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "![curves](report-x-a-a0.png)" in text and "| p | d |" in text and "Skipped" not in text
+
+
+def test_plots_are_embedded_and_a_second_report_does_not_embed_the_first(tmp_path):
+    png = report._draw({"loss": {"a": [(0, 1.0), (1, 2.0)]}}, tmp_path / "picture.png").read_bytes()
+    (tmp_path / "run" / "plots").mkdir(parents=True)
+    (tmp_path / "run" / "plots" / "load.png").write_bytes(png)
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result()))
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "train/loss": 1.0}\n')
+    sizes = {report.write_report([tmp_path / "run"], tmp_path / "run").stat().st_size for _ in range(2)}
+    assert len(sizes) == 1
+    assert "![load](plots/load.png)" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_broken_and_foreign_files_are_named_and_skipped(tmp_path):
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "result.json").write_text(json.dumps(result()))
+    (tmp_path / "good" / "samples.json").write_text("[1]")
+    (tmp_path / "cut.json").write_text('{"schema": 1')
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "half.json").write_text(json.dumps(result() | {"metrics": None}))
+    (tmp_path / "what.json").write_text(json.dumps(result() | {"what": {"experiment": "x"}}))
+    report.write_report([tmp_path, tmp_path / "absent.json"], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    for line in ("cut.json: not valid JSON", "list.json: not a result of schema 1", "half.json: missing or of the wrong type: metrics"):
+        assert line in text
+    assert "what.json: missing or of the wrong type: what.row, what.profile, what.digest" in text and "absent.json: " in text
+    assert "samples.json is broken" in text
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert report.main([]) == 1
+    assert "no result.json (schema 1) in results or runs" in capsys.readouterr().err
+    (tmp_path / "mine.json").write_text(json.dumps(result()))
+    assert report.main(["mine.json", "--out", "page"]) == 0
+    assert (tmp_path / "page" / "report.html").is_file() and "page/report.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(6742618112, "6,742,618,112"), (0.51790, "0.5179"), (12345.6, "12,346"), (True, "yes"), (None, "-"), ([1, 2.5], "1, 2.5"), ("x", "x"), (math.inf, "inf")],
+)
+def test_show(value, text):
+    assert report.show(value) == text
