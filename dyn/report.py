@@ -280,8 +280,10 @@ def _origin(group: Group) -> list[str]:
 
 
 def curves(path: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """The curves beside a result: panel -> line -> (step, value). "val/<domain>/loss" are lines of the panel "val loss"; cut lines are skipped."""
-    series: dict[str, dict[float, float]] = {}
+    """The curves beside a result: panel -> line -> (step, value). "val/<domain>/loss" are lines of the panel "val loss"; where the file names
+    several stages (trainings), each has its own lines. Cut lines are skipped; of a step said twice the later counts.
+    """
+    series: dict[tuple[str, str], dict[float, float]] = {}
     if (file := _beside(path, "metrics.jsonl")).is_file():
         for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
@@ -290,17 +292,25 @@ def curves(path: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
                 continue
             for key, value in line.items() if isinstance(line, dict) and "step" in line else ():
                 if key not in _COORDINATES and (number := _number(value)) is not None:
-                    series.setdefault(key, {})[line["step"]] = number
+                    series.setdefault((key, line.get("stage", "")), {})[line["step"]] = number
     elif (file := _beside(path, "curves.json")).is_file():
-        series = {key: dict(points) for key, points in json.loads(file.read_text(encoding="utf-8")).items()}
+        series = {(key, ""): dict(points) for key, points in json.loads(file.read_text(encoding="utf-8")).items()}
+    several = len({stage for _, stage in series}) > 1
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for key, points in series.items():
-        first, *middle = key.split("/")
-        alone = len(middle) < 2 and first in ("train", "val", "test")
-        panel, label = (key, key) if alone or not middle else (f"{first} {middle[-1]}", "/".join(middle[:-1])) if len(middle) > 1 else (first, middle[0])
+    for (key, stage), points in series.items():
+        panel, label = _panel(key)
+        label = " ".join(filter(None, (stage, label))) if several else label or panel
         panels.setdefault(panel, {})[label] = sorted(points.items())
-    rank = {"val loss": 0, "val/loss": 0, "train/loss": 1}
-    return dict(sorted(panels.items(), key=lambda item: rank.get(item[0], 2)))
+    order = {"val/loss": 0, "val loss": 1, "train/loss": 2}
+    return dict(sorted(panels.items(), key=lambda item: order.get(item[0], 3)))
+
+
+def _panel(key: str) -> tuple[str, str]:
+    """ "val/code/loss" -> ("val loss", "code"); "weights/code" -> ("weights", "code"); "train/loss" and "loss" -> (themselves, "")."""
+    first, *rest = key.split("/")
+    if len(rest) > 1:
+        return f"{first} {rest[-1]}", "/".join(rest[:-1])
+    return (first, rest[0]) if rest and first not in ("train", "val", "test", "speed") else (key, "")
 
 
 def _draw(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path) -> Path:
@@ -333,16 +343,23 @@ def _pictures(name: str, rows: Sequence[Group], out: Path) -> list[page.Block]:
         inner: list[page.Block] = []
         if panels := curves(path):
             inner.append(("image", ("curves", _draw(panels, out / _slug(f"report-{name}-{group.row}-{result['what']['digest']}.png")))))
-            lines = panels.get("val loss") or panels.get("val/loss") or {}
-            steps = set.intersection(*({step for step, _ in points} for points in lines.values())) if lines else set()
             label = group.row if len(rows) == len({g.row for g in rows}) else f"{group.row} {result['what']['digest']}"
-            together |= {label: [(s, statistics.fmean(dict(points)[s] for points in lines.values())) for s in sorted(steps)]} if steps else {}
+            together |= {label: points} if (points := _mean(panels)) else {}
         inner += [("image", (image.stem, image)) for image in _images(path)]
         inner += _samples(_beside(path, "samples.json"))
         blocks += [("h3", f"{group.row} · {result['what']['digest']}"), *inner] if inner else []
     if len(together) > 1:
         blocks.insert(0, ("image", ("held-out loss of the rows", _draw({"held-out loss": together}, out / _slug(f"report-{name}.png")))))
     return blocks
+
+
+def _mean(panels: Mapping[str, Mapping[str, list[tuple[float, float]]]]) -> list[tuple[float, float]]:
+    """val/loss of the run's first training, or the mean of its domains where that is not written."""
+    if "val/loss" in panels:
+        return next(iter(panels["val/loss"].values()))
+    lines = [dict(points) for points in panels.get("val loss", {}).values()]
+    steps = set.intersection(*map(set, lines)) if lines else set()
+    return [(step, statistics.fmean(points[step] for points in lines)) for step in sorted(steps)]
 
 
 def _samples(path: Path) -> list[page.Block]:

@@ -50,6 +50,8 @@ class DataConfig:
     batch_size: int = 8  # sequences a device and micro-batch
     mask_documents: bool = False
     validation_tokens: int = 262_144  # a domain; whole blocks
+    filters: list[str] = field(default_factory=list)  # of training documents, by name: advert (section 4.1)
+    cache: str | None = None  # of token shards, any fsspec address; None: the user's cache folder
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,7 +67,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(accumulate=4, devices=8, num_nodes=14, val_every=340, checkpoint_every=340))
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(accumulate=4, devices=8, num_nodes=14, gradient_checkpointing=True))
 
     def tokens_per_step(self) -> int:
         """Over all devices and micro-batches."""

@@ -35,7 +35,7 @@ class TextSource:
     domains: which domains to take; None: all.
     max_tokens, max_validation_tokens: tokens a domain, at most, in each split; None: all.
     held_out: share of the documents held out for validation (by the hash of their content) where the source has no validation split.
-    streaming: read from the hub without downloading all of it first.
+    streaming: read from the hub without downloading all of it first (local folders are always read in place).
     revision: of the hub's repository; None: the newest. A cache does not notice when the newest changes: pin it where that matters.
     """
 
@@ -129,7 +129,8 @@ def _splits(source: TextSource, config: str) -> list[str]:
 def _rows(source: TextSource, config: str, split: str, held: bool, domain_of: Callable[[dict], str | None]) -> Iterator[tuple[str, str, str]]:
     from datasets import load_dataset
 
-    data = load_dataset(resolve(source.path), config, split=split, streaming=source.streaming, revision=source.revision)
+    path = resolve(source.path)  # a folder is read in place: anything else would first copy it all into a cache of Arrow files
+    data = load_dataset(path, config, split=split, streaming=source.streaming or Path(path).is_dir(), revision=source.revision)
     columns = [c for c in (source.text_field, (source.domain_field or "").partition(".")[0]) if c]
     for column in columns:
         if data.column_names is not None and column not in data.column_names:

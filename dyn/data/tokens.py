@@ -109,7 +109,7 @@ def tokenizer_hash(tokenizer) -> str:
 
 
 def shard(source: TextSource, tokenizer, folder: str, *, keep: Mapping[str, Filter | Callable[[str, str], bool]] | Sequence[str] | None = None,
-          bos: bool = True, eos: bool = False, shard_tokens: int = 1 << 26, cache: str | None = None,
+          bos: bool | str = True, eos: bool | str = False, shard_tokens: int = 1 << 26, cache: str | None = None,
           log: Callable[[str], None] = print) -> dict[str, dict[str, Tokens]]:
     """Domain -> split -> Tokens of a source: opened when they are in the cache, else made.
 
@@ -122,7 +122,7 @@ def shard(source: TextSource, tokenizer, folder: str, *, keep: Mapping[str, Filt
         folder: the cache, any fsspec address; the shards lie below it in a folder named by (source, tokenizer, filters, options).
         keep: filters of the train documents: names of FILTERS that need no model ("advert"), or name -> filter, or name -> function of
             (text, domain), True = keep; a function is known to the cache only by its name. What each removed stands in index.json.
-        bos, eos: put these ids before, after each document.
+        bos, eos: put this token before, after each document: the tokenizer's own (True), another by its text ("<|endoftext|>"), or none (False).
         shard_tokens: a shard is closed with the document that fills it so far.
         cache: where copies of remote shards are kept; None: dyn/tokens in the user's cache folder.
         log: gets plain lines of progress where there is no terminal for a bar.
@@ -133,7 +133,7 @@ def shard(source: TextSource, tokenizer, folder: str, *, keep: Mapping[str, Filt
     """
     begin, end = _special(tokenizer, "bos", bos), _special(tokenizer, "eos", eos)
     filters = _filters(keep)
-    plan = {"format": FORMAT, "source": asdict(source), "origin": origin(source), "tokenizer": tokenizer_hash(tokenizer), "bos": bos, "eos": eos,
+    plan = {"format": FORMAT, "source": {k: v for k, v in asdict(source).items() if k != "streaming"}, "origin": origin(source), "tokenizer": tokenizer_hash(tokenizer), "bos": bos, "eos": eos,
             "filters": {name: repr(f) if hasattr(f, "domains") else name for name, f in filters.items()}, "shard_tokens": shard_tokens}
     store = Store(f"{folder.rstrip('/')}/{hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]}")
     if not (store.index() or {}).get("complete"):
@@ -190,11 +190,14 @@ def load(folder: str, tokenizer=None, *, verify: bool = True, cache: str | None 
     return {domain: {split: open_tokens(part["shards"]) for split, part in splits.items()} for domain, splits in index["domains"].items()}
 
 
-def _special(tokenizer, name: str, wanted: bool) -> list[int]:
-    token = getattr(tokenizer, f"{name}_token_id") if wanted else None
-    if wanted and token is None:
-        raise ValueError(f"the tokenizer has no {name.upper()} token: set {name}=False" + (", and eos=True to part documents" if name == "bos" else ""))
-    return [token] if wanted else []
+def _special(tokenizer, name: str, wanted: bool | str) -> list[int]:
+    if wanted is False:
+        return []
+    token = tokenizer.get_vocab().get(wanted) if isinstance(wanted, str) else getattr(tokenizer, f"{name}_token_id")
+    if token is None:
+        what = f"no token {wanted!r}" if isinstance(wanted, str) else f"no {name.upper()} token"
+        raise ValueError(f"the tokenizer has {what}: set {name}=False, or {name} to the text of a token that it has")
+    return [token]
 
 
 def _filters(keep: Mapping[str, Filter | Callable] | Sequence[str] | None) -> dict[str, Filter | Callable]:

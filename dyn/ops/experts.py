@@ -227,16 +227,15 @@ def _ends(sorted_S: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Ends:
 
 
 def _can_group(*weights: Tensor) -> bool:
-    """grouped_mm is one kernel for bfloat16 on CUDA, and wants rows, strides and addresses in multiples of 16 bytes."""
-    return all(
-        w.is_cuda
-        and w.dtype == torch.bfloat16
-        and 1 in w.stride()[1:]
-        and all(size % 8 == 0 for size in w.shape[1:])
-        and all(step == 1 or step % 8 == 0 for step in w.stride())
-        and w.data_ptr() % 16 == 0
-        for w in weights
-    )
+    """grouped_mm is one kernel, and waits for nothing, for bfloat16 on CUDA. Anything else takes a product an expert."""
+    return all(w.is_cuda and w.dtype == torch.bfloat16 and _aligned(w) for w in weights)
+
+
+def _aligned(weight_EIO: Tensor) -> bool:
+    """Rows, strides and address in multiples of 16 bytes, one of the last two axes contiguous, as grouped_mm wants it."""
+    _, *steps = weight_EIO.stride()
+    sizes = [*weight_EIO.shape[1:], *(s for s in weight_EIO.stride() if s != 1)]
+    return 1 in steps and weight_EIO.data_ptr() % 16 == 0 and all(n * weight_EIO.element_size() % 16 == 0 for n in sizes)
 
 
 def _segments(ends: Ends, num_rows: int, row_bytes: int) -> Iterator[tuple[slice, slice, Ends]]:

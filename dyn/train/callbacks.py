@@ -207,13 +207,15 @@ class Throughput(Callback):
         self.rate = saved / self._seconds
         self.mfu = mfu(self.active, self.rate, self.peak * trainer.world_size)
         self._all_tokens, self._all_steps, self._all_seconds = self._all_tokens + saved, self._all_steps + self._steps, self._all_seconds + self._seconds
+        metrics = {"speed/tokens_per_second": self.rate, "speed/mfu": self.mfu, "speed/step_seconds": self._seconds / self._steps}
         for logger in trainer.loggers:
-            logger.log_metrics({"speed/tokens_per_second": self.rate, "speed/mfu": self.mfu, "speed/step_seconds": self._seconds / self._steps}, trainer.global_step)
+            logger.log_metrics(metrics, trainer.global_step)
         pl_module.log_dict({"tokens/s": self.rate, "mfu": self.mfu}, prog_bar=True, logger=False)
         self._tokens = self._steps = 0
 
     def summary(self) -> dict[str, Any]:
-        """Means of this process: tokens_per_second, steps_per_second, mfu, peak_flops (a device), peak_flops_from, active_parameters; without steps, no rates."""
+        """Means of this process: tokens_per_second, steps_per_second, mfu (these three once there were steps), peak_flops (a device), peak_flops_from,
+        active_parameters."""
         about = {"peak_flops": self.peak, "peak_flops_from": self.note, "active_parameters": self.active}
         if not self._all_steps:
             return about
@@ -224,12 +226,12 @@ class Throughput(Callback):
 class ExpertLoad(Callback):
     """Tokens that chose each expert, [L, E] a domain, over the newest validation and all ranks (LLaMA-MoE, section 5.6).
 
-    `load`: domain -> nested list; empty for a network without experts. Also written to `path` as {"step", "load"}, for heat maps.
+    `loads`: domain -> float64 on the CPU; empty for a network without experts. Also written to `path` as JSON, {"step", "load": nested lists}, for heat maps.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path)
-        self.load: dict[str, list[list[float]]] = {}
+        self.loads: dict[str, torch.Tensor] = {}
 
     def on_validation_start(self, *_: Any) -> None:
         """Begin anew."""
@@ -243,11 +245,11 @@ class ExpertLoad(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sum over ranks; write."""
         sums = {i: trainer.strategy.reduce(load, reduce_op="sum") for i, load in sorted(self._sums.items())}
-        self.load = {pl_module.domains[i]: load.tolist() for i, load in sums.items()}
-        if self.path is not None and self.load and trainer.is_global_zero:
+        self.loads = {pl_module.domains[i]: load.cpu() for i, load in sums.items()}
+        if self.path is not None and self.loads and trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part = self.path.with_name(f"{self.path.name}.part")
-            part.write_text(json.dumps({"step": trainer.global_step, "load": self.load}) + "\n")
+            part.write_text(json.dumps({"step": trainer.global_step, "load": {d: load.tolist() for d, load in self.loads.items()}}) + "\n")
             part.replace(self.path)
 
 
@@ -260,14 +262,15 @@ class Remix(Callback):
         loader: the training mixture, with `weights` and `set_weights`; its domains are those of the task.
         references: loss by domain of the model to measure against.
         rule: "a" or "b", as in `update_weights`.
-        anchored: multiply onto the initial weights in place of the current ones.
+        anchor: multiply onto these (the initial weights, say) in place of the current ones.
         every: only after validations at multiples of so many steps; 0: after each.
     """
 
-    def __init__(self, loader: Any, references: Mapping[str, float], *, rule: Literal["a", "b"] = "a", anchored: bool = False, every: int = 0) -> None:
+    def __init__(self, loader: Any, references: Mapping[str, float], *, rule: Literal["a", "b"] = "a",
+                 anchor: Mapping[str, float] | None = None, every: int = 0) -> None:
         self.loader, self.references, self.rule, self.every = loader, dict(references), rule, every
-        self.anchor = dict(loader.weights) if anchored else None
-        update_weights(loader.weights, self.references, self.references, rule=rule)  # refuses what does not fit before anything is trained
+        self.anchor = None if anchor is None else dict(anchor)
+        update_weights(loader.weights, self.references, self.references, rule=rule, anchor=anchor)  # refuses what does not fit before anything is trained
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the initial weights."""
@@ -295,10 +298,10 @@ class Remix(Callback):
 
 
 class PlainProgress(Callback):
-    """Progress without a terminal: a line through `log` every `seconds`, and one for each validation."""
+    """Progress without a terminal: a line through `write` every `seconds`, and one for each validation."""
 
-    def __init__(self, log: Callable[[str], None], seconds: float = 15.0) -> None:
-        self.log, self.seconds = log, seconds
+    def __init__(self, write: Callable[[str], None], seconds: float = 15.0) -> None:
+        self.write, self.seconds = write, seconds
         self._last = -math.inf
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -306,9 +309,9 @@ class PlainProgress(Callback):
         if trainer.is_global_zero and step_ended(trainer, batch_idx) and time.monotonic() - self._last >= self.seconds and trainer.progress_bar_metrics:
             self._last = time.monotonic()
             shown = ", ".join(f"{name.removeprefix('train/')} {value:,.4g}" for name, value in trainer.progress_bar_metrics.items())
-            self.log(f"step {trainer.global_step}/{trainer.max_steps}: {shown}")
+            self.write(f"step {trainer.global_step}/{trainer.max_steps}: {shown}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The losses."""
         if trainer.is_global_zero:
-            self.log(f"step {trainer.global_step}: validation loss " + ", ".join(f"{d} {loss:.4f}" for d, loss in pl_module.val_losses.items()))
+            self.write(f"step {trainer.global_step}: validation loss " + ", ".join(f"{d} {loss:.4f}" for d, loss in pl_module.val_losses.items()))

@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, checked before use, and taken so that a resumed training is the uninterrupted one.
 
-A checkpoint is one file, folder/step-00000042.ckpt, of plain dicts and tensors (torch.load with weights_only=True reads it), under FSDP2 too: rank 0 gathers it.
-It is taken right after an optimiser step, before a validation that follows; where one had to follow, a resumed training runs it first.
+A checkpoint is one file, folder/step-00000042.ckpt, of plain dicts and tensors (torch.load reads it with weights_only=True), under FSDP2 too, where rank 0
+gathers it. It is taken right after an optimiser step, before a validation that follows; where one had to follow, a resumed training runs it first.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError where its zip writer could not finish
             with contextlib.suppress(OSError):
                 part.unlink()
-            older = _newest(path.parent)
+            older = newest_checkpoint(path.parent)
             raise OSError(f"could not write the checkpoint {path}: {error}; {shutil.disk_usage(path.parent).free / 1e9:.2f} GB are free there; "
                           f"{f'{older} is whole and can be resumed from' if older else 'there is no older checkpoint'}") from error
 
@@ -59,8 +59,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def find_checkpoint(run_folder: str | Path, name: str = "") -> Path | None:
     """The newest checkpoint of training `name` in a run folder, or None; ValueError when it is damaged (`verify_checkpoint`)."""
-    newest = _newest(Path(run_folder) / "checkpoints" / name)
+    newest = newest_checkpoint(Path(run_folder) / "checkpoints" / name)
     return None if newest is None else verify_checkpoint(newest)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the highest step in a folder of checkpoints, unread; None without one."""
+    return next(reversed(_checkpoints(folder)), None)
 
 
 def verify_checkpoint(path: str | Path) -> Path:
@@ -87,20 +92,23 @@ class Checkpoints(Checkpoint):
         keep: how many files stay.
         val_every: optimiser steps between validations, as the trainer has it; 0: none.
         val_first: validate before the first step.
-        log: the metrics file that a resumed training cuts back to where it stood at the checkpoint.
+        metrics: the metrics file that a resumed training cuts back to where it stood at the checkpoint.
     """
 
-    def __init__(self, folder: Path, *, every: int, keep: int = 2, val_every: int = 0, val_first: bool = False, log: JsonlLogger | None = None) -> None:
-        self.folder, self.every, self.keep, self.val_every, self.val_first, self.log = folder, every, keep, val_every, val_first, log
+    def __init__(self, folder: Path, *, every: int, keep: int = 2, val_every: int = 0, val_first: bool = False,
+                 metrics: JsonlLogger | None = None) -> None:
+        self.folder, self.every, self.keep, self.val_every, self.val_first, self.metrics = folder, every, keep, val_every, val_first, metrics
         self.saved = 0  # step of the newest checkpoint
         self.validated = -1  # step of the newest validation
         self.seconds = 0.0  # spent on saving
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """ValueError when the disk has no room for `keep` checkpoints and the one being written, before any work is done."""
+        """ValueError when the disk has no room for `keep` checkpoints and the one being written, before any work is done. Clear what a killed process left."""
         if trainer.is_global_zero:
+            if trainer.ckpt_path is None and self.metrics:
+                self.metrics.restart()
             self.folder.mkdir(parents=True, exist_ok=True)
-            for part in self.folder.glob("*.part"):  # of a process that was killed while writing
+            for part in self.folder.glob("*.part"):
                 part.unlink()
             size = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in pl_module.parameters())  # weights and two moments
             missing = max(0, self.keep + 1 - len(_checkpoints(self.folder))) * size
@@ -140,13 +148,13 @@ class Checkpoints(Checkpoint):
 
     def state_dict(self) -> dict[str, int]:
         """The last validation, and how long the metrics file is."""
-        return {"validated": self.validated, "metrics_bytes": self.log.position() if self.log else 0}
+        return {"validated": self.validated, "metrics_bytes": self.metrics.position() if self.metrics else 0}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Cuts the metrics file back."""
         self.validated = state["validated"]
-        if self.log:
-            self.log.cut(state["metrics_bytes"])
+        if self.metrics:
+            self.metrics.cut(state["metrics_bytes"])
 
     def _val_due(self, step: int) -> bool:
         return bool(self.val_every) and step % self.val_every == 0
@@ -183,10 +191,6 @@ class Stop(Callback):
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(PATTERN))
-
-
-def _newest(folder: Path) -> Path | None:
-    return next(reversed(_checkpoints(folder)), None)
 
 
 def _problem(path: Path) -> str | None:

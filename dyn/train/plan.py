@@ -28,8 +28,8 @@ def meta_model(model: Any, dense: PretrainedConfig) -> torch.nn.Module:
         if model.kind == "dense":
             return AutoModelForCausalLM.from_config(dense)
         return LlamaMoeForCausalLM(moe_config(
-            dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok, num_shared_experts=model.num_shared_experts,
-            moe_intermediate_size=model.moe_intermediate_size, overlap=model.overlap, gate=model.gate, gate_noise=model.gate_noise, balance=model.balance,
+            dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
+            num_shared_experts=model.num_shared_experts, moe_intermediate_size=model.moe_intermediate_size, overlap=model.overlap, gate=model.gate, gate_noise=model.gate_noise, balance=model.balance,
             score_scale=model.score_scale))
 
 
@@ -41,7 +41,7 @@ def memory_per_device(net: torch.nn.Module, *, batch_size: int, block_size: int,
     embeddings = 2 * config.vocab_size * hidden
     per_layer = (counts["total"] - embeddings) / layers
     inner = counts["active"] - embeddings if counts["active"] > embeddings else counts["active"]
-    # Inside a layer about one value is kept for each hidden unit of every matrix product's input: norms and attention 8 D, the active feed-forward 3 of its width.
+    # Inside a layer about one value is kept for each unit of every matrix product's input: norms and attention 8 D, the feed-forward 3 of its active width.
     ffn = max((inner / layers - 4 * hidden**2) / (3 * hidden), 0)
     inside = tokens * (8 * hidden + 3 * ffn) * width
     parts = {

@@ -5,15 +5,14 @@ Every stage's numbers are remembered in the run folder, so that a resumed run go
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import json
 import math
 import os
+import resource
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dyn import figures
 from dyn.data.mixture import MixtureLoader, domain_weights, validation_batches
+from dyn.data.tiny import tiny_corpus, tiny_tokenizer
 from dyn.data.tokens import Tokens, shard
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, write_card
 from dyn.models.llama_moe_construct import METHODS
@@ -30,9 +30,9 @@ from dyn.models.packaged import PACKAGED, cache_folder, packaged
 from dyn.nn.surgery import count_parameters, flops_per_token
 from dyn.train.callbacks import ExpertLoad, Remix, Throughput
 from dyn.train.evaluate import domain_distances, overlaps, sample, seconds_per_micro_batch
-from dyn.train.plan import meta_model
+from dyn.train.plan import dense_config, meta_model
 from dyn.train.tasks import CausalLM
-from dyn.train.trainer import fit, make_trainer, world
+from dyn.train.trainer import evaluate, fit, make_trainer
 
 SHOWN_LAYERS = 4  # of the overlap plot
 
@@ -49,88 +49,226 @@ class Corpus:
 def pretrain(cfg: Any, run: Any) -> dict[str, float]:
     """Convert, train, evaluate, export; the control too where it is asked for. Returns the metrics, fills `run.cost` and `run.notes`."""
     cfg.check()
-    source = packaged(cfg.model.source) if cfg.model.source in PACKAGED else cfg.model.source
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    source = _tiny(cfg, run) if cfg.model.source == "tiny" else packaged(cfg.model.source) if cfg.model.source in PACKAGED else cfg.model.source
+    tokenizer = load_tokenizer(source)
     corpus = load_corpus(cfg, run, tokenizer)
     before = run.stage("dense, untrained", lambda: _measure_dense(cfg, run, source, tokenizer, corpus))
-    run.log("held-out loss of the dense model: " + _losses(before["losses"]))
+    run.log(f"dense model, {before['parameters']:,} parameters; held-out loss: " + ", ".join(f"{d} {v:.3f}" for d, v in before["losses"].items()))
     steps = before["steps"]
     if steps < cfg.steps():
-        run.log(f"{cfg.minutes} minutes a training are enough for {steps} of {cfg.steps()} steps on this machine")
-    result = run.stage(f"train {cfg.model.kind}", lambda: _train(cfg, run, cfg.model.kind, source, tokenizer, corpus, before, steps))
-    control = None
-    if cfg.dense_control:
-        control = run.stage("train the dense control", lambda: _train(cfg, run, "dense", source, tokenizer, corpus, before, steps, control=True))
+        run.log(f"minutes={cfg.minutes} a training hold {steps} of {cfg.steps()} steps on this machine")
+    kind = cfg.model.kind
+    result = run.stage(kind, lambda: _train(cfg, run, kind, source, tokenizer, corpus, before, kind))
+    control = run.stage("control", lambda: _train(cfg, run, "dense", source, tokenizer, corpus, before, "control")) if cfg.dense_control else None
     return _report(cfg, run, corpus, before, result, control, steps)
 
 
+def load_tokenizer(source: Any) -> Any:
+    """The tokenizer of a folder or hub id; ValueError in one line where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.source={source} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
+
+
 def load_corpus(cfg: Any, run: Any, tokenizer: Any) -> Corpus:
-    """Shard (or find) the text, check it against the model's domains and sizes, cut held-out batches."""
+    """Shard the text (or find it sharded) and cut held-out batches.
+
+    Raises:
+        ValueError: a domain without training or held-out documents, or with fewer held-out tokens than a block; weights for other domains.
+    """
     data = cfg.data
-    run.log(f"text: {data.text.path}")
-    tokens = shard(data.text, tokenizer, str(cache_folder() / "tokens"), log=run.log)
-    domains = list(tokens)
-    names = [data.stand_for.get(d, d) for d in domains]
-    weights = dict(zip(domains, domain_weights(data.weights, names).values(), strict=True)) if isinstance(data.weights, str) else domain_weights(data.weights, domains)
-    missing = [f"{d} has no {split} documents" for d in domains for split in ("train", "validation") if split not in tokens[d]]
+    tokens = shard(data.text, tokenizer, data.cache or str(cache_folder() / "tokens"), keep=data.filters, log=run.log)
+    missing = [f"{d} has no {split} documents" for d in tokens for split in ("train", "validation") if split not in tokens[d]]
     if missing:
-        raise ValueError(f"data.text={data.text.path}: {'; '.join(missing)}")
+        raise ValueError(f"data.text.path={data.text.path}: {'; '.join(missing)}")
+    names = [data.stand_for.get(d, d) for d in tokens]
+    shares = domain_weights(data.weights, names)
     validation = {d: validation_batches(tokens[d]["validation"], data.block_size, data.batch_size, data.validation_tokens, domain=i,
-                                        mask_documents=data.mask_documents) for i, d in enumerate(domains)}
-    train = {d: tokens[d]["train"] for d in domains}
-    run.log(", ".join(f"{d} {t.num_tokens:,}" for d, t in train.items()) + " training tokens")
-    return Corpus(train, validation, weights)
+                                        mask_documents=data.mask_documents) for i, d in enumerate(tokens)}
+    run.log(f"text {data.text.path}: " + ", ".join(f"{d} {t['train'].num_tokens:,}" for d, t in tokens.items()) + " training tokens")
+    return Corpus({d: t["train"] for d, t in tokens.items()}, validation, {d: shares[n] for d, n in zip(tokens, names, strict=True)})
 
 
 def _measure_dense(cfg: Any, run: Any, source: Any, tokenizer: Any, corpus: Corpus) -> dict[str, Any]:
-    """The dense model's losses (references for dynamic weights) and samples, and how many steps the time budget holds."""
-    net = _dense(source)
-    vocabulary = net.config.vocab_size
-    if len(tokenizer) > vocabulary:
-        raise ValueError(f"the tokenizer of {cfg.model.source} has {len(tokenizer)} entries, the model's vocab_size is {vocabulary}: they do not belong together")
-    run.log(f"dense model: {count_parameters(net)['total']:,} parameters")
-    load = ExpertLoad()
-    losses = _validate(cfg, run, net, corpus, "dense-untrained", load)
+    """The untrained dense model: losses (the references of dynamic weights), samples, and how many steps the time budget holds."""
+    net = _pretrained(source)
+    if len(tokenizer) > net.config.vocab_size:
+        raise ValueError(f"the tokenizer of {cfg.model.source} has {len(tokenizer)} entries and the model vocab_size={net.config.vocab_size}: they do not belong together")
+    losses = evaluate(net, corpus.validation, cfg.trainer)
     steps = cfg.steps()
     if cfg.minutes is not None:
-        batch = next(iter(_loader(cfg, corpus, 1)))
-        dtype = None if cfg.trainer.precision == "32-true" else torch.bfloat16
-        # The dense model's step is the longer one; a fifth goes to the optimiser, validation within training, and noise.
-        seconds = seconds_per_micro_batch(net, batch, dtype) * cfg.trainer.accumulate
-        steps = max(1, min(steps, int(0.8 * 60 * cfg.minutes / seconds)))
-    return {"losses": losses, "samples": sample(net, tokenizer, cfg.prompts, cfg.sample_tokens), "steps": steps}
+        batch = next(iter(_loader(cfg, corpus, 1, 0, 1)))
+        # The dense model's step is the longer one; a fifth of the time goes to the optimiser, to validations within training, and to noise.
+        seconds = seconds_per_micro_batch(net, batch, None if cfg.trainer.precision == "32-true" else torch.bfloat16) * cfg.trainer.accumulate
+        steps = max(2, min(steps, int(0.8 * 60 * cfg.minutes / seconds)))
+    return {"losses": losses, "samples": _samples(cfg, net, tokenizer), "steps": steps, "parameters": count_parameters(net)["total"]}
 
 
-def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: Corpus, dense: Mapping[str, Any], steps: int, control: bool = False) -> dict[str, Any]:
-    """Build one network, train it for `steps`, and measure it before and after."""
-    name = "dense" if kind == "dense" else "moe"
-    net, built_in = _build(cfg, run, kind, source, corpus)
-    counts = count_parameters(net)
-    config = copy.deepcopy(cfg.trainer)
-    config.max_steps, config.val_first = steps, True
-    optim = copy.deepcopy(cfg.optim)
-    optim.warmup_steps = min(optim.warmup_steps, max(1, steps // 4))
-    config.val_every = min(config.val_every, max(1, math.ceil(steps / 2)))
-    samples = sample(net, tokenizer, cfg.prompts, cfg.sample_tokens) if kind == "moe" else dense["samples"]
-    load, speed = ExpertLoad(), Throughput(torch.float32 if config.precision == "32-true" else torch.bfloat16, log_every=config.log_every)
-    callbacks = [load, speed]
-    loader = _loader(cfg, corpus, steps * config.accumulate)
-    if cfg.data.dynamic != "none" and not control:
-        callbacks.append(Remix(loader, dense["losses"], rule=cfg.data.dynamic, anchor=corpus.weights if cfg.data.anchored else None))
-    task = CausalLM(net, optim, total_steps=steps, domains=list(corpus.validation))
-    trainer = make_trainer(config, run, callbacks, name=name)
-    run.log(f"training {'the dense control' if control else name}: {steps} steps of {cfg.tokens_per_step():,} tokens, "
-            f"{counts['total']:,} parameters, {counts['active']:,} activated")
+def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: Corpus, dense: dict[str, Any], name: str) -> dict[str, Any]:
+    """Build one network, train it, and measure it before and after."""
+    steps = dense["steps"]
+    net = _build(cfg, run, kind, source, corpus, dense["losses"])
+    counts, block = count_parameters(net), cfg.data.block_size
+    before = _samples(cfg, net, tokenizer) if kind == "moe" or cfg.model.start == "scratch" else dense["samples"]
+    config = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_every=min(cfg.trainer.val_every, math.ceil(steps / 2)))
+    optim = dataclasses.replace(cfg.optim, warmup_steps=min(cfg.optim.warmup_steps, steps // 4))
+    world = config.world_size
+    loader = _loader(cfg, corpus, steps * config.accumulate, int(os.environ.get("RANK", 0)), world)
+    load = ExpertLoad()
+    mixing = [Remix(loader, dense["losses"], rule=cfg.data.dynamic, anchor=corpus.weights if cfg.data.anchored else None)] if cfg.data.dynamic != "none" else []
+    task = CausalLM(net, optim, list(corpus.validation), config)
+    trainer = make_trainer(config, run, [load, *mixing], name=name)
+    run.log(f"training {name}: {steps} steps of {cfg.tokens_per_step():,} tokens, {counts['total']:,} parameters, {counts['active']:,} activated")
     began = time.monotonic()
-    fit(trainer, task, loader, corpus.validation, run)
-    losses = load.losses  # of the last validation, after the last step
-    run.log(f"held-out loss of the {'dense control' if control else name} after training: {_losses(losses)}")
-    result = {
-        "before": built_in or _first_losses(run, name, corpus) or dense["losses"], "after": losses, "samples_before": samples,
-        "samples_after": sample(net, tokenizer, cfg.prompts, cfg.sample_tokens), "counts": counts, "flops": flops_per_token(net, cfg.data.block_size),
-        "speed": speed.summary(), "seconds": time.monotonic() - began, "load": {d: v.tolist() for d, v in load.loads.items()},
-    }
+    after = fit(trainer, task, loader, corpus.validation)
+    speed = next(c for c in trainer.callbacks if isinstance(c, Throughput)).summary()
+    result = {"before": _first_losses(run, name, corpus), "after": after, "samples_before": before, "samples_after": _samples(cfg, net, tokenizer), "counts": counts,
+              "flops_per_token": flops_per_token(net, block), "speed": speed, "seconds": time.monotonic() - began, "load": {d: v.tolist() for d, v in load.loads.items()}}
     if kind == "moe":
-        result["export"] = _export(cfg, run, net, tokenizer, corpus, dense["losses"], losses)
-        result["overlap"] = overlaps(net.construction.groups) if net.construction and not METHODS[net.construction.method].partition else None
+        result |= {"overlap": _overlap(net), "export": _export(cfg, run, net, tokenizer, corpus, dense["losses"], after)}
     return result
+
+
+def _build(cfg: Any, run: Any, kind: str, source: Any, corpus: Corpus, references: dict[str, float]) -> nn.Module:
+    """The network to train, in float32 (its computing copies are bf16). A converted model is kept in the run folder, for resumes and for the user."""
+    model = cfg.model
+    if model.start == "scratch":
+        torch.manual_seed(cfg.seed)
+        shape = meta_model(model, dense_config(source)).config if kind == "moe" else dense_config(source)
+        return AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    if kind == "dense":
+        return _pretrained(source)
+    folder = run.folder / "converted"
+    if not (folder / "config.json").is_file():
+        if int(os.environ.get("RANK", 0)) == 0:
+            began = time.monotonic()
+            moe = _convert(cfg, source, corpus)
+            part = folder.with_name("converted.part")
+            shutil.rmtree(part, ignore_errors=True)
+            moe.save_pretrained(part)
+            part.replace(folder)
+            run.log(f"converted by {model.construction} in {time.monotonic() - began:.0f} s")
+            return moe
+        while not (folder / "config.json").is_file():  # rank 0 converts; process groups do not exist yet
+            time.sleep(1.0)
+    return LlamaMoeForCausalLM.from_pretrained(folder, attention_dropout=model.attention_dropout, dtype=torch.float32)
+
+
+def _convert(cfg: Any, source: Any, corpus: Corpus) -> LlamaMoeForCausalLM:
+    model = cfg.model
+    batches = None
+    if METHODS[model.construction].needs != "nothing" or model.score_scale == "measured":
+        size = cfg.data.batch_size
+        calibration = MixtureLoader(corpus.train, corpus.weights, block_size=min(cfg.data.block_size, 2048), batch_size=size, seed=cfg.seed + 1,
+                                    num_batches=math.ceil(model.calibration_sequences / size))
+        batches = [batch["input_ids"] for batch in calibration]
+    moe = from_dense(
+        source, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok, construction=model.construction, overlap=model.overlap,
+        num_shared_experts=model.num_shared_experts, moe_intermediate_size=model.moe_intermediate_size, gate=model.gate, gate_noise=model.gate_noise,
+        balance=model.balance, score_scale=model.score_scale, reinit=model.reinit, batches=batches, seed=cfg.seed).float()
+    moe.config.balance_weight, moe.config.z_loss_weight, moe.config.attention_dropout = model.balance_weight, model.z_loss_weight, model.attention_dropout
+    return moe
+
+
+def _tiny(cfg: Any, run: Any) -> Any:
+    """For smoke runs: a random model, a byte tokenizer and generated text, in the run folder."""
+    folder = run.folder / "tiny"
+    if not folder.is_dir():
+        torch.manual_seed(cfg.seed)
+        part = run.folder / "tiny.part"
+        AutoModelForCausalLM.from_config(dense_config("tiny")).save_pretrained(part)
+        tiny_tokenizer().save_pretrained(part)
+        part.replace(folder)
+    if cfg.data.text.path == "tiny":
+        cfg.data.text.path, cfg.data.cache = tiny_corpus(run.folder / "text"), str(run.folder / "tokens")
+    return folder
+
+
+def _pretrained(source: Any) -> nn.Module:
+    return load_dense(source).float()
+
+
+def _loader(cfg: Any, corpus: Corpus, batches: int, rank: int, world: int) -> MixtureLoader:
+    data = cfg.data
+    return MixtureLoader(corpus.train, corpus.weights, block_size=data.block_size, batch_size=data.batch_size, num_batches=batches, seed=cfg.seed,
+                         rank=rank, world_size=world, mask_documents=data.mask_documents)
+
+
+def _samples(cfg: Any, net: nn.Module, tokenizer: Any) -> list[str]:
+    return sample(net, tokenizer, cfg.prompts, cfg.sample_tokens) if cfg.sample_tokens else []
+
+
+def _first_losses(run: Any, name: str, corpus: Corpus) -> dict[str, float]:
+    """Held-out losses at step 0, from the metrics file: a resumed training did not measure them."""
+    rows = [r for r in figures.read_metrics(run.folder / "metrics.jsonl") if r.get("stage") == name and r["step"] == 0 and "val/loss" in r]
+    return {d: rows[0][f"val/{d}/loss"] for d in corpus.validation} if rows else {}
+
+
+def _overlap(net: LlamaMoeForCausalLM) -> list | None:
+    made = net.construction
+    return overlaps(made.groups) if made is not None and not METHODS[made.method].partition else None
+
+
+def _export(cfg: Any, run: Any, net: LlamaMoeForCausalLM, tokenizer: Any, corpus: Corpus, dense: dict[str, float], losses: dict[str, float]) -> str:
+    """The trained model for `transformers`, with tokenizer and card, written whole or not at all."""
+    folder, part = run.folder / "export", run.folder / "export.part"
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    net.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    if net.construction is not None:
+        write_card(net, part, data=f"{cfg.data.text.path} ({', '.join(corpus.train)})", results={f"held-out loss, {d}": v for d, v in losses.items()})
+    part.replace(folder)
+    return folder.name
+
+
+def _report(cfg: Any, run: Any, corpus: Corpus, before: dict, result: dict, control: dict | None, steps: int) -> dict[str, float]:
+    """Figures, samples, cost and metrics from what the stages left."""
+    domains, plots, name = list(corpus.train), run.folder / "plots", cfg.model.kind
+    rows = figures.read_metrics(run.folder / "metrics.jsonl")
+    curves = {label: [r for r in rows if r.get("stage") == stage] for label, stage in ((name, name), ("dense, same tokens", "control")) if stage != "control" or control}
+    figures.loss_curves(plots / "loss.png", curves, domains, level=before["losses"])
+    if cfg.data.dynamic == "none":
+        run.log("domain weights are static: " + ", ".join(f"{d} {w:.3f}" for d, w in corpus.weights.items()))
+    figures.domain_weights(plots / "weights.png", curves[name], domains, corpus.weights)
+    if result["load"]:
+        figures.expert_load(plots / "load.png", result["load"])
+        figures.domain_distances(plots / "distances.png", *domain_distances(result["load"]))
+    if result.get("overlap"):
+        layers = sorted({round(i * (len(result["overlap"]) - 1) / (SHOWN_LAYERS - 1)) for i in range(SHOWN_LAYERS)})
+        figures.neuron_overlap(plots / "overlap.png", [result["overlap"][i] for i in layers], layers)
+    samples = [{"prompt": p, "dense": d, "converted": b, "trained": a} for p, d, b, a in
+               zip(cfg.prompts, before["samples"], result["samples_before"], result["samples_after"], strict=False)]
+    (run.folder / "samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False))
+    return _numbers(cfg, run, before, result, control, steps)
+
+
+def _numbers(cfg: Any, run: Any, before: dict, result: dict, control: dict | None, steps: int) -> dict[str, float]:
+    mean = lambda losses: math.fsum(losses.values()) / len(losses)  # noqa: E731
+    dense, start, end = mean(before["losses"]), mean(result["before"]), mean(result["after"])
+    metrics = {"loss/dense untrained": dense, "loss/before": start, "loss/after": end, "train/steps": steps, "train/tokens": steps * cfg.tokens_per_step()}
+    metrics |= {f"val/{d}/loss": v for d, v in result["after"].items()} | {f"val/{d}/ppl": math.exp(v) for d, v in result["after"].items()}
+    metrics |= {f"before/{d}/loss": v for d, v in result["before"].items()} | {f"dense untrained/{d}/loss": v for d, v in before["losses"].items()}
+    if start > dense:
+        metrics["gap closed"] = (start - end) / (start - dense)
+        run.log(f"conversion cost {start - dense:.3f} nats a token; training won {start - end:.3f} back: {metrics['gap closed']:.0%} of the gap to the untrained dense model")
+    if control:
+        trained = mean(control["after"])
+        metrics |= {"loss/dense, same tokens": trained} | {f"dense, same tokens/{d}/loss": v for d, v in control["after"].items()}
+        if start > trained:
+            metrics["gap closed to dense, same tokens"] = (start - end) / (start - trained)
+        if "steps_per_second" in control["speed"] and "steps_per_second" in result["speed"]:
+            metrics["time a token / dense"] = control["speed"]["tokens_per_second"] / result["speed"]["tokens_per_second"]
+    speed = result["speed"]
+    metrics |= {f"speed/{k}": speed[k] for k in ("tokens_per_second", "mfu") if k in speed}
+    run.cost |= {f"{k}_parameters": v for k, v in result["counts"].items()} | {
+        "flops_per_token": result["flops_per_token"], "steps_per_second": speed.get("steps_per_second"), "peak_flops_from": speed["peak_flops_from"],
+        "seconds_training": result["seconds"], "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    run.notes |= {"main": [k for k in ("loss/dense untrained", "loss/before", "loss/after", "loss/dense, same tokens", "gap closed", "gap closed to dense, same tokens") if k in metrics],
+                  "compare": ["loss/after"], "text": cfg.data.text.path, "tokens": f"{metrics['train/tokens']:,} training tokens; MFU counts activated parameters against the "
+                  + speed["peak_flops_from"]}
+    if result.get("export"):
+        run.log(f"exported to {run.folder / result['export']} (import dyn.models; AutoModelForCausalLM.from_pretrained)")
+    return metrics

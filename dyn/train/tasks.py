@@ -33,9 +33,9 @@ class CausalLM(LightningModule):
     `expert_load` [layers, E], `dropped_mass` [layers] and, for balance="bias", has `update_selection_bias`, called after every optimiser step
     with the loads of all its micro-batches and ranks.
 
-    Logged every `cfg.log_every` optimiser steps, as means over micro-batches and ranks: train/loss, train/lm_loss, train/balance_loss (weighted), train/grad_norm,
-    train/load_max (largest load / mean load of a layer, averaged over layers; train/load_max_layer is the worst layer's), train/load_cv2, train/dropped_mass,
-    lr, tokens (seen so far, by all ranks). At validation: val/<domain>/loss, val/<domain>/ppl, val/loss (their mean), also in `val_losses`.
+    Logged every `cfg.log_every` optimiser steps, as means over micro-batches and ranks: train/loss, train/lm_loss, train/balance_loss (weighted),
+    train/grad_norm, train/load_max (largest load / mean load of a layer, averaged over layers; train/load_max_layer is the worst layer's), train/load_cv2,
+    train/dropped_mass, lr, tokens (seen so far, by all ranks). At validation: val/<domain>/loss, val/<domain>/ppl, val/loss (their mean), also in `val_losses`.
 
     Args:
         net: the network, or a function that builds it, called in `configure_model` (every rank must build the same).
@@ -132,7 +132,8 @@ class CausalLM(LightningModule):
         metrics = {key: value / count for key, value in sums.items()} | {"train/grad_norm": self._norm}
         if load is not None:
             ratio = load.amax(-1) / load.mean(-1).clamp(min=1e-12)
-            metrics |= {"train/load_max": ratio.mean(), "train/load_max_layer": ratio.max(), "train/load_cv2": torch.stack([cv_squared(row) for row in load]).mean()}
+            cv2 = torch.stack([cv_squared(load_E) for load_E in load])
+            metrics |= {"train/load_max": ratio.mean(), "train/load_max_layer": ratio.max(), "train/load_cv2": cv2.mean()}
         if dropped is not None:
             metrics["train/dropped_mass"] = dropped.mean() / count
         values = dict(zip(metrics, torch.stack([v.double() for v in metrics.values()]).tolist(), strict=True))  # the one host sync
@@ -192,7 +193,8 @@ class CausalLM(LightningModule):
     def _about(self) -> dict[str, Any]:
         """Plain data: the net's class and configuration, the optimiser, the length."""
         config = self.net.config.to_dict() if hasattr(self.net, "config") else {}
-        config = {key: value for key, value in config.items() if key not in ("transformers_version", "architectures", "_name_or_path")}  # change without meaning
+        for key in ("transformers_version", "architectures", "_name_or_path"):  # these change without meaning
+            config.pop(key, None)
         return _plain({"net": type(self.net).__name__.removeprefix("FSDP"), "config": config,
                        "optim": dataclasses.asdict(self.optim), "max_steps": self.cfg.max_steps, "accumulate": self.cfg.accumulate, "domains": self.domains})
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -18,11 +21,14 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from dyn.train.callbacks import JsonlLogger, PlainProgress, RngState, Throughput
-from dyn.train.checkpoint import AtomicCheckpointIO, Checkpoints, Stop, Stopped, find_checkpoint, verify_checkpoint
+from dyn.train.checkpoint import AtomicCheckpointIO, Checkpoints, Stop, Stopped, find_checkpoint, newest_checkpoint, verify_checkpoint
 from dyn.train.optim import OptimConfig
 from dyn.train.tasks import CausalLM
 
-__all__ = ["TrainerConfig", "evaluate", "find_checkpoint", "fit", "make_trainer", "verify_checkpoint"]
+__all__ = ["TrainerConfig", "evaluate", "find_checkpoint", "fit", "make_trainer", "verify_checkpoint", "world"]
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notices on devices and tips would break up the progress lines
+warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's, about its own use of torch
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,8 +79,8 @@ class TrainerConfig:
 def make_trainer(cfg: TrainerConfig, run: Any, callbacks: Sequence[Callback] = (), *, name: str = "") -> Trainer:
     """A trainer that writes into a run's folder: metrics.jsonl, checkpoints/[name/]step-*.ckpt.
 
-    It holds RngState, Throughput, a progress display, Stop and Checkpoints; `callbacks` come before the last two. `run` has `folder`, `log(text)`, `stop`,
-    `graceful()` and `listen()` (`dyn.run`).
+    It holds RngState, Throughput (unless `callbacks` has one), a progress display, Stop and Checkpoints, the last two after `callbacks`.
+    `run` has `folder`, `log(text)`, `stop`, `graceful()` and `listen()` (`dyn.run`).
 
     Args:
         cfg: settings.
@@ -86,19 +92,21 @@ def make_trainer(cfg: TrainerConfig, run: Any, callbacks: Sequence[Callback] = (
         ValueError: wandb is asked for and not installed, or a GPU that is not there.
     """
     folder = Path(run.folder)
-    log = JsonlLogger(folder / "metrics.jsonl", name)
+    metrics = JsonlLogger(folder / "metrics.jsonl", name)
     checkpoints = Checkpoints(folder / "checkpoints" / name, every=cfg.checkpoint_every, keep=cfg.keep_checkpoints, val_every=cfg.val_every,
-                              val_first=cfg.val_first, log=log)
+                              val_first=cfg.val_first, metrics=metrics)
     bar = TQDMProgressBar(refresh_rate=1, leave=True) if sys.stderr.isatty() else PlainProgress(run.log, cfg.progress_seconds)
+    speed = [] if any(isinstance(c, Throughput) for c in callbacks) else [Throughput(cfg.dtype, cfg.log_every, cfg.peak_flops)]
     return Trainer(
-        **_machine(cfg), logger=[log, *_wandb(cfg, folder, name)], default_root_dir=folder, max_steps=cfg.max_steps, accumulate_grad_batches=cfg.accumulate,
+        **_machine(cfg), logger=[metrics, *_wandb(cfg, folder, name)], default_root_dir=folder, max_steps=cfg.max_steps, accumulate_grad_batches=cfg.accumulate,
         val_check_interval=(cfg.val_every or cfg.max_steps + 1) * cfg.accumulate, check_val_every_n_epoch=None, log_every_n_steps=cfg.log_every,
         enable_progress_bar=isinstance(bar, TQDMProgressBar), deterministic=cfg.deterministic,
-        callbacks=[RngState(cfg.seed), *callbacks, Throughput(cfg.dtype, cfg.log_every, cfg.peak_flops), bar, Stop(run, checkpoints), checkpoints])
+        callbacks=[RngState(cfg.seed), *callbacks, *speed, bar, Stop(run, checkpoints), checkpoints])
 
 
-def fit(trainer: Trainer, task: CausalLM, train_loader: Any, val_loaders: Mapping[str, Iterable], ckpt: str | Path | None = None) -> dict[str, float]:
-    """Train to the end, from `ckpt` where given; returns the final validation loss of every domain.
+def fit(trainer: Trainer, task: CausalLM, train_loader: Any, val_loaders: Mapping[str, Iterable],
+        ckpt: str | Path | Literal["newest"] | None = "newest") -> dict[str, float]:
+    """Train to the end; returns the final validation loss of every domain.
 
     SIGINT and SIGTERM meanwhile: a checkpoint is written and the run's Cancelled raised.
 
@@ -107,7 +115,7 @@ def fit(trainer: Trainer, task: CausalLM, train_loader: Any, val_loaders: Mappin
         task: what to train.
         train_loader: this rank's micro-batches, with `__len__`, `state_dict` and `load_state_dict` (`dyn.data.mixture.MixtureLoader`).
         val_loaders: domain -> batches, the same on every rank; ranks share them out. Domains as in the task.
-        ckpt: a checkpoint of the same training (`find_checkpoint`).
+        ckpt: where to go on; "newest": in the trainer's own checkpoint folder, if that has one; None: from the beginning.
 
     Raises:
         ValueError: a loader that is too short or cannot be resumed, other domains than the task's, a damaged or foreign checkpoint.
@@ -116,12 +124,15 @@ def fit(trainer: Trainer, task: CausalLM, train_loader: Any, val_loaders: Mappin
     if missing := [m for m in ("__len__", "state_dict", "load_state_dict") if not hasattr(train_loader, m)]:
         raise ValueError(f"{type(train_loader).__name__} cannot be resumed exactly: it has no {', '.join(missing)}")
     if len(train_loader) < needed:
-        raise ValueError(f"the training data have {len(train_loader)} micro-batches; {trainer.max_steps} steps of {trainer.accumulate_grad_batches} need {needed}")
+        raise ValueError(f"the training data have {len(train_loader)} micro-batches; {trainer.max_steps} steps of "
+                         f"{trainer.accumulate_grad_batches} need {needed}")
     if list(val_loaders) != task.domains:
         raise ValueError(f"validation domains {list(val_loaders)} differ from the task's {task.domains}")
+    stop = next(c for c in trainer.callbacks if isinstance(c, Stop))
+    if ckpt == "newest":
+        ckpt = newest_checkpoint(stop.checkpoints.folder)
     if ckpt is not None:
         ckpt = str(verify_checkpoint(ckpt))
-    stop = next(c for c in trainer.callbacks if isinstance(c, Stop))
     shards = _share(val_loaders, trainer)
     with stop.run.graceful():
         try:
@@ -134,13 +145,20 @@ def fit(trainer: Trainer, task: CausalLM, train_loader: Any, val_loaders: Mappin
 
 
 def evaluate(net: nn.Module, val_loaders: Mapping[str, Iterable], cfg: TrainerConfig, callbacks: Sequence[Callback] = ()) -> dict[str, float]:
-    """Loss by domain (nats a token, exact over all targets) of a network as it is; nothing is logged or saved. Put `ExpertLoad()` into `callbacks` for its load."""
+    """Loss by domain (nats a token, exact over all targets) of a network as it is; nothing is logged or saved. `ExpertLoad()` as a callback gives its load."""
     task = CausalLM(net, OptimConfig(warmup_steps=0), list(val_loaders), cfg)
     trainer = Trainer(**_machine(cfg), logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=list(callbacks))
     training = net.training
     trainer.validate(task, _share(val_loaders, trainer), verbose=False)
     net.train(training)
     return dict(task.val_losses)
+
+
+def world(cfg: TrainerConfig) -> tuple[int, int]:
+    """(rank, number of processes) of this process, as torchrun, srun or Lightning's launcher set it; for loaders that are made before the trainer."""
+    local, node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0)))
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", node * cfg.devices + local))) if cfg.world_size > 1 else 0
+    return rank, cfg.world_size
 
 
 def _machine(cfg: TrainerConfig) -> dict[str, Any]:
@@ -175,16 +193,29 @@ def _wandb(cfg: TrainerConfig, folder: Path, name: str) -> list[Logger]:
     return [WandbLogger(project=cfg.wandb_project, name=label, id=label, resume="allow", save_dir=str(folder))]
 
 
+class _Batches:
+    """A list of batches as a loader; Lightning would take nested lists apart."""
+
+    def __init__(self, batches: Iterable) -> None:
+        self.batches = list(batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator:
+        return iter(self.batches)
+
+
 def _share(val_loaders: Mapping[str, Iterable], trainer: Trainer) -> list[Iterable]:
     """This rank's batches of every domain: as many on each rank, filled up with batches without targets, since sharded networks compute together."""
     world, rank = trainer.world_size, trainer.global_rank
     if world == 1:
-        return list(val_loaders.values())
+        return [_Batches(loader) if isinstance(loader, Sequence) else loader for loader in val_loaders.values()]
     shares = []
     for loader in val_loaders.values():
         batches = list(loader)
         mine = batches[rank::world]
         if len(mine) < math.ceil(len(batches) / world):
             mine.append({**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)})
-        shares.append(mine)
+        shares.append(_Batches(mine))
     return shares

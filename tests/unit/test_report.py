@@ -80,6 +80,13 @@ def test_curves_by_panel_skip_what_is_cut_or_not_a_number(tmp_path):
     assert panels["train/loss"]["train/loss"][0] == (0, 4.0) and math.isnan(panels["train/loss"]["train/loss"][1][1])
 
 
+def test_curves_of_several_trainings_are_apart(tmp_path):
+    lines = [{"step": 1, "stage": stage, "val/code/loss": loss, "val/loss": loss} for stage, loss in (("moe", 1.0), ("dense", 2.0))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    lines = {"moe": [(1, 1.0)], "dense": [(1, 2.0)]}
+    assert report.curves(tmp_path / "result.json") == {"val/loss": lines, "val loss": {f"{stage} code": points for stage, points in lines.items()}}
+
+
 def test_committed_results_have_their_files_beside_them(tmp_path):
     (tmp_path / "row.json").write_text(json.dumps(result()))
     (tmp_path / "row.curves.json").write_text(json.dumps({"val/code/loss": [[0, 3.0], [1, 2.0]]}))

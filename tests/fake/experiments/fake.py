@@ -60,7 +60,7 @@ def main(cfg: Config, run: Run) -> dict:
         _wait(run, lambda: False)
     if cfg.mode in ("wait", "deaf"):
         with run.graceful() as stop:
-            _wait(run, lambda: cfg.mode == "wait" and stop.is_set() or (run.folder / "go").exists())
+            _wait(run, lambda: (cfg.mode == "wait" and stop.is_set()) or (run.folder / "go").exists())
             (run.checkpoints / "last.ckpt").write_text("weights")
     with (run.folder / "metrics.jsonl").open("a") as file:
         for step in range(cfg.steps):
