@@ -2,8 +2,8 @@
 
     python -m benchmarks.split --units 11008 --dim 4096 --groups 16
 
-scikit-learn's k-means without equal sizes is printed beside ours: equal sizes can only cost inertia, so a good run of it
-is about a lower bound (about: it has local optima too). Peak memory is the whole process's so far on a CPU.
+scikit-learn's k-means without equal sizes is printed beside ours: equal sizes can only cost inertia, so a good run of
+it is about a lower bound (about: it has local optima too). On a CPU peak memory is the whole process's so far.
 """
 
 from __future__ import annotations
@@ -80,9 +80,10 @@ def main() -> None:
         del features_ND, rows_ND
 
     if args.only != "kmeans":
-        x_TD = torch.randn(args.tokens, 64, generator=generator).to(device)
-        gate_DN, up_DN = (torch.randn(64, args.units, generator=generator).to(device) / 8 for _ in range(2))
-        h_TN = torch.nn.functional.silu(x_TD @ gate_DN) * (x_TD @ up_DN)
+        topics = 4 * args.groups  # a neuron fires at 40% of its own topic's tokens, at 2% of the others
+        topic_T, topic_N = (torch.randint(0, topics, (n,), generator=generator) for n in (args.tokens, args.units))
+        chance_TN = torch.where(topic_T[:, None] == topic_N, 0.4, 0.02)
+        h_TN = torch.bernoulli(chance_TN, generator=generator).to(device)
         adjacency_NN = split.coactivate(h_TN, kernel="abs", clamp=float("inf"))
 
         def within(groups_EF):

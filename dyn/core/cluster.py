@@ -2,7 +2,7 @@
 
 Both alternate a matrix product with the exact balanced assignment of assign.py. `split` is the checked front door.
 
-Shapes: N units, D features, E groups, F = N / E units per group, C candidates per pair of groups.
+Shapes: N units, D features, E groups, F = N / E units per group, C candidates of a group for a swap.
 """
 
 from __future__ import annotations
@@ -73,18 +73,20 @@ def sparsify(adjacency_NN: Tensor) -> Tensor:
     """Integer edge weights [N, N] float32 of a co-activation adjacency (llama_moe section 1.4 step 4).
 
     The threshold is 0.99 times the first of the 10th, 20th, ... percentile of all entries, diagonal included, that is
-    positive; an entry becomes trunc(entry / threshold), 0 below 1 and on the diagonal. (The paper's "non-zero"
-    differs where h keeps its sign: a negative threshold would join the neurons that exclude each other.)
+    positive; an entry becomes trunc(entry / threshold), 0 below 1 and on the diagonal, 2**24 at most (float32 counts
+    no further). The paper's "non-zero" threshold differs where h keeps its sign: a negative one would join the
+    neurons that exclude each other.
     Needs one N x N float32 copy. Raises ValueError when the matrix is not symmetric or has no positive entry.
     """
     weights_NN = (adjacency_NN + adjacency_NN.T).float().mul_(0.5)
     for rows, mirrored in zip(adjacency_NN.split(256), weights_NN.split(256), strict=True):
         if not torch.allclose(rows.float(), mirrored, rtol=1e-3, atol=1e-3 * mirrored.abs().max().item()):
             raise ValueError("adjacency_NN is not symmetric; expected sums of coactivate(h_TN)")
-    below = sum((rows <= 0).sum().item() for rows in weights_NN.split(256)) / weights_NN.numel()
+    rest = sum((rows <= 0).sum().item() for rows in weights_NN.split(256))
     for percent in range(10, 101, 10):
-        if percent >= 100 * below and (threshold := 0.99 * percentile(weights_NN, percent)) > 0:
-            return weights_NN.div_(threshold).clamp_(min=0).trunc_().fill_diagonal_(0)
+        reach = percent / 100 * (weights_NN.numel() - 1) + 1  # 1-based rank of the higher neighbour; positive only past `rest`
+        if reach > rest and (threshold := 0.99 * percentile(weights_NN, percent)) > 0:
+            return weights_NN.div_(threshold).clamp_(0, 2**24).trunc_().fill_diagonal_(0)
     raise ValueError("adjacency_NN has no positive entry: no two units are ever active together")
 
 

@@ -120,8 +120,10 @@ class Checkpoints(Checkpoint):
         """Validate first, where that was asked for, or was due at the checkpoint's step and had not been done."""
         step = self.saved = trainer.global_step
         if self.validated != step and (self.val_first if step == 0 else self._val_due(step)) and trainer.enable_validation:
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            loop.restarting = False  # from its first batch, wherever an earlier validation stood in the checkpoint
             trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
+            loop.run()
             trainer.training = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:

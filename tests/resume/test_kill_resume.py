@@ -73,8 +73,8 @@ def rows(folder: Path) -> list[dict]:
 
 def same(resumed: Path, whole: Path) -> None:
     assert rows(resumed) == rows(whole)
-    assert (resumed / "final.txt").read_text() == (whole / "final.txt").read_text()
-    assert (resumed / "expert_load.json").read_text() == (whole / "expert_load.json").read_text()
+    for name in ("final.txt", "expert_load.json"):
+        assert (resumed / name).read_text() == (whole / name).read_text()
 
 
 def test_the_run_is_what_it_should_be(whole):
@@ -89,33 +89,80 @@ def test_sigkill_at_three_random_steps(server, whole):
     seed = 20
     steps = sorted(random.Random(seed).sample(range(1, STEPS), 3))
     print(f"seed {seed}: killed at steps {steps}")
-    names = {step: f"killed-{step}" for step in steps}
-    started = {step: server.start(name) for step, name in names.items()}
-    for step, pid in started.items():
-        server.until(names[step], step)
+    started = {f"killed-{step}": (step, server.start(f"killed-{step}")) for step in steps}
+    for name, (step, pid) in started.items():
+        server.until(name, step)
         os.kill(pid, signal.SIGKILL)
-        folder = server.end(pid, names[step], -signal.SIGKILL)
+        folder = server.end(pid, name, -signal.SIGKILL)
         assert not (folder / "final.txt").exists()
-    for step, pid in {step: server.start(name) for step, name in names.items()}.items():
-        same(server.end(pid, names[step]), whole)
+    for name, pid in {name: server.start(name) for name in started}.items():
+        same(server.end(pid, name), whole)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(precision="bf16-mixed", gradient_checkpointing="true", val_every=0),
-    dict(balance="bias", accumulate=1, val_every=3),
-], ids=["bf16, gradient checkpointing, no validation", "selection bias, validation at every checkpoint"])
-def test_sigkill_with_other_settings(server, settings):
-    pid, name = server.start("other-whole", **settings), "other-killed"
-    if settings.get("balance"):
-        name = "bias-killed"
-    whole = server.end(pid, "other-whole") if name == "other-killed" else server.run("bias-whole", **settings)
+@pytest.mark.parametrize("settings", [dict(precision="bf16-mixed", gradient_checkpointing="true"), dict(balance="bias", accumulate=1, val_every=3)],
+                         ids=["bf16-checkpointing", "selection-bias"])
+def test_sigkill_with_other_settings(server, settings, request):
+    name = request.node.callspec.id
+    left_alone = server.start(f"{name}-whole", **settings)
     pid = server.start(name, **settings)
     server.until(name, 7)
     os.kill(pid, signal.SIGKILL)
     server.end(pid, name, -signal.SIGKILL)
-    same_without_load(server.run(name, **settings), whole)
+    same(server.run(name, **settings), server.end(left_alone, f"{name}-whole"))
 
 
-def same_without_load(resumed: Path, whole: Path) -> None:
-    assert rows(resumed) == rows(whole)
-    assert (resumed / "final.txt").read_text() == (whole / "final.txt").read_text()
+@pytest.mark.parametrize("step", [0, 5, STEPS])
+def test_sigkill_within_a_validation(server, whole, step):
+    """The checkpoint of that step is there already, the new domain weights are not."""
+    name = f"validation-{step}"
+    server.run(name, code=-signal.SIGKILL, signal_in_validation=f"SIGKILL@{step}")
+    same(server.run(name), whole)
+
+
+def test_sigterm_writes_a_checkpoint_at_once(server, whole):
+    pid = server.start("asked", checkpoint_every=0)
+    server.until("asked", 4)
+    os.kill(pid, signal.SIGTERM)
+    folder = server.end(pid, "asked", 130)
+    (path,) = (folder / "checkpoints").iterdir()
+    step = torch.load(path, weights_only=True)["global_step"]
+    assert rows(folder)[-1]["step"] == step and 4 <= step < STEPS
+    same(server.run("asked", checkpoint_every=0), whole)
+
+
+def test_sigterm_within_a_validation(server, whole):
+    folder = server.run("asked-in-validation", code=130, checkpoint_every=0, signal_in_validation="SIGTERM@5")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000005.ckpt"]
+    assert not any("val/loss" in row for row in rows(folder) if row["step"] == 5)
+    same(server.run("asked-in-validation", checkpoint_every=0), whole)
+
+
+def pair(server: Server, name: str, **settings: object) -> list[int]:
+    """Two processes, as Lightning's own launcher would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, devices=2, **settings)
+    first = server.start(name, LOCAL_RANK=0, **both)
+    while not (folder := next((server.folder / name).glob("tiny/*/stages.json"), None)):
+        time.sleep(0.01)
+    return [first, server.start(name, LOCAL_RANK=1, DYN_RUN_FOLDER=folder.parent, **both)]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_two_processes(server, strategy):
+    settings = dict(strategy=strategy, max_steps=8)
+    left_alone = pair(server, f"{strategy}-whole", **settings)
+    both = pair(server, strategy, **settings)
+    server.until(strategy, 4)
+    os.kill(both[0], signal.SIGTERM)  # one of the two: they agree on the step
+    for pid in both:
+        server.end(pid, strategy, 130)
+    for pid in pair(server, strategy, **settings):
+        server.end(pid, strategy)
+    for pid in left_alone:
+        whole = server.end(pid, f"{strategy}-whole")
+    resumed = next((server.folder / strategy).glob("tiny/*"))
+    same(resumed, whole)
+    assert rows(whole)[-1]["tokens"] == 8 * 2 * 2 * 2 * 8  # steps, processes, micro-batches, sequences, tokens
+    assert torch.load(resumed / "checkpoints" / "step-00000008.ckpt", weights_only=True)["global_step"] == 8

@@ -139,6 +139,14 @@ def test_sparsify_skips_percentiles_until_one_is_positive():
     assert edges_NN.count_nonzero() == 12 and edges_NN[:4, :4].sum() == 12
 
 
+def test_sparsify_bounds_huge_weights():
+    adjacency_NN = torch.full((6, 6), 1e-20)
+    adjacency_NN[0, 1] = adjacency_NN[1, 0] = 1e30
+    edges_NN = sparsify(adjacency_NN)
+    assert edges_NN[0, 1] == 2**24 and edges_NN[2, 3] == 1
+    assert [0, 1] in split.coactivation(adjacency_NN, 3, generator=rng()).tolist()
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (300, 7), (513, 33)])
 @pytest.mark.parametrize("percent", [0, 10, 37.5, 90, 100])
 def test_percentile_is_exact(shape, percent):

@@ -1,0 +1,122 @@
+"""Gate and MoeFeedForward: what each kind chooses, weighs and reports."""
+
+import pytest
+import torch
+
+from dyn.nn.experts import Experts, Gate, MoeFeedForward
+
+T, D, E, K = 64, 16, 6, 2
+
+
+def gate(kind="linear", **changes):
+    torch.manual_seed(0)
+    k = {"switch": 1, "uniform": E}.get(kind, K)
+    return Gate(D, E, changes.pop("k", k), kind, **changes)
+
+
+def x(dtype=torch.float32):
+    return torch.randn(T, D, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "uniform", "random"])
+def test_weights_sum_to_one_and_are_float32(kind):
+    for dtype in (torch.float32, torch.bfloat16):
+        routed = gate(kind).to(dtype)(x(dtype))
+        assert routed.weight_TK.dtype == torch.float32 and routed.idx_TK.dtype == torch.int64
+        torch.testing.assert_close(routed.weight_TK.sum(-1), torch.ones(T))
+        assert (routed.idx_TK.sort(-1).values.diff(dim=-1) > 0).all(), "no expert twice"
+        assert routed.load_E.sum() == T * routed.idx_TK.shape[1]
+
+
+def test_linear_gate_is_top_k_of_the_logits_with_a_softmax_over_the_chosen():
+    made = gate()
+    top, index = (x() @ made.weight.T).topk(K)
+    routed = made(x())
+    assert torch.equal(routed.idx_TK, index)
+    torch.testing.assert_close(routed.weight_TK, top.softmax(-1))
+
+
+def test_arithmetic_is_float32_under_autocast_and_in_bfloat16_models():
+    made = gate().to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = made(x(torch.bfloat16)).logits_TE
+    torch.testing.assert_close(logits, x(torch.bfloat16).float() @ made.weight.float().T)
+
+
+def test_switch_weighs_with_the_probability_among_all_experts():
+    made = gate("switch", noise=True, balance="switch").eval()
+    one, two = made(x()), made(x())
+    assert torch.equal(one.idx_TK, two.idx_TK), "no noise in evaluation"
+    probabilities = (x() @ made.weight.T).softmax(-1)
+    torch.testing.assert_close(one.weight_TK[:, 0], probabilities.max(-1).values)
+    made.train()
+    assert not torch.equal(made(x()).idx_TK, one.idx_TK), "Gumbel noise in training"
+
+
+def test_noise_is_for_training_only_and_starts_at_one_deviation():
+    made = gate(noise=True)
+    assert made.noise.weight.abs().max() == 0
+    made.train()
+    torch.manual_seed(3)
+    one = made(x()).idx_TK
+    torch.manual_seed(3)
+    assert torch.equal(made(x()).idx_TK, one)
+    assert not torch.equal(made(x()).idx_TK, one)
+    made.eval()
+    first, second = made(x()), made(x())
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(first.load_E, torch.bincount(first.idx_TK.flatten(), minlength=E).float())
+
+
+def test_losses_have_gradients_for_the_gate_and_none_without_balance():
+    for balance in ("importance_load", "switch"):
+        made = gate(noise=True, balance=balance).train()
+        routed = made(x())
+        routed.balance_loss.backward()
+        assert made.weight.grad.abs().sum() > 0
+    assert gate(balance="none")(x()).balance_loss == 0
+    assert gate("uniform")(x()).balance_loss == 0 and gate("random")(x()).balance_loss == 0
+
+
+def test_masked_tokens_leave_the_statistics_alone():
+    made = gate().eval()
+    mask = torch.arange(T) < 40
+    masked, alone = made(x(), mask), made(x()[:40])
+    for name in ("load_E", "importance_E", "balance_loss", "z_loss", "dropped_mass"):
+        torch.testing.assert_close(getattr(masked, name), getattr(alone, name), msg=name)
+
+
+def test_a_selection_bias_moves_the_choice_and_not_the_weights():
+    made = gate(balance="bias").eval()
+    made.selection_bias[3] = 10.0
+    routed = made(x())
+    assert (routed.idx_TK == 3).any(-1).all()
+    probabilities = routed.logits_TE.softmax(-1).gather(-1, routed.idx_TK)
+    torch.testing.assert_close(routed.weight_TK, probabilities / probabilities.sum(-1, keepdim=True))
+
+
+def test_statistics_only_where_asked_for():
+    routed = gate()(x(), stats=False)
+    assert routed.load_E is None and routed.balance_loss is None
+
+
+def test_scale_and_shared_experts():
+    torch.manual_seed(0)
+    block = MoeFeedForward(gate(), Experts(E, D, 8), shared_width=4, score_scale=3.0, learnable_scale=True)
+    plain = MoeFeedForward(block.gate, block.experts)
+    y, _ = block(x())
+    routed_sum, _ = plain(x())
+    torch.testing.assert_close(y, 3.0 * routed_sum + block.shared_experts(x()), atol=1e-6, rtol=1e-5)
+    y.sum().backward()
+    assert block.score_scale.grad.abs() > 0
+    with pytest.raises(ValueError, match="score_scale"):
+        MoeFeedForward(gate(), Experts(E, D, 8), score_scale=float("nan"))
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (dict(kind="linear", k=7), "num_experts_per_tok=7"), (dict(kind="linear", k=0), "num_experts_per_tok=0"), (dict(kind="switch", k=2), "switch"),
+    (dict(kind="uniform", k=2), "uniform"), (dict(kind="random", noise=True), "no logits"), (dict(kind="top"), "gate='top'"), (dict(balance="equal"), "balance='equal'")])
+def test_refusals(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        gate(**arguments)
