@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.ready
 NAME    ?=
-PROFILE ?= demo
+PROFILE ?=
 SET     ?=
 SWEEP   ?=
 ONLY    ?=
@@ -29,9 +29,9 @@ $(STAMP): requirements.lock models.lock pyproject.toml
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
-exp: $(STAMP)   ## run an experiment: NAME=llama_moe_cpt [PROFILE=demo] [SET="a.b=1 ..."] [SWEEP=table [ONLY=2]] [RESUME=folder|last] [DRY=1]
+exp: $(STAMP)   ## run an experiment: NAME=llama_moe_cpt [PROFILE=demo|small|paper] [SET="a.b=1 ..."] [SWEEP=table [ONLY=2]] [RESUME=folder|last] [DRY=1]
 	@test -n "$(NAME)" || { echo "which one? make exp NAME=... with one of: $$(ls experiments | sed -n 's/\.py$$//p' | tr '\n' ' ')"; exit 1; }
-	@$(BIN)/python -m dyn.run $(NAME) profile=$(PROFILE) $(if $(SWEEP),sweep=$(SWEEP)) $(if $(ONLY),only=$(ONLY)) $(if $(RESUME),resume=$(RESUME)) $(if $(DRY),dry=$(DRY)) $(SET)
+	@$(BIN)/python -m dyn.run $(NAME) $(if $(PROFILE),profile=$(PROFILE)) $(if $(SWEEP),sweep=$(SWEEP)) $(if $(ONLY),only=$(ONLY)) $(if $(RESUME),resume=$(RESUME)) $(if $(DRY),dry=$(DRY)) $(SET)
 
 test: $(STAMP)   ## the tests, on two processes
 	@$(BIN)/python -m pytest -n 2 $(ARGS)

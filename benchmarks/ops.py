@@ -1,10 +1,11 @@
 """Time the routed experts against the dense feed-forward network and against transformers' own implementations.
 
-    python -m benchmarks.ops [--quick] [--out FOLDER] [--rounds N]
+    python -m benchmarks.ops [--quick] [--out FOLDER] [--rounds N] [--threads N] [--cpu-time]
 
 Writes ops.md, ops.json and ops.png. Every variant first has to agree with the eager reference in float64. Then all
 variants run once a round, in a shuffled order, in one process: the figures are medians over rounds with quartiles, and
 ratios are medians of (variant / dense in the same round), since other load on the machine moves all of a round together.
+`--cpu-time --threads 1` counts the process's own time instead, for a machine that is busy.
 
 T tokens, D hidden size, F expert width, E experts, K experts a token, N neurons of the dense network.
 """
@@ -37,7 +38,7 @@ from dyn.ops.experts import experts
 from dyn.ops.route import route
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of the backend)
+import matplotlib.pyplot as plt
 
 DENSE = "dense N"
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "autocast": 3e-2}  # of the norm, against float64
@@ -60,7 +61,7 @@ class Case:
         return self.E * self.F
 
 
-QUICK = [Case("SmolLM2-135M, 4 of 8", 1024, 576, 192, 8, 4), Case("small odd experts, 4 of 16", 1024, 512, 86, 16, 4, ("bf16",))]
+QUICK = [Case("SmolLM2-135M, 4 of 8", 1024, 576, 192, 8, 4), Case("small odd experts, 4 of 16", 512, 512, 86, 16, 4, ("bf16",))]
 FULL = [
     Case("SmolLM2-135M, 4 of 8", 1024, 576, 192, 8, 4),
     Case("SmolLM2-135M, 4 of 8, T=2048", 2048, 576, 192, 8, 4),
@@ -184,6 +185,13 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
+def make_clock(device: str, cpu_time: bool) -> Callable[[], float]:
+    """Seconds: of this process with `cpu_time`, else on the wall, after the device has finished what it was given."""
+    if cpu_time:
+        return time.process_time
+    return time.perf_counter if device == "cpu" else lambda: (torch.cuda.synchronize(), time.perf_counter())[1]
+
+
 def time_rounds(run: dict[str, Callable[[], dict[str, float]]], rounds: int) -> list[dict[str, dict[str, float]]]:
     """Run every variant once a round in a shuffled order; the first round warms up and is dropped."""
     out, order = [], random.Random(0)
@@ -194,16 +202,11 @@ def time_rounds(run: dict[str, Callable[[], dict[str, float]]], rounds: int) -> 
     return out[1:]
 
 
-def measure(layer: Layer, rounds: int) -> dict:
+def measure(layer: Layer, rounds: int, clock: Callable[[], float]) -> dict:
     """One row a variant: errors, bytes kept, seconds forward and forward+backward, ratios to the dense network."""
     variants = layer.variants()
     errors = check(layer, variants)
     variants = {name: f for name, f in variants.items() if not isinstance(errors.get(name), str)}
-
-    def clock() -> float:
-        if layer.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     def once(forward: Callable[[], Tensor]) -> dict[str, float]:
         start = clock()
@@ -227,7 +230,7 @@ def measure(layer: Layer, rounds: int) -> dict:
     return {"case": asdict(layer.case) | {"N": layer.case.N}, "mode": layer.mode, "rounds": rounds, "rows": rows, "failed": failed}
 
 
-def measure_route(device: str, rounds: int, quick: bool) -> list[dict]:
+def measure_route(device: str, rounds: int, quick: bool, clock: Callable[[], float]) -> list[dict]:
     """`route` and its parts, and the sort that orders the rows by expert."""
     out = []
     for T, E, K in [(2048, 8, 4), (2048, 64, 8)] + ([] if quick else [(32768, 16, 4), (32768, 128, 8)]):
@@ -241,11 +244,9 @@ def measure_route(device: str, rounds: int, quick: bool) -> list[dict]:
         }
 
         def once(f: Callable[[], object]) -> dict[str, float]:
-            start = time.perf_counter()
+            start = clock()
             f()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            return {"time": time.perf_counter() - start}
+            return {"time": clock() - start}
 
         timed = time_rounds({name: lambda f=f: once(f) for name, f in parts.items()}, 2 * rounds)
         out.append({"T": T, "E": E, "K": K, "rows": {name: spread([r[name]["time"] for r in timed]) for name in parts}})
@@ -314,18 +315,25 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two shapes, fewer rounds: under two minutes on two cores")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for ops.md, ops.json, ops.png")
-    parser.add_argument("--rounds", type=int, help="rounds of each table (default 21, quick 9)")
+    parser.add_argument("--rounds", type=int, help="rounds of each table (default 21, quick 5)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--cpu-time", action="store_true", help="the process's own time, not the wall's (CPU only)")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rounds = args.rounds or (9 if args.quick else 21)
+    rounds = args.rounds or (5 if args.quick else 21)
     if rounds < 2:
         parser.error("--rounds must be 2 or more: quartiles need them")
-    result: dict = {"env": environment(device), "layers": []}
+    if args.cpu_time and device == "cuda":
+        parser.error("--cpu-time would leave out the device's time")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    clock = make_clock(device, args.cpu_time)
+    result: dict = {"env": environment(device) | {"clock": "process" if args.cpu_time else "wall"}, "layers": []}
     for case in QUICK if args.quick else FULL:
         for mode in case.modes:
             print(f"{case.name}, {mode} ...", flush=True)
-            result["layers"].append(measure(Layer(case, mode, device), rounds))
-    result["route"] = measure_route(device, rounds, args.quick)
+            result["layers"].append(measure(Layer(case, mode, device), rounds, clock))
+    result["route"] = measure_route(device, rounds, args.quick, clock)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "ops.json").write_text(json.dumps(result, indent=1))
     (args.out / "ops.md").write_text(markdown(result))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.steps [--quick] [--out FOLDER] [--rounds N] [--precision bf16|fp32]
 
-Writes steps.md, steps.json and steps.png. Random weights in the shape of SmolLM2-135M (quick: 8 of its 30 layers and an eighth of its
+Writes steps.md, steps.json and steps.png. Random weights in the shape of SmolLM2-135M (quick: 8 of its 30 layers and as much of its
 vocabulary, so that head and layers keep their proportion), one model of each kind in one process, interleaved in a shuffled order; ratios are
 medians over rounds of (variant / dense in the same round). A training step is forward, loss, backward and AdamW.
 """
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 def markdown(result: dict) -> str:
     """One row a model."""
-    shape = "8 of 30 layers and an eighth of the vocabulary" if result["quick"] else "all layers"
+    shape = "8 of 30 layers and as much of the vocabulary" if result["quick"] else "all layers"
     lines = ["# Training and inference steps", "", ", ".join(f"{k} {v}" for k, v in result["env"].items()), "",
              f"SmolLM2-135M's shape ({shape}), random weights, {result['precision']}, {result['tokens']} tokens a step, {result['rounds']} rounds. Medians with quartiles;",
              "ratios are to the dense model in the same round, below 1 is faster.", "",

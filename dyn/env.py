@@ -49,6 +49,7 @@ def follow() -> tuple[Path, dict[str, Any]]:
     elif "DYN_RUN_FOLDER" in os.environ:
         folder = os.environ["DYN_RUN_FOLDER"]
         state = json.loads((Path(folder) / "stages.json").read_text(encoding="utf-8"))
+        state["starts"] -= 1  # rank 0 has counted this start already
     else:
         end = time.monotonic() + _WAIT.total_seconds()
         while not _slurm_file().is_file():

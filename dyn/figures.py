@@ -28,7 +28,7 @@ def loss_curves(path: str | Path, runs: Mapping[str, Rows], domains: Sequence[st
     """
     panels = [*domains, "mean"]
     columns = min(4, len(panels))
-    fig, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(3.4 * columns, 2.8 * -(-len(panels) // columns)), squeeze=False)
+    fig, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(3.4 * columns, 2.8 * -(-len(panels) // columns)), squeeze=False, layout="constrained")
     for ax, domain in zip(axes.flat, panels, strict=False):
         keys = [f"val/{d}/loss" for d in (domains if domain == "mean" else [domain])]
         for name, rows in runs.items():
@@ -47,13 +47,13 @@ def expert_load(path: str | Path, load: Mapping[str, Sequence[Sequence[float]]])
     """Heat maps of each domain's share of assignments, layers by experts (LLaMA-MoE section 5.6); `load`: domain -> counts [layers, E]. 1 is an equal share."""
     shares = {d: (a := np.asarray(c, dtype=float)) / a.sum(1, keepdims=True) * a.shape[1] for d, c in load.items()}
     top = max(2.0, max(float(s.max()) for s in shares.values()))
-    fig, axes = plt.subplots(1, len(shares), figsize=(2.8 * len(shares) + 1, 4.2), squeeze=False, sharey=True)
+    fig, axes = plt.subplots(1, len(shares), figsize=(2.8 * len(shares) + 1, 4.2), squeeze=False, sharey=True, layout="constrained")
     for ax, (domain, share) in zip(axes[0], shares.items(), strict=True):
         image = ax.imshow(share, aspect="auto", cmap="magma", vmin=0, vmax=top)
         ax.set(title=domain, xlabel="expert")
     axes[0, 0].set_ylabel("layer")
     fig.colorbar(image, ax=list(axes[0]), label="load (1 = equal share)")
-    return _save(fig, path, tight=False)
+    return _save(fig, path)
 
 
 def domain_distances(path: str | Path, names: Sequence[str], matrix: Sequence[Sequence[float]], title: str = "distance of expert loads, last layer") -> Path:
@@ -63,17 +63,17 @@ def domain_distances(path: str | Path, names: Sequence[str], matrix: Sequence[Se
 
 def neuron_overlap(path: str | Path, overlap: Sequence[Sequence[Sequence[float]]], layers: Sequence[int]) -> Path:
     """Pairwise overlap |S_i and S_j| / F of the experts of some layers (section 1.7); `overlap`: a matrix [E, E] a layer."""
-    fig, axes = plt.subplots(1, len(layers), figsize=(3 * len(layers) + 1, 3), squeeze=False)
+    fig, axes = plt.subplots(1, len(layers), figsize=(3 * len(layers) + 1, 3), squeeze=False, layout="constrained")
     for ax, layer, matrix in zip(axes[0], layers, overlap, strict=True):
         image = ax.imshow(matrix, cmap="viridis", vmin=0, vmax=1)
         ax.set(title=f"layer {layer}", xlabel="expert", ylabel="expert")
     fig.colorbar(image, ax=list(axes[0]), label="share of common neurons")
-    return _save(fig, path, tight=False)
+    return _save(fig, path)
 
 
 def domain_weights(path: str | Path, rows: Rows, domains: Sequence[str], static: Mapping[str, float]) -> Path:
     """Sampling weight of every domain over training; static weights are flat lines."""
-    fig, ax = plt.subplots(figsize=(5, 3))
+    fig, ax = plt.subplots(figsize=(5, 3), layout="constrained")
     for domain in domains:
         points = [(row.get("tokens", row["step"]), row[f"weights/{domain}"]) for row in rows if f"weights/{domain}" in row]
         end = max((row.get("tokens", row["step"]) for row in rows), default=1)
@@ -85,7 +85,7 @@ def domain_weights(path: str | Path, rows: Rows, domains: Sequence[str], static:
 
 
 def _matrix(path: str | Path, names: Sequence[str], matrix: np.ndarray, title: str) -> Path:
-    fig, ax = plt.subplots(figsize=(1 + 0.6 * len(names), 0.8 + 0.6 * len(names)))
+    fig, ax = plt.subplots(figsize=(1 + 0.6 * len(names), 0.8 + 0.6 * len(names)), layout="constrained")
     ax.imshow(matrix, cmap="viridis")
     ax.set_xticks(range(len(names)), names, rotation=60, ha="right")
     ax.set_yticks(range(len(names)), names)
@@ -96,9 +96,9 @@ def _matrix(path: str | Path, names: Sequence[str], matrix: np.ndarray, title: s
     return _save(fig, path)
 
 
-def _save(fig, path: str | Path, tight: bool = True) -> Path:
+def _save(fig, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=110, bbox_inches="tight" if not tight else None) if not tight else (fig.tight_layout(), fig.savefig(path, dpi=110))
+    fig.savefig(path, dpi=110)
     plt.close(fig)
     return path

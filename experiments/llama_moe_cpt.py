@@ -42,6 +42,7 @@ class DataConfig:
     """Where the text comes from and how domains are mixed (sections 4.1-4.3)."""
 
     text: TextSource = field(default_factory=lambda: TextSource(path="cerebras/SlimPajama-627B", domain_field="meta.redpajama_set_name", streaming=True))
+    bos: bool | str = True  # before every document: the tokenizer's BOS, none, or this token
     weights: str | dict[str, float] = "sheared_llama"  # uniform | llama | sheared_llama | a weight for each domain
     stand_for: dict[str, str] = field(default_factory=dict)  # domain here -> domain of the paper, so that its tables of weights apply to another corpus
     dynamic: Literal["none", "a", "b"] = "none"  # rule of section 4.3, after every validation

@@ -82,10 +82,11 @@ def sparsify(adjacency_NN: Tensor) -> Tensor:
     for rows, mirrored in zip(adjacency_NN.split(256), weights_NN.split(256), strict=True):
         if not torch.allclose(rows.float(), mirrored, rtol=1e-3, atol=1e-3 * mirrored.abs().max().item()):
             raise ValueError("adjacency_NN is not symmetric; expected sums of coactivate(h_TN)")
+    # A percentile lies between two order statistics and is positive only if the upper one is past `rest` others.
     rest = sum((rows <= 0).sum().item() for rows in weights_NN.split(256))
     for percent in range(10, 101, 10):
-        reach = percent / 100 * (weights_NN.numel() - 1) + 1  # 1-based rank of the higher neighbour; positive only past `rest`
-        if reach > rest and (threshold := 0.99 * percentile(weights_NN, percent)) > 0:
+        upper = percent / 100 * (weights_NN.numel() - 1) + 1
+        if upper >= rest and (threshold := 0.99 * percentile(weights_NN, percent)) > 0:
             return weights_NN.div_(threshold).clamp_(0, 2**24).trunc_().fill_diagonal_(0)
     raise ValueError("adjacency_NN has no positive entry: no two units are ever active together")
 

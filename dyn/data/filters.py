@@ -45,6 +45,7 @@ def advert_score(text: str) -> float:
 
     prices, discounts and calls to action (1 each); addresses, mails and phone numbers (1/2 each); words in capitals and exclamation
     marks (1/4 each); plus 4 x the share of its lines that repeat an earlier one (menus and product lists repeat).
+    Meant for web text: licences, say, shout as well.
     """
     words = max(len(text.split()), 20)  # a lone phone number in ten words is no evidence
     lines = [line.strip().lower() for line in text.splitlines() if line.strip()]

@@ -133,7 +133,8 @@ def shard(source: TextSource, tokenizer, folder: str, *, keep: Mapping[str, Filt
     """
     begin, end = _special(tokenizer, "bos", bos), _special(tokenizer, "eos", eos)
     filters = _filters(keep)
-    plan = {"format": FORMAT, "source": {k: v for k, v in asdict(source).items() if k != "streaming"}, "origin": origin(source), "tokenizer": tokenizer_hash(tokenizer), "bos": bos, "eos": eos,
+    fields = {k: v for k, v in asdict(source).items() if k != "streaming"}
+    plan = {"format": FORMAT, "source": fields, "origin": origin(source), "tokenizer": tokenizer_hash(tokenizer), "bos": bos, "eos": eos,
             "filters": {name: repr(f) if hasattr(f, "domains") else name for name, f in filters.items()}, "shard_tokens": shard_tokens}
     store = Store(f"{folder.rstrip('/')}/{hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]}")
     if not (store.index() or {}).get("complete"):

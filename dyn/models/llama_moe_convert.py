@@ -132,6 +132,11 @@ def load_dense(path: str | Path) -> PreTrainedModel:
         raise ValueError(f"{path} is no model that transformers can load: {str(error).splitlines()[0]}") from error
 
 
+def fresh(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A decoder with random weights from torch's global generator: dense or a mixture, as its configuration says."""
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
 def check_family(config) -> None:
     """Raise ValueError naming the first field of a configuration that does not fit."""
     if config.model_type not in FAMILIES:

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers import logging as hf_logging
 
 # name: (python package, what it is, licence)
@@ -58,6 +58,13 @@ def packaged(name: str) -> Path:
         if not (folder / "config.json").is_file() or not isinstance(error, OSError):  # another process may have been faster
             raise
     return folder
+
+
+def dense_config(source: str | Path) -> PretrainedConfig:
+    """Configuration of a dense model: embedded, packaged, from a folder or from the hub."""
+    if source in EMBEDDED_CONFIGS:
+        return AutoConfig.for_model("llama", **EMBEDDED_CONFIGS[source])
+    return AutoConfig.from_pretrained(packaged(source) if source in PACKAGED else source)
 
 
 def _unpack(gguf: Path, folder: Path) -> None:

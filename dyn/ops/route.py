@@ -59,18 +59,17 @@ def route(
 def _eager(
     logits_TE: Tensor, k: int, renormalise: bool, scale: float, score: str, bias_E: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    score_TE = logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
+    scores = logits_TE.sigmoid if score == "sigmoid" else lambda: logits_TE.softmax(-1)
     # Scores rise with logits, so without a bias the logits choose: tiny scores underflow to ties, their logits do not.
-    choice_TE = logits_TE if bias_E is None else score_TE + bias_E.to(score_TE.dtype)
+    choice_TE = logits_TE if bias_E is None else scores() + bias_E.to(logits_TE.dtype)
     idx_TK = choice_TE.detach().topk(k, dim=-1).indices
-    if not renormalise:
-        weight_TK = score_TE.gather(-1, idx_TK)
-    elif score == "softmax":  # the same as dividing the chosen scores by their sum, without their underflow
+    if score == "softmax" and renormalise:  # the chosen scores over their sum, without a pass over all experts
         weight_TK = logits_TE.gather(-1, idx_TK).softmax(-1)
     else:
-        weight_TK = score_TE.gather(-1, idx_TK)
-        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=torch.finfo(weight_TK.dtype).tiny)
-    return idx_TK, weight_TK * scale
+        weight_TK = scores().gather(-1, idx_TK)
+        if renormalise:
+            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=torch.finfo(weight_TK.dtype).tiny)
+    return idx_TK, weight_TK if scale == 1 else weight_TK * scale
 
 
 _BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"eager": _eager}

@@ -98,6 +98,7 @@ class Checkpoints(Checkpoint):
     def __init__(self, folder: Path, *, every: int, keep: int = 2, val_every: int = 0, val_first: bool = False,
                  metrics: JsonlLogger | None = None) -> None:
         self.folder, self.every, self.keep, self.val_every, self.val_first, self.metrics = folder, every, keep, val_every, val_first, metrics
+        self.fresh = True  # no checkpoint is going to be loaded (FSDP2 loads it after `on_fit_start`)
         self.saved = 0  # step of the newest checkpoint
         self.validated = -1  # step of the newest validation
         self.seconds = 0.0  # spent on saving
@@ -105,7 +106,7 @@ class Checkpoints(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """ValueError when the disk has no room for `keep` checkpoints and the one being written, before any work is done. Clear what a killed process left."""
         if trainer.is_global_zero:
-            if trainer.ckpt_path is None and self.metrics:
+            if self.fresh and self.metrics:
                 self.metrics.restart()
             self.folder.mkdir(parents=True, exist_ok=True)
             for part in self.folder.glob("*.part"):

@@ -5,32 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from dyn.models.llama_moe import LlamaMoeForCausalLM
-from dyn.models.llama_moe_convert import moe_config
-from dyn.models.packaged import EMBEDDED_CONFIGS, PACKAGED, packaged
+from dyn.models.llama_moe_convert import fresh, moe_config
+from dyn.models.packaged import dense_config
 from dyn.nn.surgery import count_parameters, flops_per_token
 
 GIB = 1 << 30
 
 
-def dense_config(source: str) -> PretrainedConfig:
-    """Configuration of a dense model: embedded, packaged, from a folder or from the hub."""
-    if source in EMBEDDED_CONFIGS:
-        return AutoConfig.for_model("llama", **EMBEDDED_CONFIGS[source])
-    return AutoConfig.from_pretrained(packaged(source) if source in PACKAGED else source)
-
-
-def meta_model(model: Any, dense: PretrainedConfig) -> torch.nn.Module:
-    """The network that an experiment's ModelConfig asks for, on the meta device."""
-    with torch.device("meta"):
-        if model.kind == "dense":
-            return AutoModelForCausalLM.from_config(dense)
-        return LlamaMoeForCausalLM(moe_config(
-            dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
-            num_shared_experts=model.num_shared_experts, moe_intermediate_size=model.moe_intermediate_size, overlap=model.overlap, gate=model.gate, gate_noise=model.gate_noise, balance=model.balance,
-            score_scale=model.score_scale))
+def shape(model: Any, dense: Any) -> Any:
+    """Configuration of the network that an experiment's ModelConfig asks for, from that of the dense model."""
+    if model.kind == "dense":
+        return dense
+    return moe_config(dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
+                      num_shared_experts=model.num_shared_experts, moe_intermediate_size=model.moe_intermediate_size, overlap=model.overlap, gate=model.gate,
+                      gate_noise=model.gate_noise, balance=model.balance, score_scale=model.score_scale)
 
 
 def memory_per_device(net: torch.nn.Module, *, batch_size: int, block_size: int, world: int, bf16: bool, checkpointing: bool) -> dict[str, float]:
@@ -55,7 +44,8 @@ def memory_per_device(net: torch.nn.Module, *, batch_size: int, block_size: int,
 
 def plan_pretraining(cfg: Any) -> dict[str, Any]:
     """For `make exp ... DRY=1`: see the module. `cfg` is the Config of experiments/llama_moe_cpt.py."""
-    net = meta_model(cfg.model, dense_config(cfg.model.source))
+    with torch.device("meta"):
+        net = fresh(shape(cfg.model, dense_config(cfg.model.source)))
     counts = count_parameters(net)
     per_token = flops_per_token(net, cfg.data.block_size)
     steps, tokens_per_step = cfg.steps(), cfg.tokens_per_step()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from dyn import figures
 from dyn.data.mixture import MixtureLoader, domain_weights, validation_batches
@@ -25,12 +25,12 @@ from dyn.data.tiny import tiny_corpus, tiny_tokenizer
 from dyn.data.tokens import Tokens, shard
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, write_card
 from dyn.models.llama_moe_construct import METHODS
-from dyn.models.llama_moe_convert import load_dense
-from dyn.models.packaged import PACKAGED, cache_folder, packaged
+from dyn.models.llama_moe_convert import fresh, load_dense
+from dyn.models.packaged import PACKAGED, cache_folder, dense_config, packaged
 from dyn.nn.surgery import count_parameters, flops_per_token
 from dyn.train.callbacks import ExpertLoad, Remix, Throughput
 from dyn.train.evaluate import domain_distances, overlaps, sample, seconds_per_micro_batch
-from dyn.train.plan import dense_config, meta_model
+from dyn.train.plan import shape
 from dyn.train.tasks import CausalLM
 from dyn.train.trainer import evaluate, fit, make_trainer
 
@@ -78,7 +78,7 @@ def load_corpus(cfg: Any, run: Any, tokenizer: Any) -> Corpus:
         ValueError: a domain without training or held-out documents, or with fewer held-out tokens than a block; weights for other domains.
     """
     data = cfg.data
-    tokens = shard(data.text, tokenizer, data.cache or str(cache_folder() / "tokens"), keep=data.filters, log=run.log)
+    tokens = shard(data.text, tokenizer, data.cache or str(cache_folder() / "tokens"), keep=data.filters, bos=data.bos, log=run.log)
     missing = [f"{d} has no {split} documents" for d in tokens for split in ("train", "validation") if split not in tokens[d]]
     if missing:
         raise ValueError(f"data.text.path={data.text.path}: {'; '.join(missing)}")
@@ -135,8 +135,7 @@ def _build(cfg: Any, run: Any, kind: str, source: Any, corpus: Corpus, reference
     model = cfg.model
     if model.start == "scratch":
         torch.manual_seed(cfg.seed)
-        shape = meta_model(model, dense_config(source)).config if kind == "moe" else dense_config(source)
-        return AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+        return fresh(shape(dataclasses.replace(model, kind=kind), dense_config(source)))
     if kind == "dense":
         return _pretrained(source)
     folder = run.folder / "converted"
@@ -177,7 +176,7 @@ def _tiny(cfg: Any, run: Any) -> Any:
     if not folder.is_dir():
         torch.manual_seed(cfg.seed)
         part = run.folder / "tiny.part"
-        AutoModelForCausalLM.from_config(dense_config("tiny")).save_pretrained(part)
+        fresh(dense_config("tiny")).save_pretrained(part)
         tiny_tokenizer().save_pretrained(part)
         part.replace(folder)
     if cfg.data.text.path == "tiny":

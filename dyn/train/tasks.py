@@ -72,7 +72,8 @@ class CausalLM(LightningModule):
         self.net.train()
         self.active_parameters = count_parameters(self.net)["active"]
         if self.cfg.gradient_checkpointing:
-            enable = getattr(self.net, "activation_checkpointing_enable", None) or self.net.gradient_checkpointing_enable  # the old name warns in newer transformers
+            # transformers has renamed it: the old name warns in newer releases
+            enable = getattr(self.net, "activation_checkpointing_enable", None) or self.net.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         if self.cfg.precision == "bf16-true":  # parameters only: Lightning's plug-in would also round rotary frequencies and selection biases
             for parameter in self.net.parameters():

@@ -133,6 +133,7 @@ def fit(trainer: Trainer, task: CausalLM, train_loader: Any, val_loaders: Mappin
         ckpt = newest_checkpoint(stop.checkpoints.folder)
     if ckpt is not None:
         ckpt = str(verify_checkpoint(ckpt))
+    stop.checkpoints.fresh = ckpt is None
     shards = _share(val_loaders, trainer)
     with stop.run.graceful():
         try:
@@ -140,6 +141,7 @@ def fit(trainer: Trainer, task: CausalLM, train_loader: Any, val_loaders: Mappin
             if stop.checkpoints.validated != trainer.global_step:
                 trainer.validate(task, shards, verbose=False)
         except Stopped as reason:
+            stop.run.stop.set()  # on the ranks, too, that got no signal
             stop.run.log(str(reason))
     return dict(task.val_losses)
 

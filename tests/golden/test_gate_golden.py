@@ -173,7 +173,7 @@ def test_fact_23_switch_loss_may_fall_below_one():
 
 def official_v2_loss(logits_TE, k):
     """The balance loss of the LLaMA-MoE-v2 code, restated: softmax over the k chosen logits, averaged over the k slots."""
-    T, E = logits_TE.shape
+    E = logits_TE.shape[1]
     top, idx = logits_TE.topk(k)
     scores = top.softmax(-1).mean(-1)  # always 1/k
     share_E = F.one_hot(idx, E).to(logits_TE.dtype).mean((0, 1))

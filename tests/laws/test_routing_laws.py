@@ -9,7 +9,7 @@ from dyn.core import routing
 from dyn.ops.experts import experts
 from dyn.ops.route import route
 
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=25, deadline=None, database=None)
 
 
 @st.composite
@@ -114,11 +114,11 @@ def test_statistics_ignore_a_constant_and_count_every_assignment(layer, shift, s
 
 
 @quick
-@given(st.integers(2, 12), st.integers(1, 12), st.floats(0.01, 1e4))
+@given(st.integers(2, 12), st.integers(1, 12), st.floats(1, 1e4))
 def test_cv_squared_of_an_equal_share(E, used, share):
-    """With `used` of E experts sharing equally, CV^2 = (E / used) * (E - used) / (E - 1); the scale does not enter."""
+    """With `used` of E experts sharing equally, CV^2 = (E / used) * (E - used) / (E - 1); the scale does not enter (but for the 1e-10)."""
     used = min(used, E)
     u = torch.zeros(E, dtype=torch.float64)
     u[:used] = share
     expected = E / used * (E - used) / (E - 1)
-    torch.testing.assert_close(routing.cv_squared(u).item(), expected, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(routing.cv_squared(u).item(), expected, rtol=1e-7, atol=1e-12)

@@ -143,6 +143,9 @@ def test_tokenizer_with_chat_template(tmp_path):
 def test_tokenizer_that_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"49 tokens.*vocab_size=48"):
         to_mixtral(tiny(), tmp_path / "d", word_tokenizer(49))
+    gaps = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"w0": 0, "far": 60}, unk_token="w0")), unk_token="w0")
+    with pytest.raises(ValueError, match=r"61 tokens.*vocab_size=48"):
+        to_mixtral(tiny(), tmp_path / "d", gaps)
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match=r"tokenizer=.*none"):
         to_mixtral(tiny(), tmp_path / "d", tmp_path / "none")

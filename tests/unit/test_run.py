@@ -9,16 +9,16 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from dyn import runfolder
-from dyn.run import main
+from dyn.env import follow
+from dyn.run import Run, main
 
 
 def folders(name="fake"):
-    from pathlib import Path
-
     return sorted(path.parent for path in (Path("runs") / name).glob("*/stages.json"))
 
 
@@ -232,6 +232,7 @@ def test_another_rank_follows_and_writes_nothing(fake, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("DYN_RUN_FOLDER", str(folder))
+    assert not Run.join(*follow()).resumed  # as on rank 0, whose start is counted
     assert main(["fake", "mode=value"]) == 1
     assert "bad value" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
