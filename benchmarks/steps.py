@@ -25,7 +25,7 @@ from dyn.models.llama_moe import from_dense
 from dyn.nn.surgery import count_parameters
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
                max_position_embeddings=8192, tie_word_embeddings=True)
@@ -95,8 +95,8 @@ def markdown(result: dict) -> str:
     """One row a model."""
     shape = "8 of 30 layers and as much of the vocabulary" if result["quick"] else "all layers"
     lines = ["# Training and inference steps", "", ", ".join(f"{k} {v}" for k, v in result["env"].items()), "",
-             f"SmolLM2-135M's shape ({shape}), random weights, {result['precision']}, {result['tokens']} tokens a step, {result['rounds']} rounds. Medians with quartiles;",
-             "ratios are to the dense model in the same round, below 1 is faster.", "",
+             f"SmolLM2-135M's shape ({shape}), random weights, {result['precision']}, {result['tokens']} tokens a step, {result['rounds']} rounds.",
+             "Medians with quartiles; ratios are to the dense model in the same round, below 1 is faster.", "",
              "| model | activated parameters | training tokens/s | time / dense | inference tokens/s | time / dense |", "|---|---|---|---|---|---|"]
     for name, row in result["rows"].items():
         cells = [f"{row['active_parameters']:,}"]

@@ -28,7 +28,8 @@ def loss_curves(path: str | Path, runs: Mapping[str, Rows], domains: Sequence[st
     """
     panels = [*domains, "mean"]
     columns = min(4, len(panels))
-    fig, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(3.4 * columns, 2.8 * -(-len(panels) // columns)), squeeze=False, layout="constrained")
+    lines = -(-len(panels) // columns)
+    fig, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 2.8 * lines), squeeze=False, layout="constrained")
     for ax, domain in zip(axes.flat, panels, strict=False):
         keys = [f"val/{d}/loss" for d in (domains if domain == "mean" else [domain])]
         for name, rows in runs.items():

@@ -93,17 +93,20 @@ def row(name: str, **changes: Any) -> dict[str, Any]:
 
 SWEEPS: dict[str, list[dict[str, Any]]] = {
     "construction": [row("random"), *(row(m, model__construction=m) for m in ("kmeans", "coactivation", "gradient", "sharing_inner")),  # Figure 3
-                     row("sharing_inter", model__construction="sharing_inter", model__num_experts=14, model__num_shared_experts=2, model__num_experts_per_tok=2),
-                     row("copy, half re-drawn", model__construction="copy", model__num_experts=4, model__num_experts_per_tok=1, model__reinit=0.5, model__score_scale=1.0)],
+                     row("sharing_inter, 14 + 2", model__construction="sharing_inter", model__num_experts=14, model__num_shared_experts=2,
+                         model__num_experts_per_tok=2),
+                     row("copy, half re-drawn", model__construction="copy", model__num_experts=4, model__num_experts_per_tok=1, model__reinit=0.5,
+                         model__score_scale=1.0)],
     "sampling": [row("static Sheared-LLaMA"), row("static LLaMA", data__weights="llama"), row("static uniform", data__weights="uniform"),  # section 4.2
                  row("dynamic from LLaMA", data__weights="llama", data__dynamic="a"), row("dynamic from uniform", data__weights="uniform", data__dynamic="a"),
-                 row("dynamic, rule B", data__weights="llama", data__dynamic="b"), row("dynamic from LLaMA, anchored", data__weights="llama", data__dynamic="a", data__anchored=True)],
+                 row("dynamic, rule B", data__weights="llama", data__dynamic="b"),
+                 row("dynamic from LLaMA, anchored", data__weights="llama", data__dynamic="a", data__anchored=True)],
     "gate": [row("mlp, noisy"), row("mlp, no noise", model__gate_noise=False), row("linear, noisy", model__gate="linear"),  # section 2.1, 2.4
              row("linear, no noise", model__gate="linear", model__gate_noise=False), row("switch loss", model__balance="switch"),
              row("selection bias", model__balance="bias"), row("no balance loss", model__balance="none"), row("balance weight 0.1", model__balance_weight=0.1),
              row("z-loss", model__z_loss_weight=0.001), row("random gate", model__gate="random", model__gate_noise=False, model__balance="none"),
              row("switch, top-1", model__gate="switch", model__balance="switch", model__num_experts_per_tok=1)],
-    "scale": [row(s, model__score_scale=s) for s in ("n_over_k", "n", "k", "sqrt_kn", "learnable", "measured")] + [row("1", model__score_scale=1.0)],  # section 2.3
+    "scale": [*(row(s, model__score_scale=s) for s in ("n_over_k", "n", "k", "sqrt_kn", "learnable", "measured")), row("1", model__score_scale=1.0)],
     "experts": [row("4 of 16"), row("2 of 16", model__num_experts_per_tok=2), row("2 of 8", model__num_experts=8, model__num_experts_per_tok=2)],  # section 3
     "controls": [row("4 of 16"), row("dense, same tokens", model__kind="dense"), row("4 of 16 from scratch", model__start="scratch")],  # Figure 7
 }

@@ -186,7 +186,7 @@ class LlamaMoeDecoderLayer(GradientCheckpointingLayer):
 @dataclass
 class LlamaMoeOutput(CausalLMOutputWithPast):
     """loss = lm_loss, plus aux_loss while training. aux_loss: weighted balance and z losses, summed over layers. Statistics, where asked for: expert_load and
-    expert_importance [layers, E] (tokens, sums of scores), dropped_mass [layers] (probability outside the chosen experts), balance_loss [layers] without weight."""
+    expert_importance [layers, E] (tokens, sums of scores), dropped_mass [layers] (probability of experts not chosen), balance_loss [layers], unweighted."""
 
     lm_loss: Tensor | None = None
     aux_loss: Tensor | None = None
@@ -245,7 +245,8 @@ class LlamaMoeModel(LlamaMoePreTrainedModel):
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
-                output_hidden_states: bool = False, output_router_stats: bool = False, **kwargs) -> tuple[Tensor, Cache | None, list[Tensor] | None, list[tuple]]:
+                output_hidden_states: bool = False, output_router_stats: bool = False,
+                **kwargs) -> tuple[Tensor, Cache | None, list[Tensor] | None, list[list]]:
         """-> (last hidden states [B, L, D], cache, hidden states of every layer or None, statistics of every layer)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -315,12 +316,19 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, GenerationMixin):
         for layer, load_E in zip(self.model.layers, expert_load, strict=True):
             layer.mlp.gate.update_bias(load_E, self.config.bias_update_rate)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         """As in transformers; beside it the construction's manifest and a model card, where the model has a construction."""
+        hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private", "revision", "create_pr") if name in kwargs}
         super().save_pretrained(save_directory, **kwargs)
         if self.construction is not None and kwargs.get("is_main_process", True):
             self.construction.save(save_directory)
             write_card(self, save_directory)
+        if push_to_hub and kwargs.get("is_main_process", True):
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """As in transformers, but with our model card; see `dyn.models.llama_moe_card.push_to_hub`."""
+        return push_to_hub(self, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args, **kwargs) -> LlamaMoeForCausalLM:
@@ -337,6 +345,7 @@ AutoModelForCausalLM.register(LlamaMoeConfig, LlamaMoeForCausalLM)
 ScaleMode = Literal["n_over_k", "n", "k", "sqrt_kn", "learnable", "measured"]
 
 # Below, since these two build on the classes above.
+from dyn.models.llama_moe_card import push_to_hub  # noqa: E402
 from dyn.models.llama_moe_convert import Construction as Construction  # noqa: E402
 from dyn.models.llama_moe_convert import from_dense as from_dense  # noqa: E402
 from dyn.models.llama_moe_formats import from_official as from_official  # noqa: E402

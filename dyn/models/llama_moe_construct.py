@@ -1,7 +1,7 @@
 """Expert construction: which neurons of a dense feed-forward make which expert, by every method of LLaMA-MoE section 1.
 
-N neurons, D hidden size, E routed experts, F expert width, S shared neurons, L layers. Adding a method: one function from `LayerSource` to (shared_S, groups_EF),
-entered in METHODS.
+N neurons, D hidden size, E routed experts, F expert width, S shared neurons, L layers. Adding a method: one function from
+`LayerSource` to (shared_S, groups_EF), entered in METHODS.
 """
 
 from __future__ import annotations

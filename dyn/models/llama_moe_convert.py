@@ -61,11 +61,11 @@ def from_dense(
         moe_intermediate_size: F; None: N / (E + shared), for copy N. sharing_inner, sharing_inter with overlap, and copy may take others.
         overlap: sharing_inter only: whether routed experts may share neurons among themselves.
         gate, gate_noise, balance: see `dyn.nn.experts.Gate`; None is a linear gate with small random weights.
-        score_scale: c: n_over_k (E/K, the paper's; the default), n (E), k (K), sqrt_kn, learnable (starts at E/K), measured (by layer, needs batches), a number, or
-            a list of one number a layer. Section 2.3 says what each preserves.
+        score_scale: c: n_over_k (E/K, the paper's; the default), n (E), k (K), sqrt_kn, learnable (starts at E/K), measured (by layer, needs batches), a
+            number, or a list of one number a layer. Section 2.3 says what each preserves.
         reinit: copy only: the share of each copy's neurons that is drawn anew.
         features: kmeans only: cluster rows of the up or of the gate projection.
-        batches: token ids [B, L], read once into a list. gradient and the sharing methods group sequences by k-means of mean last hidden states; or give E lists.
+        batches: token ids [B, L], read once into a list. gradient and the sharing methods group sequences by k-means of mean hidden states, or take E lists.
         seed: for splits, groups, gates and re-drawn neurons.
         license: licence of the source, for manifest and model card (a folder's own card is read when None).
 
@@ -78,7 +78,8 @@ def from_dense(
     if consume:
         dense = load_dense(dense)
     config = moe_config(dense.config, construction, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok, num_shared_experts=num_shared_experts,
-                        moe_intermediate_size=moe_intermediate_size, overlap=overlap, gate=gate, gate_noise=gate_noise, balance=balance, score_scale=score_scale)
+                        moe_intermediate_size=moe_intermediate_size, overlap=overlap, gate=gate, gate_noise=gate_noise, balance=balance,
+                        score_scale=score_scale)
     if reinit and construction != "copy":
         raise ValueError(f"reinit={reinit} belongs to construction='copy', got {construction!r}")
     if not 0.0 <= reinit <= 1.0:
@@ -114,9 +115,10 @@ def from_dense(
     moe = _assemble(dense, config, state, consume, seed)
     if ratios is not None:
         install_measured_scales(moe, ratios, flat)
-    moe.construction = Construction(method=construction, seed=seed, source=name, source_hash=hasher.hexdigest(), source_license=license, groups=groups, shared=shared,
-                                    details={"overlap": overlap, "reinit": reinit, "features": features, "score_scale": score_scale or "n_over_k",
-                                             "calibration_tokens": sum(b.numel() for b in flat)})
+    details = {"overlap": overlap, "reinit": reinit, "features": features, "score_scale": score_scale or "n_over_k",
+               "calibration_tokens": sum(b.numel() for b in flat)}
+    moe.construction = Construction(method=construction, seed=seed, source=name, source_hash=hasher.hexdigest(), source_license=license, details=details,
+                                    groups=groups, shared=shared)
     return moe
 
 
@@ -163,7 +165,8 @@ def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, 
         if construction == "copy":
             width = units
         elif uneven:
-            raise ValueError(f"num_experts + num_shared_experts = {uneven[0]} does not divide intermediate_size={units}; nearest: {_nearest_divisors(units, uneven[0])}")
+            raise ValueError(f"num_experts + num_shared_experts = {uneven[0]} does not divide intermediate_size={units}; "
+                             f"nearest: {_nearest_divisors(units, uneven[0])}")
         else:
             width = [units // (E + s) for s in shareds]
     widths = _per_layer("moe_intermediate_size", width, layers)
@@ -173,8 +176,8 @@ def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, 
         if not 1 <= f <= units:
             raise ValueError(f"moe_intermediate_size={f} must lie in 1..{units} (intermediate_size), layer {i}")
         if not free and (E + s) * f != units:
-            raise ValueError(f"construction={construction!r} keeps every neuron once: (num_experts + num_shared_experts) * moe_intermediate_size = ({E} + {s}) * {f} = "
-                             f"{(E + s) * f}, not intermediate_size={units} (layer {i})")
+            raise ValueError(f"construction={construction!r} keeps every neuron once: (num_experts + num_shared_experts) * moe_intermediate_size = "
+                             f"({E} + {s}) * {f} = {(E + s) * f}, not intermediate_size={units} (layer {i})")
     named = {"n_over_k": [E / kk for kk in ks], "n": [float(E)] * layers, "k": [float(kk) for kk in ks], "sqrt_kn": [math.sqrt(kk * E) for kk in ks]}
     named |= {None: named["n_over_k"], "learnable": named["n_over_k"], "measured": [1.0] * layers}
     if isinstance(scale, str) and scale not in named:
@@ -189,8 +192,8 @@ def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, 
     return LlamaMoeConfig(
         **kept, head_dim=getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads, attention_bias=bias,
         attention_output_bias=bias and dense.model_type != "qwen2", qk_norm=dense.model_type == "qwen3", sliding_window=window, layer_types=kinds,
-        num_experts=E, num_experts_per_tok=_plain(ks), moe_intermediate_size=_plain(widths), num_shared_experts=_plain(shareds), gate=gate, gate_noise=gate_noise,
-        balance=balance, score_scale=_plain(scales), learnable_scale=scale == "learnable")
+        num_experts=E, num_experts_per_tok=_plain(ks), moe_intermediate_size=_plain(widths), num_shared_experts=_plain(shareds), gate=gate,
+        gate_noise=gate_noise, balance=balance, score_scale=_plain(scales), learnable_scale=scale == "learnable")
 
 
 def _known(construction: str) -> str:

@@ -48,9 +48,9 @@ def group_sequences(model: nn.Module, batches: Sequence[Tensor], num_groups: int
     for g in range(num_groups):
         members = [sequences[i] for i in (labels == g).nonzero().flatten().tolist()]
         if not members:
-            raise ValueError(f"data group {g} of {num_groups} is empty: the sequences are too much alike; give more or more varied batches, or {num_groups} lists")
-        lengths = {len(m) for m in members}
-        groups.append([torch.stack(same[i: i + size]) for n in sorted(lengths) for same in [[m for m in members if len(m) == n]] for i in range(0, len(same), size)])
+            raise ValueError(f"data group {g} of {num_groups} is empty: the sequences are too much alike; give more varied batches, or {num_groups} lists")
+        alike = [[m for m in members if len(m) == n] for n in sorted({len(m) for m in members})]
+        groups.append([torch.stack(same[i: i + size]) for same in alike for i in range(0, len(same), size)])
     return groups
 
 

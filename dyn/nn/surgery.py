@@ -21,7 +21,8 @@ def freeze(model: nn.Module, *modules: nn.Module | type[nn.Module]) -> int:
         found = [m for m in model.modules() if (isinstance(m, wanted) if isinstance(wanted, type) else m is wanted)]
         if not found:
             name = wanted.__name__ if isinstance(wanted, type) else type(wanted).__name__
-            raise ValueError(f"freeze: {type(model).__name__} has no such {name}; its classes: {', '.join(sorted({type(m).__name__ for m in model.modules()}))}")
+            classes = ", ".join(sorted({type(m).__name__ for m in model.modules()}))
+            raise ValueError(f"freeze: {type(model).__name__} has no such {name}; its classes: {classes}")
         chosen += found
     parameters = {id(p): p for module in chosen for p in module.parameters()}
     for parameter in parameters.values():
@@ -47,8 +48,8 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def flops_per_token(model: nn.Module, context: int) -> int:
-    """Floating-point operations of one token's forward pass in a decoder of transformers: 2 for each active weight that multiplies (gates too, the look-up of the
-    input embeddings not), plus causal attention over on average `context` / 2 positions. Training costs three times as much."""
+    """Floating-point operations of one token's forward pass in a decoder of transformers: 2 for each active weight that multiplies (gates too, the look-up
+    of the input embeddings not), plus causal attention over on average `context` / 2 positions. Training costs three times as much."""
     counts, config = count_parameters(model), model.config
     lookup = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
     attention = 2 * context * config.num_hidden_layers * config.num_attention_heads * config.head_dim

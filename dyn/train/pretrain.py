@@ -94,7 +94,8 @@ def _measure_dense(cfg: Any, run: Any, source: Any, tokenizer: Any, corpus: Corp
     """The untrained dense model: losses (the references of dynamic weights), samples, and how many steps the time budget holds."""
     net = _pretrained(source)
     if len(tokenizer) > net.config.vocab_size:
-        raise ValueError(f"the tokenizer of {cfg.model.source} has {len(tokenizer)} entries and the model vocab_size={net.config.vocab_size}: they do not belong together")
+        raise ValueError(f"model.source={cfg.model.source}: the tokenizer has {len(tokenizer)} entries and the model vocab_size={net.config.vocab_size}; "
+                         "they do not belong together")
     losses = evaluate(net, corpus.validation, cfg.trainer)
     steps = cfg.steps()
     if cfg.minutes is not None:
@@ -123,8 +124,9 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
     began = time.monotonic()
     after = fit(trainer, task, loader, corpus.validation)
     speed = next(c for c in trainer.callbacks if isinstance(c, Throughput)).summary()
-    result = {"before": _first_losses(run, name, corpus), "after": after, "samples_before": before, "samples_after": _samples(cfg, net, tokenizer), "counts": counts,
-              "flops_per_token": flops_per_token(net, block), "speed": speed, "seconds": time.monotonic() - began, "load": {d: v.tolist() for d, v in load.loads.items()}}
+    result = {"before": _first_losses(run, name, corpus), "after": after, "samples_before": before, "samples_after": _samples(cfg, net, tokenizer),
+              "counts": counts, "flops_per_token": flops_per_token(net, block), "speed": speed, "seconds": time.monotonic() - began,
+              "load": {d: v.tolist() for d, v in load.loads.items()}}
     if kind == "moe":
         result |= {"overlap": _overlap(net), "export": _export(cfg, run, net, tokenizer, corpus, dense["losses"], after)}
     return result
@@ -226,7 +228,8 @@ def _report(cfg: Any, run: Any, corpus: Corpus, before: dict, result: dict, cont
     """Figures, samples, cost and metrics from what the stages left."""
     domains, plots, name = list(corpus.train), run.folder / "plots", cfg.model.kind
     rows = figures.read_metrics(run.folder / "metrics.jsonl")
-    curves = {label: [r for r in rows if r.get("stage") == stage] for label, stage in ((name, name), ("dense, same tokens", "control")) if stage != "control" or control}
+    stages = {name: name} | ({"dense, same tokens": "control"} if control else {})
+    curves = {label: [r for r in rows if r.get("stage") == stage] for label, stage in stages.items()}
     figures.loss_curves(plots / "loss.png", curves, domains, level=before["losses"])
     if cfg.data.dynamic == "none":
         run.log("domain weights are static: " + ", ".join(f"{d} {w:.3f}" for d, w in corpus.weights.items()))
@@ -251,7 +254,8 @@ def _numbers(cfg: Any, run: Any, before: dict, result: dict, control: dict | Non
     metrics |= {f"before/{d}/loss": v for d, v in result["before"].items()} | {f"dense untrained/{d}/loss": v for d, v in before["losses"].items()}
     if start > dense:
         metrics["gap closed"] = (start - end) / (start - dense)
-        run.log(f"conversion cost {start - dense:.3f} nats a token; training won {start - end:.3f} back: {metrics['gap closed']:.0%} of the gap to the untrained dense model")
+        run.log(f"conversion cost {start - dense:.3f} nats a token; training won {start - end:.3f} back: "
+                f"{metrics['gap closed']:.0%} of the gap to the untrained dense model")
     if control:
         trained = mean(control["after"])
         metrics |= {"loss/dense, same tokens": trained} | {f"dense, same tokens/{d}/loss": v for d, v in control["after"].items()}
@@ -265,9 +269,9 @@ def _numbers(cfg: Any, run: Any, before: dict, result: dict, control: dict | Non
         "flops_per_token": result["flops_per_token"], "steps_per_second": speed.get("steps_per_second"), "peak_flops_from": speed["peak_flops_from"],
         "seconds_training": result["seconds"], "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available()
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    run.notes |= {"main": [k for k in ("loss/dense untrained", "loss/before", "loss/after", "loss/dense, same tokens", "gap closed", "gap closed to dense, same tokens") if k in metrics],
-                  "compare": ["loss/after"], "text": cfg.data.text.path, "tokens": f"{metrics['train/tokens']:,} training tokens; MFU counts activated parameters against the "
-                  + speed["peak_flops_from"]}
+    main = ("loss/dense untrained", "loss/before", "loss/after", "loss/dense, same tokens", "gap closed", "gap closed to dense, same tokens")
+    run.notes |= {"main": [k for k in main if k in metrics], "compare": ["loss/after"], "text": cfg.data.text.path,
+                  "speed": f"MFU counts activated parameters against the {speed['peak_flops_from']}"}
     if result.get("export"):
         run.log(f"exported to {run.folder / result['export']} (import dyn.models; AutoModelForCausalLM.from_pretrained)")
     return metrics

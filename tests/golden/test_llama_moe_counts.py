@@ -13,7 +13,8 @@ DENSE, FFN = 6_738_415_616, 4_328_521_728
 
 def build(num_experts, k, width, **changes):
     base = EMBEDDED_CONFIGS["meta-llama/Llama-2-7b-hf"]
-    config = LlamaMoeConfig(**{**base, **dict(num_experts=num_experts, num_experts_per_tok=k, moe_intermediate_size=width, gate="mlp", gate_noise=True) | changes})
+    fields = base | dict(num_experts=num_experts, num_experts_per_tok=k, moe_intermediate_size=width, gate="mlp", gate_noise=True) | changes
+    config = LlamaMoeConfig(**fields)
     with torch.device("meta"):
         return LlamaMoeForCausalLM(config)
 
@@ -43,7 +44,7 @@ def test_freezing_the_gates_freezes_only_the_gates(num_experts, frozen):
     assert by_name == 2 * 1_442_840_576  # our gate_up_proj holds the SwiGLU gate and up matrices of all experts
 
 
-# Residual layouts. The published totals have an mlp gate, its noise and a linear residual gate [4096, R]; ours adds shared experts with weight 1, so it has no residual gate.
+# Residual layouts. The published totals have an mlp gate, its noise and a linear residual gate [4096, R]; ours adds shared experts with weight 1 and no gate.
 @pytest.mark.parametrize(("routed", "residual", "width", "k", "total"), [
     (14, 2, 688, 2, 6_742_354_048), (7, 1, 1376, 1, 6_740_383_264), (15, 1, 688, 3, 6_742_486_048), (13, 3, 688, 1, 6_742_222_112)])
 def test_residual_layouts(routed, residual, width, k, total):

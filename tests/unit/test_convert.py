@@ -16,7 +16,7 @@ BATCHES = [torch.randint(0, 61, (4, 12), generator=torch.Generator().manual_seed
 
 def tiny(**changes):
     torch.manual_seed(0)
-    sizes = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32)
+    sizes = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32)
     return LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval()
 
 
@@ -41,7 +41,11 @@ def test_every_construction_takes_rows_and_columns_of_the_dense_weights(method):
 def test_one_seed_decides_everything_and_the_dense_model_is_untouched(method):
     dense = tiny()
     before = copy.deepcopy(dense.state_dict())
-    make = lambda seed: from_dense(dense, num_experts=3 if method == "sharing_inter" else 4, num_experts_per_tok=2, construction=method, batches=BATCHES, seed=seed)  # noqa: E731
+    num_experts = 3 if method == "sharing_inter" else 4
+
+    def make(seed):
+        return from_dense(dense, num_experts=num_experts, num_experts_per_tok=2, construction=method, batches=BATCHES, seed=seed)
+
     torch.manual_seed(11)
     one = make(5).state_dict()
     torch.manual_seed(12)

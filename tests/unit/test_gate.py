@@ -116,7 +116,8 @@ def test_scale_and_shared_experts():
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (dict(kind="linear", k=7), "num_experts_per_tok=7"), (dict(kind="linear", k=0), "num_experts_per_tok=0"), (dict(kind="switch", k=2), "switch"),
-    (dict(kind="uniform", k=2), "uniform"), (dict(kind="random", noise=True), "no logits"), (dict(kind="top"), "gate='top'"), (dict(balance="equal"), "balance='equal'")])
+    (dict(kind="uniform", k=2), "uniform"), (dict(kind="random", noise=True), "no logits"), (dict(kind="top"), "gate='top'"),
+    (dict(balance="equal"), "balance='equal'")])
 def test_refusals(arguments, words):
     with pytest.raises(ValueError, match=words):
         gate(**arguments)
