@@ -184,7 +184,8 @@ class Run:
             print(self._note(f"error: result.json is not written: {caught}"), file=sys.stderr)
             code = code or 1
         if status != "ok":
-            print(self._note(f"{status}: {_message(error)}"), file=sys.stderr)
+            why = signal.Signals(self._signum).name if status == "cancelled" and self._signum else _message(error)
+            print(self._note(f"{status}: {why}"), file=sys.stderr)
             if self._state["stages"] or any((self.folder / "checkpoints").glob("*")):
                 words = f"NAME={self.name} PROFILE={self.profile} RESUME={self.folder}"
                 make, run = f"make exp {words}", f"python -m dyn.run {self.name} resume={self.folder}"

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dyn.data.tokens import TextSource
+from dyn.data.sources import TextSource
 from dyn.train.optim import OptimConfig
-from dyn.train.trainer import TrainerConfig
+from dyn.train.settings import TrainerConfig
 
 
 @dataclass(kw_only=True, slots=True)

@@ -37,7 +37,7 @@ def group_sequences(model: nn.Module, batches: Sequence[Tensor], num_groups: int
     """Section 1.5, data grouping: sequences by k-means of their mean last hidden state (the paper uses a sentence encoder). Returns batches by group."""
     from sklearn.cluster import KMeans
 
-    with for_statistics(model):
+    with for_statistics(model), torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.float32):
         means = torch.cat([model.model(input_ids=b.to(model.device), use_cache=False)[0].float().mean(1).cpu() for b in batches])
     if len(means) < num_groups:
         raise ValueError(f"{len(means)} sequences cannot make {num_groups} groups; give more batches")
@@ -66,7 +66,9 @@ def layer_scores(model: nn.Module, batches: Sequence, num_groups: int, seed: int
         check_batches(batches, model.config.vocab_size)
         groups = group_sequences(model, batches, num_groups, seed)
     downs = [layer.mlp.down_proj for layer in model.model.layers]
-    return torch.stack([taylor_scores(model, downs, group, next_token_loss, model.get_input_embeddings()) for group in groups], dim=1)
+    # The paper's statistics are taken in bfloat16; a float32 model computes in it, and sums in float32.
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.float32):
+        return torch.stack([taylor_scores(model, downs, group, next_token_loss, model.get_input_embeddings()) for group in groups], dim=1)
 
 
 @torch.no_grad()

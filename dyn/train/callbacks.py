@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from tqdm import tqdm
 
 from dyn.data.mixture import update_weights
 from dyn.train.speed import mfu, peak_flops
@@ -308,10 +309,51 @@ class PlainProgress(Callback):
         """A line, when it is time."""
         if trainer.is_global_zero and step_ended(trainer, batch_idx) and time.monotonic() - self._last >= self.seconds and trainer.progress_bar_metrics:
             self._last = time.monotonic()
-            shown = ", ".join(f"{name.removeprefix('train/')} {value:,.4g}" for name, value in trainer.progress_bar_metrics.items())
-            self.write(f"step {trainer.global_step}/{trainer.max_steps}: {shown}")
+            self.write(f"step {trainer.global_step}/{trainer.max_steps}: {_shown(trainer)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The losses."""
         if trainer.is_global_zero:
             self.write(f"step {trainer.global_step}: validation loss " + ", ".join(f"{d} {loss:.4f}" for d, loss in pl_module.val_losses.items()))
+
+
+class BarProgress(PlainProgress):
+    """Progress on a terminal: one bar of optimiser steps with loss, tokens/s and MFU; the validations' lines stand above it."""
+
+    bar: tqdm | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the bar where training begins."""
+        if trainer.is_global_zero:
+            self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, desc="training", unit="step", dynamic_ncols=True)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move on."""
+        if self.bar is not None and step_ended(trainer, batch_idx):
+            self.bar.set_postfix_str(_shown(trainer), refresh=False)
+            self.bar.update(trainer.global_step - self.bar.n)
+
+    def on_validation_start(self, *_: Any) -> None:
+        """Say why the bar stands."""
+        if self.bar is not None:
+            self.bar.set_description("validating")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The losses, above the bar."""
+        with tqdm.external_write_mode():
+            super().on_validation_end(trainer, pl_module)
+        if self.bar is not None:
+            self.bar.set_description("training")
+
+    def on_train_end(self, *_: Any) -> None:
+        """Leave the last state on the screen."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    on_exception = on_train_end
+
+
+def _shown(trainer: Trainer) -> str:
+    values = {name.removeprefix("train/"): float(value) for name, value in trainer.progress_bar_metrics.items()}
+    return ", ".join(f"{name} {value:{',.0f' if value >= 1000 else '.4g'}}" for name, value in values.items())

@@ -111,7 +111,9 @@ def run_harness(model: Any, tasks: Sequence[str] | Mapping[str, int | None], *, 
     except ImportError as error:
         raise ValueError(f"evaluation needs lm-evaluation-harness ({error}): install the extra with `pip install dyn[eval]`") from None
     shots = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(tasks)
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = TaskManager(include_path=str(include_path), include_defaults=False) if include_path is not None else None
+    if manager is None or not set(shots) <= set(manager.all_tasks):  # the harness's own thousands take a while to list
+        manager = TaskManager(include_path=None if include_path is None else str(include_path))
     if unknown := [task for task in shots if task not in manager.all_tasks]:
         raise ValueError(f"lm-evaluation-harness knows no task {', '.join(unknown)}{'' if include_path is None else f', nor does {include_path}'}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

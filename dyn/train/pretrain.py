@@ -23,7 +23,7 @@ from dyn import figures
 from dyn.data.mixture import MixtureLoader, domain_weights, validation_batches
 from dyn.data.tiny import tiny_corpus, tiny_tokenizer
 from dyn.data.tokens import Tokens, shard
-from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, write_card
+from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense
 from dyn.models.llama_moe_construct import METHODS
 from dyn.models.llama_moe_convert import fresh, load_dense
 from dyn.models.packaged import PACKAGED, cache_folder, dense_config, packaged
@@ -216,10 +216,11 @@ def _export(cfg: Any, run: Any, net: LlamaMoeForCausalLM, tokenizer: Any, corpus
     folder, part = run.folder / "export", run.folder / "export.part"
     shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
+    if net.construction is not None:  # the card reads these, in every format that this model is saved in later too
+        net.construction.details |= {"data": f"{cfg.data.text.path} ({', '.join(corpus.train)})",
+                                     "results": {f"held-out loss, {d} (dense, untrained: {dense[d]:.4f})": round(v, 4) for d, v in losses.items()}}
     net.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    if net.construction is not None:
-        write_card(net, part, data=f"{cfg.data.text.path} ({', '.join(corpus.train)})", results={f"held-out loss, {d}": v for d, v in losses.items()})
     part.replace(folder)
     return folder.name
 

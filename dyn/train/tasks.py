@@ -21,7 +21,7 @@ from dyn.nn.surgery import count_parameters
 from dyn.train.optim import OptimConfig, cosine_clipped, make_optimizer
 
 if TYPE_CHECKING:
-    from dyn.train.trainer import TrainerConfig
+    from dyn.train.settings import TrainerConfig
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
 
@@ -210,7 +210,7 @@ def _exp(loss: float) -> float:
 
 
 def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str, sort_keys=True))
+    return json.loads(json.dumps(value, default=str))
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,72 +8,27 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
-from dyn.train.callbacks import JsonlLogger, PlainProgress, RngState, Throughput
+from dyn.train.callbacks import BarProgress, JsonlLogger, PlainProgress, RngState, Throughput
 from dyn.train.checkpoint import AtomicCheckpointIO, Checkpoints, Stop, Stopped, find_checkpoint, newest_checkpoint, verify_checkpoint
 from dyn.train.optim import OptimConfig
+from dyn.train.settings import TrainerConfig
 from dyn.train.tasks import CausalLM
 
 __all__ = ["TrainerConfig", "evaluate", "find_checkpoint", "fit", "make_trainer", "verify_checkpoint", "world"]
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notices on devices and tips would break up the progress lines
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's, about its own use of torch
-
-
-@dataclass(kw_only=True, slots=True)
-class TrainerConfig:
-    """How long, how often, on what. A step is an optimiser step."""
-
-    max_steps: int = 13_623  # section 4.4: 200 B tokens
-    accumulate: int = 1  # micro-batches a step
-    precision: Literal["bf16-mixed", "bf16-true", "32-true"] = "bf16-mixed"  # bf16-true: weights and optimiser moments in bfloat16 too
-    gradient_checkpointing: bool = False
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: int = 1  # a node
-    num_nodes: int = 1
-    strategy: Literal["auto", "single", "ddp", "fsdp2"] = "auto"  # auto: DDP on one node, FSDP2 over several
-    log_every: int = 5  # steps, as are the next two
-    val_every: int = 340  # 0: only at the end
-    checkpoint_every: int = 340  # 0: only at the end
-    keep_checkpoints: int = 2
-    val_first: bool = True  # validate before the first step
-    progress_seconds: float = 15.0  # between lines, where there is no terminal
-    seed: int = 1227
-    deterministic: bool = False  # torch's deterministic algorithms, for bitwise resume on GPUs; slower
-    peak_flops: float | None = None  # of one device, for MFU; None: data sheet, or measured
-    wandb: bool = False
-    wandb_project: str = "dyn"
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "accumulate", "devices", "num_nodes", "log_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
-        for name in ("val_every", "checkpoint_every", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 0")
-        if self.strategy == "single" and self.world_size > 1:
-            raise ValueError(f"trainer.strategy=single fits one process, not devices={self.devices} x num_nodes={self.num_nodes}; allowed: auto, ddp, fsdp2")
-
-    @property
-    def world_size(self) -> int:
-        """Processes, one a device."""
-        return self.devices * self.num_nodes
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That matrix products run in."""
-        return torch.float32 if self.precision == "32-true" else torch.bfloat16
 
 
 def make_trainer(cfg: TrainerConfig, run: Any, callbacks: Sequence[Callback] = (), *, name: str = "") -> Trainer:
@@ -95,12 +50,12 @@ def make_trainer(cfg: TrainerConfig, run: Any, callbacks: Sequence[Callback] = (
     metrics = JsonlLogger(folder / "metrics.jsonl", name)
     checkpoints = Checkpoints(folder / "checkpoints" / name, every=cfg.checkpoint_every, keep=cfg.keep_checkpoints, val_every=cfg.val_every,
                               val_first=cfg.val_first, metrics=metrics)
-    bar = TQDMProgressBar(refresh_rate=1, leave=True) if sys.stderr.isatty() else PlainProgress(run.log, cfg.progress_seconds)
+    bar = BarProgress(run.log) if sys.stderr.isatty() else PlainProgress(run.log, cfg.progress_seconds)
     speed = [] if any(isinstance(c, Throughput) for c in callbacks) else [Throughput(cfg.dtype, cfg.log_every, cfg.peak_flops)]
     return Trainer(
         **_machine(cfg), logger=[metrics, *_wandb(cfg, folder, name)], default_root_dir=folder, max_steps=cfg.max_steps, accumulate_grad_batches=cfg.accumulate,
         val_check_interval=(cfg.val_every or cfg.max_steps + 1) * cfg.accumulate, check_val_every_n_epoch=None, log_every_n_steps=cfg.log_every,
-        enable_progress_bar=isinstance(bar, TQDMProgressBar), deterministic=cfg.deterministic,
+        enable_progress_bar=False, deterministic=cfg.deterministic,
         callbacks=[RngState(cfg.seed), *callbacks, *speed, bar, Stop(run, checkpoints), checkpoints])
 
 

@@ -149,9 +149,10 @@ def pair(server: Server, name: str, **settings: object) -> list[int]:
     return [first, server.start(name, LOCAL_RANK=1, DYN_RUN_FOLDER=folder.parent, **both)]
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
-def test_two_processes(server, strategy):
-    settings = dict(strategy=strategy, max_steps=8)
+@pytest.mark.parametrize(("strategy", "more"), [("ddp", {}), ("fsdp2", dict(precision="bf16-mixed", gradient_checkpointing="true", balance="bias"))],
+                         ids=["ddp", "fsdp2-bf16-bias"])
+def test_two_processes(server, strategy, more, request):
+    settings, strategy = dict(strategy=strategy, max_steps=8, **more), request.node.callspec.id
     left_alone = pair(server, f"{strategy}-whole", **settings)
     both = pair(server, strategy, **settings)
     server.until(strategy, 4)
@@ -166,3 +167,16 @@ def test_two_processes(server, strategy):
     same(resumed, whole)
     assert rows(whole)[-1]["tokens"] == 8 * 2 * 2 * 2 * 8  # steps, processes, micro-batches, sequences, tokens
     assert torch.load(resumed / "checkpoints" / "step-00000008.ckpt", weights_only=True)["global_step"] == 8
+
+
+def test_two_processes_train_as_one(server):
+    settings = dict(plain="true", max_steps=4, val_every=2)
+    alone = server.start("one", batch_size=4, **settings)
+    pids = {strategy: pair(server, f"plain-{strategy}", strategy=strategy, **settings) for strategy in ("ddp", "fsdp2")}
+    one = rows(server.end(alone, "one"))
+    for strategy, both in pids.items():
+        for pid in both:
+            folder = server.end(pid, f"plain-{strategy}")
+        assert [set(row) for row in rows(folder)] == [set(row) for row in one]
+        for row, expected in zip(rows(folder), one, strict=True):
+            assert row == pytest.approx(expected, rel=1e-4), strategy

@@ -36,16 +36,19 @@ def trainer_config(**changes) -> TrainerConfig:
 @dataclass
 class Config:
     balance: str = "importance_load"
+    plain: bool = False  # without dropout, noise and balance loss
+    batch_size: int = 2
     validation_batches: int = 2
     signal_in_validation: str = ""  # SIGTERM@5: this process gets that signal in the middle of the validation of step 5
     trainer: TrainerConfig = field(default_factory=trainer_config)
 
 
-def tiny_moe(balance: str = "importance_load") -> LlamaMoeForCausalLM:
+def tiny_moe(cfg: Config) -> LlamaMoeForCausalLM:
     torch.manual_seed(0)
     return LlamaMoeForCausalLM(LlamaMoeConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=64, num_experts=4, num_experts_per_tok=2, score_scale=2.0, attention_dropout=0.2, gate_noise=True, balance=balance))
+        max_position_embeddings=64, num_experts=4, num_experts_per_tok=2, score_scale=2.0,
+        attention_dropout=0.0 if cfg.plain else 0.2, gate_noise=not cfg.plain, balance="none" if cfg.plain else cfg.balance))
 
 
 def tiny_tokens(seed: int) -> Tokens:
@@ -53,10 +56,10 @@ def tiny_tokens(seed: int) -> Tokens:
     return Tokens.from_documents([torch.randint(0, 32, (50,), generator=generator).tolist() for _ in range(40)], vocab_size=32)
 
 
-def tiny_loader(cfg: TrainerConfig) -> MixtureLoader:
-    rank, size = world(cfg)
-    return MixtureLoader({"a": tiny_tokens(1), "b": tiny_tokens(2)}, {"a": 0.7, "b": 0.3}, block_size=8, batch_size=2, num_batches=cfg.max_steps * cfg.accumulate,
-                         seed=5, rank=rank, world_size=size)
+def tiny_loader(cfg: Config) -> MixtureLoader:
+    rank, size = world(cfg.trainer)
+    return MixtureLoader({"a": tiny_tokens(1), "b": tiny_tokens(2)}, {"a": 0.7, "b": 0.3}, block_size=8, batch_size=cfg.batch_size,
+                         num_batches=cfg.trainer.max_steps * cfg.trainer.accumulate, seed=5, rank=rank, world_size=size)
 
 
 def tiny_validation(batches: int = 2) -> dict[str, list[dict[str, torch.Tensor]]]:
@@ -80,8 +83,8 @@ class SignalInValidation(Callback):
 
 
 def train(run: Run, cfg: Config) -> tuple[CausalLM, dict[str, float]]:
-    loader = tiny_loader(cfg.trainer)
-    net = tiny_moe(cfg.balance) if cfg.trainer.strategy != "fsdp2" else lambda: tiny_moe(cfg.balance)
+    loader = tiny_loader(cfg)
+    net = tiny_moe(cfg) if cfg.trainer.strategy != "fsdp2" else lambda: tiny_moe(cfg)
     task = CausalLM(net, OptimConfig(lr=1e-2, warmup_steps=2), ["a", "b"], cfg.trainer)
     callbacks = [ExpertLoad(run.folder / "expert_load.json"), Remix(loader, {"a": 3.0, "b": 3.6})]
     if cfg.signal_in_validation:

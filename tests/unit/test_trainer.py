@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import shutil
+import sys
 import threading
 import types
 from pathlib import Path
@@ -87,8 +88,8 @@ def true_losses(net) -> dict[str, float]:
     losses = {}
     with torch.no_grad():
         for d, batches in validation().items():
-            terms = [F.cross_entropy(net.eval()(input_ids=b["input_ids"]).logits[:, :-1].double().transpose(1, 2), b["input_ids"][:, 1:], reduction="none") for b in batches]
-            losses[d] = torch.cat([t.flatten() for t in terms]).mean().item()
+            logits = torch.cat([net.eval()(input_ids=b["input_ids"]).logits[:, :-1].flatten(0, 1) for b in batches])
+            losses[d] = F.cross_entropy(logits.double(), torch.cat([b["input_ids"][:, 1:].flatten() for b in batches])).item()
     return losses
 
 
@@ -97,9 +98,10 @@ def test_a_mixture_learns_and_says_what_it_does(tmp_path):
     task, losses, run = train(tmp_path, moe(), cfg, callbacks=[load])
     found = rows(tmp_path, "train/loss")
     assert [row["step"] for row in found] == list(range(1, 13)) and [row["tokens"] for row in found] == [64 * s for s in range(1, 13)]
-    assert found[-1]["train/loss"] < found[0]["train/loss"] - 0.3
+    assert found[-1]["train/lm_loss"] < found[0]["train/lm_loss"] - 0.2
     assert all(row["train/loss"] == pytest.approx(row["train/lm_loss"] + row["train/balance_loss"], abs=1e-5) for row in found)
-    assert all(1 <= row["train/load_max"] <= row["train/load_max_layer"] <= 2 and row["train/load_cv2"] >= 0 and 0 < row["train/dropped_mass"] < 1 for row in found)
+    assert all(1 <= row["train/load_max"] <= row["train/load_max_layer"] <= 2 for row in found)
+    assert all(row["train/load_cv2"] >= 0 and 0 < row["train/dropped_mass"] < 1 for row in found)
     held_out = rows(tmp_path, "val/loss")
     assert [row["step"] for row in held_out] == [0, 6, 12]
     assert {d: held_out[-1][f"val/{d}/loss"] for d in DOMAINS} == losses == task.val_losses == pytest.approx(true_losses(task.net), abs=1e-6)
@@ -250,15 +252,17 @@ def test_damaged_checkpoints_are_named_with_the_older_one(trained, tmp_path, har
 def test_a_finished_training_is_not_done_again(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    task, losses, _ = train(tmp_path / "run", moe(), config(checkpoint_every=2))
+    _, losses, _ = train(tmp_path / "run", moe(), config(checkpoint_every=2))
     assert losses == pytest.approx({d: rows(trained, "val/loss")[-1][f"val/{d}/loss"] for d in DOMAINS}, abs=0)
-    assert [r for r in before.splitlines() if "speed/" not in r] == [r for r in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "speed/" not in r]
-    _, _, run = train(tmp_path / "run", moe(), config(checkpoint_every=2), ckpt=None)  # from the beginning, asked for
+    after = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert [r for r in before.splitlines() if "speed/" not in r] == [r for r in after.splitlines() if "speed/" not in r]
+    train(tmp_path / "run", moe(), config(checkpoint_every=2), ckpt=None)  # from the beginning, asked for
     assert len(rows(tmp_path / "run", "train/loss")) == 4
 
 
-@pytest.mark.parametrize(("changes", "named"), [(dict(optim=OptimConfig(lr=3e-3, warmup_steps=0)), "optim.lr=0.01, here 0.003"),
-                                                (dict(net=moe(score_scale=3.0)), "config.score_scale=2.0, here 3.0"), (dict(net=dense()), "net='LlamaMoeForCausalLM', here")])
+@pytest.mark.parametrize(("changes", "named"), [
+    (dict(optim=OptimConfig(lr=3e-3, warmup_steps=0)), "optim.lr=0.01, here 0.003"), (dict(net=moe(score_scale=3.0)), "config.score_scale=2.0, here 3.0"),
+    (dict(net=dense()), "net='LlamaMoeForCausalLM', here 'LlamaForCausalLM'"), (dict(cfg=config(max_steps=5)), "max_steps=4, here 5")])
 def test_checkpoints_of_another_training_are_refused(trained, tmp_path, changes, named):
     shutil.copytree(trained, tmp_path / "run")
     with pytest.raises(ValueError, match=f"belongs to another training: .*{named}"):
@@ -268,7 +272,7 @@ def test_checkpoints_of_another_training_are_refused(trained, tmp_path, changes,
 def test_a_full_disk_keeps_the_older_checkpoint(trained, tmp_path, monkeypatch):
     shutil.copytree(trained / "checkpoints", tmp_path / "full")
     (tmp_path / "full" / "step-00000006.ckpt.part").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"could not write the checkpoint .*step-00000006.ckpt: .*No space left.*step-00000004.ckpt is whole and can be resumed from"):
+    with pytest.raises(OSError, match=r"could not write the checkpoint .*step-00000006.ckpt: .*No space left.*step-00000004.ckpt is whole and can be resumed"):
         AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(1000)}, tmp_path / "full" / "step-00000006.ckpt")
     assert sorted(path.name for path in (tmp_path / "full").iterdir()) == ["step-00000002.ckpt", "step-00000004.ckpt"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
@@ -287,7 +291,7 @@ def test_refusals_come_before_any_work(tmp_path, monkeypatch):
     task = CausalLM(dense(), OptimConfig(warmup_steps=0), ["docs", "code"], cfg)
     with pytest.raises(ValueError, match=r"validation domains \['code', 'docs'\] differ"):
         fit(make_trainer(cfg, FakeRun(tmp_path)), task, loader(cfg), validation())
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"pip install dyn\[wandb\]"):
         make_trainer(config(wandb=True), FakeRun(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,0 +1,53 @@
+"""Settings of a training, apart from Lightning, so that reading and checking a configuration stays quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainerConfig:
+    """How long, how often, on what. A step is an optimiser step."""
+
+    max_steps: int = 13_623  # section 4.4: 200 B tokens
+    accumulate: int = 1  # micro-batches a step
+    precision: Literal["bf16-mixed", "bf16-true", "32-true"] = "bf16-mixed"  # bf16-true: weights and optimiser moments in bfloat16 too
+    gradient_checkpointing: bool = False
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1  # a node
+    num_nodes: int = 1
+    strategy: Literal["auto", "single", "ddp", "fsdp2"] = "auto"  # auto: DDP on one node, FSDP2 over several
+    log_every: int = 5  # steps, as are the next two
+    val_every: int = 340  # 0: only at the end
+    checkpoint_every: int = 340  # 0: only at the end
+    keep_checkpoints: int = 2
+    val_first: bool = True  # validate before the first step
+    progress_seconds: float = 15.0  # between lines, where there is no terminal
+    seed: int = 1227
+    deterministic: bool = False  # torch's deterministic algorithms, for bitwise resume on GPUs; slower
+    peak_flops: float | None = None  # of one device, for MFU; None: data sheet, or measured
+    wandb: bool = False
+    wandb_project: str = "dyn"
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "accumulate", "devices", "num_nodes", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
+        for name in ("val_every", "checkpoint_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 0")
+        if self.strategy == "single" and self.world_size > 1:
+            raise ValueError(f"trainer.strategy=single fits one process, not devices={self.devices} x num_nodes={self.num_nodes}; allowed: auto, ddp, fsdp2")
+
+    @property
+    def world_size(self) -> int:
+        """Processes, one a device."""
+        return self.devices * self.num_nodes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That matrix products run in."""
+        return torch.float32 if self.precision == "32-true" else torch.bfloat16
