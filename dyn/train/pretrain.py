@@ -6,9 +6,9 @@ Every stage's numbers are remembered in the run folder, so that a resumed run go
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
-import os
 import resource
 import shutil
 import time
@@ -30,9 +30,10 @@ from dyn.models.packaged import PACKAGED, cache_folder, dense_config, packaged
 from dyn.nn.surgery import count_parameters, flops_per_token
 from dyn.train.callbacks import ExpertLoad, Remix, Throughput
 from dyn.train.evaluate import domain_distances, overlaps, sample, seconds_per_micro_batch
+from dyn.train.export import load_net
 from dyn.train.plan import shape
 from dyn.train.tasks import CausalLM
-from dyn.train.trainer import evaluate, fit, make_trainer
+from dyn.train.trainer import evaluate, find_checkpoint, fit, make_trainer, world
 
 SHOWN_LAYERS = 4  # of the overlap plot
 
@@ -52,13 +53,15 @@ def pretrain(cfg: Any, run: Any) -> dict[str, float]:
     source = _tiny(cfg, run) if cfg.model.source == "tiny" else packaged(cfg.model.source) if cfg.model.source in PACKAGED else cfg.model.source
     tokenizer = load_tokenizer(source)
     corpus = load_corpus(cfg, run, tokenizer)
-    before = run.stage("dense, untrained", lambda: _measure_dense(cfg, run, source, tokenizer, corpus))
+    before = run.stage("dense, untrained", lambda: _measure_dense(cfg, source, tokenizer, corpus))
+    gc.collect()  # trainers and their networks hold each other; two at once would not fit a small machine
     run.log(f"dense model, {before['parameters']:,} parameters; held-out loss: " + ", ".join(f"{d} {v:.3f}" for d, v in before["losses"].items()))
     steps = before["steps"]
     if steps < cfg.steps():
         run.log(f"minutes={cfg.minutes} a training hold {steps} of {cfg.steps()} steps on this machine")
     kind = cfg.model.kind
     result = run.stage(kind, lambda: _train(cfg, run, kind, source, tokenizer, corpus, before, kind))
+    gc.collect()
     control = run.stage("control", lambda: _train(cfg, run, "dense", source, tokenizer, corpus, before, "control")) if cfg.dense_control else None
     return _report(cfg, run, corpus, before, result, control, steps)
 
@@ -90,7 +93,7 @@ def load_corpus(cfg: Any, run: Any, tokenizer: Any) -> Corpus:
     return Corpus({d: t["train"] for d, t in tokens.items()}, validation, {d: shares[n] for d, n in zip(tokens, names, strict=True)})
 
 
-def _measure_dense(cfg: Any, run: Any, source: Any, tokenizer: Any, corpus: Corpus) -> dict[str, Any]:
+def _measure_dense(cfg: Any, source: Any, tokenizer: Any, corpus: Corpus) -> dict[str, Any]:
     """The untrained dense model: losses (the references of dynamic weights), samples, and how many steps the time budget holds."""
     net = _pretrained(source)
     if len(tokenizer) > net.config.vocab_size:
@@ -110,12 +113,12 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
     """Build one network, train it, and measure it before and after."""
     steps = dense["steps"]
     net = _build(cfg, run, kind, source, corpus, dense["losses"])
-    counts, block = count_parameters(net), cfg.data.block_size
+    counts, flops = count_parameters(net), flops_per_token(net, cfg.data.block_size)
     before = _samples(cfg, net, tokenizer) if kind == "moe" or cfg.model.start == "scratch" else dense["samples"]
     config = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_every=min(cfg.trainer.val_every, math.ceil(steps / 2)))
     optim = dataclasses.replace(cfg.optim, warmup_steps=min(cfg.optim.warmup_steps, steps // 4))
-    world = config.world_size
-    loader = _loader(cfg, corpus, steps * config.accumulate, int(os.environ.get("RANK", 0)), world)
+    rank, size = world(config)
+    loader = _loader(cfg, corpus, steps * config.accumulate, rank, size)
     load = ExpertLoad()
     mixing = [Remix(loader, dense["losses"], rule=cfg.data.dynamic, anchor=corpus.weights if cfg.data.anchored else None)] if cfg.data.dynamic != "none" else []
     task = CausalLM(net, optim, list(corpus.validation), config)
@@ -124,10 +127,12 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
     began = time.monotonic()
     after = fit(trainer, task, loader, corpus.validation)
     speed = next(c for c in trainer.callbacks if isinstance(c, Throughput)).summary()
-    result = {"before": _first_losses(run, name, corpus), "after": after, "samples_before": before, "samples_after": _samples(cfg, net, tokenizer),
-              "counts": counts, "flops_per_token": flops_per_token(net, block), "speed": speed, "seconds": time.monotonic() - began,
-              "load": {d: v.tolist() for d, v in load.loads.items()}}
-    if kind == "moe":
+    if size > 1:  # a sharded network cannot generate or be saved by one rank; its checkpoint is whole
+        net = load_net(find_checkpoint(run.folder, name)) if rank == 0 else None
+    result = {"before": _first_losses(run, name, corpus), "after": after, "samples_before": before,
+              "samples_after": _samples(cfg, net, tokenizer) if rank == 0 else [], "counts": counts, "flops_per_token": flops,
+              "speed": speed, "seconds": time.monotonic() - began, "load": {d: v.tolist() for d, v in load.loads.items()}}
+    if kind == "moe" and rank == 0:
         result |= {"overlap": _overlap(net), "export": _export(cfg, run, net, tokenizer, corpus, dense["losses"], after)}
     return result
 
@@ -142,7 +147,7 @@ def _build(cfg: Any, run: Any, kind: str, source: Any, corpus: Corpus, reference
         return _pretrained(source)
     folder = run.folder / "converted"
     if not (folder / "config.json").is_file():
-        if int(os.environ.get("RANK", 0)) == 0:
+        if world(cfg.trainer)[0] == 0:
             began = time.monotonic()
             moe = _convert(cfg, source, corpus)
             part = folder.with_name("converted.part")

@@ -1,0 +1,45 @@
+"""The README: its Python runs, its make targets exist, its overrides and sweeps are ones that the experiment has."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    make ")]
+
+
+def test_the_readme_is_short_and_has_commands():
+    assert len(README.splitlines()) < 200
+    assert {"make exp NAME=llama_moe_cpt", "make test"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_make_targets(command):
+    done = subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "python" in done.stdout or "ruff" in done.stdout
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "exp NAME" in c and "RESUME" not in c])
+def test_experiments_accept_the_words(command):
+    """The same line as a dry run, with the smoke profile in place of the demo."""
+    words = dict(word.split("=", 1) for word in shlex.split(command)[2:])
+    line = [sys.executable, "-m", "dyn.run", words["NAME"], f"profile={words.get('PROFILE', 'smoke')}", "dry=1"]
+    line += [f"sweep={words['SWEEP']}"] if "SWEEP" in words else []
+    line += [f"only={words['ONLY']}"] if "ONLY" in words else []
+    done = subprocess.run([*line, *words.get("SET", "").split()], cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "tokens a step" in done.stdout
+
+
+def test_the_python_block_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my-mixtral" / "model.safetensors").is_file()
