@@ -28,6 +28,10 @@ _logged: set[str] = set()
 # caches, and malloc returns large blocks to the system, to be faulted in again.
 _SEGMENT_BYTES = 4 << 20
 
+# On CPU an expert's rows are padded to a multiple of this, with rows of weight 0. oneDNN compiles a kernel for every new shape, which takes
+# about as long as the product itself at a few hundred rows, and routing gives new row counts at every step.
+_ROW_BLOCK = 32
+
 Ends = list[int] | Tensor  # where each expert's rows end: numbers on the host, or int32 [E] on the device
 
 
@@ -119,13 +123,13 @@ def _torch(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor,
 def _forward(
     x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y_TD, the pre-activations [S, 2F] in expert order (no rows unless `keep`), and the order of the rows [S]."""
-    sorted_S, order_S = idx_TK.flatten().sort(stable=True)
+    """y_TD, the pre-activations [S, 2F] in expert order (no rows unless `keep`), and the slot t * K + k of every row [S] (-1: padding)."""
+    sorted_S, slot_S = idx_TK.flatten().sort(stable=True)
     if sorted_S.numel():
         _refuse_negative(sorted_S[0])
-    ends = _ends(sorted_S, gate_up_E2FD, down_EDF)
-    token_S = order_S // idx_TK.shape[1]
-    num_rows, double_width = order_S.numel(), gate_up_E2FD.shape[1]
+    ends, slot_S = _pad(_ends(sorted_S, gate_up_E2FD, down_EDF), slot_S, _row_block(idx_TK, down_EDF))
+    token_S = slot_S.clamp(min=0) // idx_TK.shape[1]
+    num_rows, double_width = slot_S.numel(), gate_up_E2FD.shape[1]
     y_SD = x_TD.new_empty(num_rows, x_TD.shape[1])
     kept_S2F = x_TD.new_empty(num_rows if keep else 0, double_width)
     for some, rows, local in _segments(ends, num_rows, double_width * x_TD.element_size()):
@@ -134,19 +138,22 @@ def _forward(
         gate, up = gate_up.chunk(2, dim=-1)
         _products(F.silu(gate).mul_(up), down_EDF[some].transpose(1, 2), local, y_SD[rows])
     _clear_skipped(ends, y_SD, kept_S2F)
-    return _gather_sum(y_SD, order_S, weight_TK.to(x_TD.dtype)), kept_S2F, order_S
+    return _gather_sum(y_SD, slot_S, weight_TK.to(x_TD.dtype)), kept_S2F, slot_S
 
 
 @torch.library.custom_op("dyn::experts_backward", mutates_args=())
 def _backward(
     dy_TD: Tensor, x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor,
-    kept_S2F: Tensor, order_S: Tensor, need_x: bool, need_params: bool,
+    kept_S2F: Tensor, slot_S: Tensor, need_x: bool, need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down, weight; without elements where they are not needed."""
-    ends = _ends(idx_TK.flatten()[order_S], gate_up_E2FD, down_EDF)
-    token_S = order_S // idx_TK.shape[1]
-    weight_S1 = weight_TK.flatten()[order_S, None].to(x_TD.dtype)
-    num_rows, width = order_S.numel(), down_EDF.shape[2]
+    block = _row_block(idx_TK, down_EDF)
+    ids_S = idx_TK.flatten()[slot_S] if block == 1 else idx_TK.flatten().sort().values
+    ends, _ = _pad(_ends(ids_S, gate_up_E2FD, down_EDF), None, block)
+    real_S = slot_S.clamp(min=0)
+    token_S = real_S // idx_TK.shape[1]
+    weight_S1 = weight_TK.flatten()[real_S].mul_(slot_S >= 0)[:, None].to(x_TD.dtype)
+    num_rows, width = slot_S.numel(), down_EDF.shape[2]
     sum_dtype = torch.promote_types(x_TD.dtype, torch.float32)
     dx_SD = x_TD.new_empty(num_rows if need_x else 0, x_TD.shape[1])
     dweight_S = x_TD.new_empty(num_rows, dtype=sum_dtype)
@@ -177,20 +184,20 @@ def _backward(
         if need_x:
             _products(dgate_up, gate_up_E2FD[some], local, dx_SD[rows])
     _clear_skipped(ends, dx_SD, dweight_S)
-    dx_TD = _gather_sum(dx_SD, order_S, weight_TK, weighted=False) if need_x else dx_SD
-    dweight_TK = torch.empty_like(dweight_S).index_copy_(0, order_S, dweight_S).view(weight_TK.shape)
+    dx_TD = _gather_sum(dx_SD, slot_S, weight_TK, weighted=False) if need_x else dx_SD
+    dweight_TK = dweight_S[_places(slot_S, weight_TK)]
     return dx_TD, dgate_up_E2FD, ddown_EDF, dweight_TK.to(weight_TK.dtype)
 
 
 @_forward.register_fake
 def _(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, keep):
-    num_rows = idx_TK.shape[0] * idx_TK.shape[1]
+    num_rows = idx_TK.shape[0] * idx_TK.shape[1] + down_EDF.shape[0] * (_row_block(idx_TK, down_EDF) - 1)
     kept_S2F = x_TD.new_empty(num_rows if keep else 0, gate_up_E2FD.shape[1])
     return x_TD.new_empty(x_TD.shape), kept_S2F, idx_TK.new_empty(num_rows, dtype=torch.int64)
 
 
 @_backward.register_fake
-def _(dy_TD, x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, kept_S2F, order_S, need_x, need_params):
+def _(dy_TD, x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, kept_S2F, slot_S, need_x, need_params):
     dx_TD = x_TD.new_empty(x_TD.shape if need_x else (0, x_TD.shape[1]))
     dgate_up_E2FD, ddown_EDF = (w.new_empty(w.shape if need_params else 0) for w in (gate_up_E2FD, down_EDF))
     return dx_TD, dgate_up_E2FD, ddown_EDF, weight_TK.new_empty(weight_TK.shape)
@@ -198,12 +205,12 @@ def _(dy_TD, x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, kept_S2F, order_S,
 
 def _setup(ctx, inputs, output) -> None:
     x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, _ = inputs
-    _, kept_S2F, order_S = output
+    _, kept_S2F, slot_S = output
     ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
-    ctx.save_for_backward(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, kept_S2F, order_S)
+    ctx.save_for_backward(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, kept_S2F, slot_S)
 
 
-def _differentiate(ctx, dy_TD, _dkept, _dorder):
+def _differentiate(ctx, dy_TD, _dkept, _dslot):
     if dy_TD is None:  # only the outputs without a gradient were used
         return (None,) * 6
     need_x, need_gate_up, need_down, *_ = ctx.needs_input_grad
@@ -283,15 +290,38 @@ def _clear_skipped(ends: Ends, *tensors: Tensor) -> None:
             t[ends[-1] :].zero_()
 
 
-def _gather_sum(rows_SD: Tensor, order_S: Tensor, weight_TK: Tensor, weighted: bool = True) -> Tensor:
+def _row_block(idx_TK: Tensor, down_EDF: Tensor) -> int:
+    """To what multiple an expert's rows are padded: only on CPU, and only where the padding is little beside the rows."""
+    rows_each = idx_TK.shape[0] * idx_TK.shape[1] // max(down_EDF.shape[0], 1)
+    return _ROW_BLOCK if idx_TK.device.type == "cpu" and rows_each >= 4 * _ROW_BLOCK else 1
+
+
+def _pad(ends: Ends, slot_S: Tensor | None, block: int) -> tuple[Ends, Tensor | None]:
+    """Ends in multiples of `block`, and the slots at their new rows with -1 between; as many rows as any routing could need."""
+    if block == 1:
+        return ends, slot_S
+    padded = list(itertools.accumulate(-(-(end - start) // block) * block for start, end in itertools.pairwise([0, *ends])))
+    if slot_S is None:
+        return padded, None
+    out_S = slot_S.new_full((slot_S.numel() + len(ends) * (block - 1),), -1)
+    for start, end, to in zip([0, *ends], [*ends, slot_S.numel()], [0, *padded], strict=True):  # the last: rows of no expert
+        out_S[to : to + end - start] = slot_S[start:end]
+    return padded, out_S
+
+
+def _places(slot_S: Tensor, weight_TK: Tensor) -> Tensor:
+    """The row of every slot: int64 [T, K]."""
+    place = slot_S.new_empty(weight_TK.numel() + 1)  # the last takes what padding, -1, writes
+    place[slot_S] = torch.arange(slot_S.numel(), device=slot_S.device)
+    return place[:-1].view(weight_TK.shape)
+
+
+def _gather_sum(rows_SD: Tensor, slot_S: Tensor, weight_TK: Tensor, weighted: bool = True) -> Tensor:
     """sum_k weight[t, k] * (the row of slot (t, k)), back in token order. embedding_bag is this in one deterministic
     pass, summed in float32, where a gather, a product and a sum would write [T, K, D] twice."""
-    if not order_S.numel():
+    if not weight_TK.numel():
         return rows_SD.new_zeros(weight_TK.shape[0], rows_SD.shape[1])
-    place_S = torch.empty_like(order_S)
-    place_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
-    weights = weight_TK if weighted else None
-    return F.embedding_bag(place_S.view(weight_TK.shape), rows_SD, per_sample_weights=weights, mode="sum")
+    return F.embedding_bag(_places(slot_S, weight_TK), rows_SD, per_sample_weights=weight_TK if weighted else None, mode="sum")
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {"eager": _eager, "torch": _torch}
