@@ -51,7 +51,8 @@ class DataConfig:
     batch_size: int = 8  # sequences a device and micro-batch
     mask_documents: bool = False
     validation_tokens: int = 262_144  # a domain; whole blocks
-    filters: list[str] = field(default_factory=list)  # of training documents, by name: advert (section 4.1)
+    filters: list[str] = field(default_factory=list)  # of training documents: advert, fluency (section 4.1)
+    fluency_band: tuple[float, float] = (1.0, 1000.0)  # perplexities under the dense model that the fluency filter keeps
     cache: str | None = None  # of token shards, any fsspec address; None: the user's cache folder
 
 
@@ -82,13 +83,21 @@ class Config:
         """ValueError for settings that cannot be, before anything is loaded."""
         if self.steps() < 1:
             raise ValueError(f"tokens={self.tokens} is less than one step of {self.tokens_per_step()} tokens")
+        if self.model.start == "scratch" and (self.model.score_scale == "measured" or self.model.reinit):
+            raise ValueError("model.start=scratch has no dense network to measure or to copy: model.score_scale=measured and model.reinit do not fit it")
+        if self.minutes is not None and self.trainer.world_size > 1:
+            raise ValueError(f"minutes={self.minutes} is for one device; give tokens for {self.trainer.world_size}")
         if self.dense_control and self.model.kind == "dense":
             raise ValueError("dense_control=true beside model.kind=dense would train the same model twice")
 
 
 def row(name: str, **changes: Any) -> dict[str, Any]:
-    """A sweep row; `model__gate=...` means the key model.gate."""
-    return {"row": name} | {key.replace("__", "."): value for key, value in changes.items()}
+    """A sweep row: the paper's network with `changes`, whatever the profile has; `model__gate=...` means the key model.gate."""
+    model = ModelConfig()
+    kept = ("kind", "start", "num_experts", "num_experts_per_tok", "construction", "moe_intermediate_size", "overlap", "gate", "gate_noise", "balance",
+            "balance_weight", "z_loss_weight", "score_scale", "reinit")
+    base = {f"model.{key}": getattr(model, key) for key in kept} | {"model.num_shared_experts": None, "dense_control": False}
+    return {"row": name} | base | {key.replace("__", "."): value for key, value in changes.items()}
 
 
 SWEEPS: dict[str, list[dict[str, Any]]] = {
@@ -97,7 +106,8 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
                          model__num_experts_per_tok=2),
                      row("copy, half re-drawn", model__construction="copy", model__num_experts=4, model__num_experts_per_tok=1, model__reinit=0.5,
                          model__score_scale=1.0)],
-    "sampling": [row("static Sheared-LLaMA"), row("static LLaMA", data__weights="llama"), row("static uniform", data__weights="uniform"),  # section 4.2
+    "sampling": [row("static Sheared-LLaMA", data__weights="sheared_llama", data__dynamic="none"),
+                 row("static LLaMA", data__weights="llama"), row("static uniform", data__weights="uniform"),  # section 4.2
                  row("dynamic from LLaMA", data__weights="llama", data__dynamic="a"), row("dynamic from uniform", data__weights="uniform", data__dynamic="a"),
                  row("dynamic, rule B", data__weights="llama", data__dynamic="b"),
                  row("dynamic from LLaMA, anchored", data__weights="llama", data__dynamic="a", data__anchored=True)],

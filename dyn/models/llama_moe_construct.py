@@ -62,15 +62,11 @@ def coactivation(source: LayerSource) -> tuple[Tensor, Tensor]:
 
 def gradient(source: LayerSource) -> tuple[Tensor, Tensor]:
     """Section 1.6: greedy assignment by importance."""
-    if source.num_shared:
-        raise ValueError(f"construction='gradient' has no shared experts, got num_shared_experts={source.num_shared}; sharing_inter with overlap=False has")
     return torch.empty(0, dtype=torch.int64), split.gradient(source.scores_EN)
 
 
 def sharing_inner(source: LayerSource) -> tuple[Tensor, Tensor]:
     """Section 1.7: every expert takes its own most important neurons."""
-    if source.num_shared:
-        raise ValueError(f"construction='sharing_inner' has no shared experts, got num_shared_experts={source.num_shared}; sharing_inter has")
     return torch.empty(0, dtype=torch.int64), split.sharing_inner(source.scores_EN, source.group_size)
 
 
@@ -81,8 +77,6 @@ def sharing_inter(source: LayerSource) -> tuple[Tensor, Tensor]:
 
 def copy(source: LayerSource) -> tuple[Tensor, Tensor]:
     """Sparse upcycling: every expert is the whole feed-forward, or F random neurons of it where F is smaller."""
-    if source.num_shared:
-        raise ValueError(f"construction='copy' has no shared experts, got num_shared_experts={source.num_shared}")
     units, device = len(source.up_ND), source.up_ND.device
     chosen = [torch.randperm(units, generator=source.generator)[: source.group_size].sort().values for _ in range(source.num_experts)]
     return torch.empty(0, dtype=torch.int64), torch.stack(chosen).to(device)
@@ -90,11 +84,12 @@ def copy(source: LayerSource) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A construction: its split, the statistics that it needs, its default number of shared experts, and whether it fixes E*F + S = N."""
+    """A construction: its split, the statistics that it needs, its default number of shared experts (None: none are allowed), and whether
+    E*F + S = N must hold."""
 
     split: Callable[[LayerSource], tuple[Tensor, Tensor]]
     needs: Need = "nothing"
-    shared: int = 0
+    shared: int | None = 0
     partition: bool = True
 
 
@@ -102,10 +97,10 @@ METHODS: dict[str, Method] = {
     "random": Method(random),
     "kmeans": Method(kmeans),
     "coactivation": Method(coactivation, needs="coactivations"),
-    "gradient": Method(gradient, needs="scores"),
-    "sharing_inner": Method(sharing_inner, needs="scores", partition=False),
+    "gradient": Method(gradient, needs="scores", shared=None),
+    "sharing_inner": Method(sharing_inner, needs="scores", shared=None, partition=False),
     "sharing_inter": Method(sharing_inter, needs="scores", shared=1),
-    "copy": Method(copy, partition=False),
+    "copy": Method(copy, shared=None, partition=False),
 }
 
 

@@ -75,11 +75,9 @@ def from_dense(
     method = METHODS[_known(construction)]
     consume = not isinstance(dense, nn.Module)
     name, license = _provenance(dense, license)
-    if consume:
-        dense = load_dense(dense)
-    config = moe_config(dense.config, construction, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok, num_shared_experts=num_shared_experts,
-                        moe_intermediate_size=moe_intermediate_size, overlap=overlap, gate=gate, gate_noise=gate_noise, balance=balance,
-                        score_scale=score_scale)
+    config = moe_config(read_config(dense) if consume else dense.config, construction, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok,
+                        num_shared_experts=num_shared_experts, moe_intermediate_size=moe_intermediate_size, overlap=overlap, gate=gate,
+                        gate_noise=gate_noise, balance=balance, score_scale=score_scale)
     if reinit and construction != "copy":
         raise ValueError(f"reinit={reinit} belongs to construction='copy', got {construction!r}")
     if not 0.0 <= reinit <= 1.0:
@@ -87,6 +85,8 @@ def from_dense(
     grouped = None if batches is None else list(batches)
     if grouped is None and (method.needs != "nothing" or score_scale == "measured"):
         raise ValueError(f"construction={construction!r} with score_scale={score_scale!r} needs batches: an iterable of token ids [B, L]")
+    if consume:  # only now: what can be refused by sizes alone was, before gigabytes are read
+        dense = load_dense(dense)
     layers = dense.model.layers
     scores = layer_scores(dense, grouped, num_experts, seed) if method.needs == "scores" else None
     flat = [b for group in grouped for b in (group if isinstance(group, (list, tuple)) else [group])] if grouped else []
@@ -122,14 +122,23 @@ def from_dense(
     return moe
 
 
-def load_dense(path: str | Path) -> PreTrainedModel:
-    """A dense decoder from a folder or hub id, in its own dtype, safetensors only. ValueError for a folder that is none, or a family that does not fit."""
+def read_config(path: str | Path) -> PretrainedConfig:
+    """Configuration of a dense decoder in a folder or on the hub. ValueError for a folder that is none, or a family that does not fit."""
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path} is no model folder: it has no config.json")
     try:
         config = AutoConfig.from_pretrained(path)
-        check_family(config)
-        return AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
+    except OSError as error:
+        raise ValueError(f"{path} is no model that transformers can load: {str(error).splitlines()[0]}") from error
+    check_family(config)
+    return config
+
+
+def load_dense(path: str | Path, **changes) -> PreTrainedModel:
+    """A dense decoder from a folder or hub id, in its own dtype, safetensors only; `changes` go into its configuration. ValueError as in `read_config`."""
+    read_config(path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True, **changes)
     except OSError as error:
         raise ValueError(f"{path} is no model that transformers can load: {str(error).splitlines()[0]}") from error
 
@@ -158,8 +167,10 @@ def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, 
     if E < 1:
         raise ValueError(f"num_experts={E} must be at least 1")
     layers, units = dense.num_hidden_layers, dense.intermediate_size
-    shared = method.shared if shared is None else shared
+    shared = (method.shared or 0) if shared is None else shared
     ks, shareds = _per_layer("num_experts_per_tok", k, layers), _per_layer("num_shared_experts", shared, layers)
+    if method.shared is None and any(shareds):
+        raise ValueError(f"construction={construction!r} has no shared experts, got num_shared_experts={shared}; sharing_inter has")
     if width is None:
         uneven = [E + s for s in shareds if units % (E + s)]
         if construction == "copy":

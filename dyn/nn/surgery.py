@@ -52,7 +52,8 @@ def flops_per_token(model: nn.Module, context: int) -> int:
     of the input embeddings not), plus causal attention over on average `context` / 2 positions. Training costs three times as much."""
     counts, config = count_parameters(model), model.config
     lookup = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-    attention = 2 * context * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * context * config.num_hidden_layers * config.num_attention_heads * head
     return 2 * (counts["active"] + counts["gate"] - lookup) + attention
 
 

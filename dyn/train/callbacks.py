@@ -53,12 +53,19 @@ class RngState(Callback):
                 rank_zero_warn(f"the checkpoint holds random states of {len(self._loaded)} processes, now there are {trainer.world_size}: seeding anew")
             self._loaded = None
         if self._state is None:
-            seed = (self.seed + 1_000_003 * trainer.global_rank + 7919 * trainer.global_step) % 2**32
-            torch.manual_seed(seed)
-            np.random.seed(seed)
-            random.seed(seed)
+            self._seed(trainer)
         else:
             _set_rng(self._state)
+
+    def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
+        """A stream that only the step decides, for networks that draw in evaluation too (random gates)."""
+        self._seed(trainer)
+
+    def _seed(self, trainer: Trainer) -> None:
+        seed = (self.seed + 1_000_003 * trainer.global_rank + 7919 * trainer.global_step) % 2**32
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Take the state."""
@@ -165,17 +172,21 @@ class Throughput(Callback):
 
     def __init__(self, dtype: torch.dtype, log_every: int = 1, peak: float | None = None) -> None:
         self.dtype, self.log_every = dtype, log_every
-        self.peak, self.note = peak, "given"
+        self.peak, self.note = peak, "given" if peak else "not measured"
+        self.active = 0
         self.rate = self.mfu = math.nan  # newest
         self._tokens = self._steps = self._all_tokens = self._all_steps = 0
         self._seconds = self._all_seconds = self._paused = 0.0
         self._mark: float | None = None
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count parameters, also for a training that is resumed behind its last step."""
+        self.active = pl_module.active_parameters
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count parameters, know the peak."""
+        """Know the peak."""
         if self.peak is None:
             self.peak, self.note = peak_flops(pl_module.device, self.dtype)
-        self.active = pl_module.active_parameters
         self._mark = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -31,6 +31,17 @@ def sample(net: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_token
     return texts
 
 
+@torch.no_grad()
+def perplexity(net: nn.Module, tokenizer: Any, texts: Sequence[str], max_tokens: int = 512) -> Tensor:
+    """Perplexity of each text under `net`, over its first `max_tokens` tokens: float64 [len(texts)]; infinite for a text of fewer than two tokens."""
+    values = []
+    for text in texts:
+        ids = torch.tensor([tokenizer(text, truncation=True, max_length=max_tokens).input_ids], device=net.device)
+        with torch.autocast(net.device.type, torch.bfloat16):
+            values.append(net(input_ids=ids, labels=ids, use_cache=False).loss.double().exp().cpu() if ids.shape[1] > 1 else torch.tensor(torch.inf).double())
+    return torch.stack(values)
+
+
 def domain_distances(load: Mapping[str, Tensor], layer: int = -1) -> tuple[list[str], Tensor]:
     """L2 distances between the domains' min-max normalised expert loads in one layer (LLaMA-MoE section 5.6, item 3): names, [M, M].
 

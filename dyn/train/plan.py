@@ -16,14 +16,17 @@ GIB = 1 << 30
 def shape(model: Any, dense: Any) -> Any:
     """Configuration of the network that an experiment's ModelConfig asks for, from that of the dense model."""
     if model.kind == "dense":
+        dense.attention_dropout = model.attention_dropout
         return dense
-    return moe_config(dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
+    config = moe_config(dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
                       num_shared_experts=model.num_shared_experts, moe_intermediate_size=model.moe_intermediate_size, overlap=model.overlap, gate=model.gate,
                       gate_noise=model.gate_noise, balance=model.balance, score_scale=model.score_scale)
+    config.balance_weight, config.z_loss_weight, config.attention_dropout = model.balance_weight, model.z_loss_weight, model.attention_dropout
+    return config
 
 
-def memory_per_device(net: torch.nn.Module, *, batch_size: int, block_size: int, world: int, bf16: bool, checkpointing: bool) -> dict[str, float]:
-    """A first-order estimate in GiB: weights, gradients and Adam's moments in float32 sharded over `world` devices, the computing copy of two layers and the
+def memory_per_device(net: torch.nn.Module, *, batch_size: int, block_size: int, shards: int, bf16: bool, checkpointing: bool) -> dict[str, float]:
+    """A first-order estimate in GiB: weights, gradients and Adam's moments in float32 cut into `shards`, the computing copy of two layers and the
     embeddings, saved activations (only each layer's input with checkpointing, and one layer's inside), and the logits with their gradient in float32."""
     config, counts, width = net.config, count_parameters(net), 2 if bf16 else 4
     tokens, hidden, layers = batch_size * block_size, config.hidden_size, config.num_hidden_layers
@@ -34,8 +37,8 @@ def memory_per_device(net: torch.nn.Module, *, batch_size: int, block_size: int,
     ffn = max((inner / layers - 4 * hidden**2) / (3 * hidden), 0)
     inside = tokens * (8 * hidden + 3 * ffn) * width
     parts = {
-        "weights, gradients, moments": 16 * counts["total"] / world,
-        "computing copy": (2 * per_layer + embeddings) * width if world > 1 or bf16 else 0,
+        "weights, gradients, moments": 16 * counts["total"] / shards,
+        "computing copy": (2 * per_layer + embeddings) * width if shards > 1 or bf16 else 0,
         "activations": tokens * hidden * layers * width + inside if checkpointing else inside * layers,
         "logits": 2 * 4 * tokens * config.vocab_size,
     }
@@ -44,14 +47,16 @@ def memory_per_device(net: torch.nn.Module, *, batch_size: int, block_size: int,
 
 def plan_pretraining(cfg: Any) -> dict[str, Any]:
     """For `make exp ... DRY=1`: see the module. `cfg` is the Config of experiments/llama_moe_cpt.py."""
+    config = shape(cfg.model, dense_config(cfg.model.source))
     with torch.device("meta"):
-        net = fresh(shape(cfg.model, dense_config(cfg.model.source)))
+        net = fresh(config)
     counts = count_parameters(net)
     per_token = flops_per_token(net, cfg.data.block_size)
     steps, tokens_per_step = cfg.steps(), cfg.tokens_per_step()
     world = cfg.trainer.devices * cfg.trainer.num_nodes
-    memory = memory_per_device(net, batch_size=cfg.data.batch_size, block_size=cfg.data.block_size, world=world, bf16=cfg.trainer.precision != "32-true",
-                               checkpointing=cfg.trainer.gradient_checkpointing)
+    sharded = cfg.trainer.strategy == "fsdp2" or (cfg.trainer.strategy == "auto" and cfg.trainer.num_nodes > 1)
+    memory = memory_per_device(net, batch_size=cfg.data.batch_size, block_size=cfg.data.block_size, shards=world if sharded else 1,
+                               bf16=cfg.trainer.precision != "32-true", checkpointing=cfg.trainer.gradient_checkpointing)
     return {
         "parameters": {"total": counts["total"], "activated (without gates)": counts["active"], "gates": counts["gate"]},
         "training": {"tokens a step": tokens_per_step, "steps": steps, "tokens": steps * tokens_per_step, "devices": world},

@@ -9,27 +9,29 @@ import dataclasses
 import gc
 import json
 import math
-import resource
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from dyn import figures
+from dyn import env, figures
+from dyn.data.filters import FILTERS, Fluency
 from dyn.data.mixture import MixtureLoader, domain_weights, validation_batches
 from dyn.data.tiny import tiny_corpus, tiny_tokenizer
 from dyn.data.tokens import Tokens, shard
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense
 from dyn.models.llama_moe_construct import METHODS
-from dyn.models.llama_moe_convert import fresh, load_dense
+from dyn.models.llama_moe_convert import fresh, load_dense, read_config
 from dyn.models.packaged import PACKAGED, cache_folder, dense_config, packaged
 from dyn.nn.surgery import count_parameters, flops_per_token
 from dyn.train.callbacks import ExpertLoad, Remix, Throughput
-from dyn.train.evaluate import domain_distances, overlaps, sample, seconds_per_micro_batch
+from dyn.train.evaluate import domain_distances, overlaps, perplexity, sample, seconds_per_micro_batch
 from dyn.train.export import load_net
 from dyn.train.plan import shape
 from dyn.train.tasks import CausalLM
@@ -49,10 +51,10 @@ class Corpus:
 
 def pretrain(cfg: Any, run: Any) -> dict[str, float]:
     """Convert, train, evaluate, export; the control too where it is asked for. Returns the metrics, fills `run.cost` and `run.notes`."""
-    cfg.check()
     source = _tiny(cfg, run) if cfg.model.source == "tiny" else packaged(cfg.model.source) if cfg.model.source in PACKAGED else cfg.model.source
     tokenizer = load_tokenizer(source)
-    corpus = load_corpus(cfg, run, tokenizer)
+    check(cfg, run, source, tokenizer)
+    corpus = load_corpus(cfg, run, source, tokenizer)
     before = run.stage("dense, untrained", lambda: _measure_dense(cfg, source, tokenizer, corpus))
     gc.collect()  # trainers and their networks hold each other; two at once would not fit a small machine
     run.log(f"dense model, {before['parameters']:,} parameters; held-out loss: " + ", ".join(f"{d} {v:.3f}" for d, v in before["losses"].items()))
@@ -66,6 +68,29 @@ def pretrain(cfg: Any, run: Any) -> dict[str, float]:
     return _report(cfg, run, corpus, before, result, control, steps)
 
 
+def check(cfg: Any, run: Any, source: Any, tokenizer: Any) -> None:
+    """ValueError for what cannot work, before text is sharded and weights are read: sizes, gates, constructions, the tokenizer, processes, disk."""
+    launched = env.world_size()
+    if launched not in (1, cfg.trainer.world_size):
+        raise ValueError(f"{launched} processes were started, trainer.devices x trainer.num_nodes = {cfg.trainer.world_size}: set them to what is started")
+    dense = read_config(source)
+    if len(tokenizer) > dense.vocab_size:
+        raise ValueError(f"model.source={cfg.model.source}: the tokenizer has {len(tokenizer)} entries and the model vocab_size={dense.vocab_size}; "
+                         "they do not belong together")
+    config = shape(cfg.model, dense)
+    if cfg.model.kind == "moe" and METHODS[cfg.model.construction].needs == "scores" and cfg.model.calibration_sequences < cfg.model.num_experts:
+        raise ValueError(f"model.calibration_sequences={cfg.model.calibration_sequences} cannot make a group for each of "
+                         f"model.num_experts={cfg.model.num_experts}; use {cfg.model.num_experts} or more")
+    with torch.device("meta"):
+        size = 4 * count_parameters(fresh(config))["total"]
+    # The converted and the exported model, and for each training its checkpoints: weights and two moments, one more while it is being written.
+    needed = size * (2 + 3 * (cfg.trainer.keep_checkpoints + 1) * (2 if cfg.dense_control else 1))
+    free = shutil.disk_usage(run.folder).free
+    if not run.resumed and free < needed:
+        raise ValueError(f"{run.folder} needs about {needed / 1e9:.1f} GB for models and checkpoints, {free / 1e9:.1f} GB are free; make room, "
+                         "put runs elsewhere (runs=FOLDER) or lower trainer.keep_checkpoints")
+
+
 def load_tokenizer(source: Any) -> Any:
     """The tokenizer of a folder or hub id; ValueError in one line where there is none."""
     try:
@@ -74,39 +99,52 @@ def load_tokenizer(source: Any) -> Any:
         raise ValueError(f"model.source={source} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
 
 
-def load_corpus(cfg: Any, run: Any, tokenizer: Any) -> Corpus:
+def load_corpus(cfg: Any, run: Any, source: Any, tokenizer: Any) -> Corpus:
     """Shard the text (or find it sharded) and cut held-out batches.
 
     Raises:
         ValueError: a domain without training or held-out documents, or with fewer held-out tokens than a block; weights for other domains.
     """
     data = cfg.data
-    tokens = shard(data.text, tokenizer, data.cache or str(cache_folder() / "tokens"), keep=data.filters, bos=data.bos, log=run.log)
+    tokens = shard(data.text, tokenizer, data.cache or str(cache_folder() / "tokens"), keep=_filters(cfg, source, tokenizer), bos=data.bos, log=run.log)
     missing = [f"{d} has no {split} documents" for d in tokens for split in ("train", "validation") if split not in tokens[d]]
     if missing:
         raise ValueError(f"data.text.path={data.text.path}: {'; '.join(missing)}")
     names = [data.stand_for.get(d, d) for d in tokens]
     shares = domain_weights(data.weights, names)
+    short = [f"{d} has {t['validation'].num_tokens}" for d, t in tokens.items() if t["validation"].num_tokens < data.block_size]
+    if short:
+        raise ValueError(f"held-out tokens of {', '.join(short)}: fewer than one block, data.block_size={data.block_size}")
     validation = {d: validation_batches(tokens[d]["validation"], data.block_size, data.batch_size, data.validation_tokens, domain=i,
                                         mask_documents=data.mask_documents) for i, d in enumerate(tokens)}
     run.log(f"text {data.text.path}: " + ", ".join(f"{d} {t['train'].num_tokens:,}" for d, t in tokens.items()) + " training tokens")
     return Corpus({d: t["train"] for d, t in tokens.items()}, validation, {d: shares[n] for d, n in zip(tokens, names, strict=True)})
 
 
+def _filters(cfg: Any, source: Any, tokenizer: Any) -> dict[str, Any]:
+    """Document filters by name; the fluency filter scores with the dense model itself."""
+    if unknown := [name for name in cfg.data.filters if name not in FILTERS]:
+        raise ValueError(f"data.filters={unknown[0]} is unknown; allowed: {', '.join(FILTERS)}")
+    chosen: dict[str, Any] = {name: FILTERS[name]() for name in cfg.data.filters if name != "fluency"}
+    if "fluency" in cfg.data.filters:
+        low, high = cfg.data.fluency_band
+        net = _pretrained(source).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        chosen["fluency"] = Fluency(lambda texts: perplexity(net, tokenizer, texts), low, high, model=str(cfg.model.source), domains=None)
+    return chosen
+
+
 def _measure_dense(cfg: Any, source: Any, tokenizer: Any, corpus: Corpus) -> dict[str, Any]:
     """The untrained dense model: losses (the references of dynamic weights), samples, and how many steps the time budget holds."""
     net = _pretrained(source)
-    if len(tokenizer) > net.config.vocab_size:
-        raise ValueError(f"model.source={cfg.model.source}: the tokenizer has {len(tokenizer)} entries and the model vocab_size={net.config.vocab_size}; "
-                         "they do not belong together")
-    losses = evaluate(net, corpus.validation, cfg.trainer)
+    samples = _samples(cfg, net, tokenizer)  # before evaluating, which may shard the network
     steps = cfg.steps()
     if cfg.minutes is not None:
         batch = next(iter(_loader(cfg, corpus, 1, 0, 1)))
         # The dense model's step is the longer one; a fifth of the time goes to the optimiser, to validations within training, and to noise.
         seconds = seconds_per_micro_batch(net, batch, None if cfg.trainer.precision == "32-true" else torch.bfloat16) * cfg.trainer.accumulate
         steps = max(2, min(steps, int(0.8 * 60 * cfg.minutes / seconds)))
-    return {"losses": losses, "samples": _samples(cfg, net, tokenizer), "steps": steps, "parameters": count_parameters(net)["total"]}
+    parameters = count_parameters(net)["total"]
+    return {"losses": evaluate(net, corpus.validation, cfg.trainer), "samples": samples, "steps": steps, "parameters": parameters}
 
 
 def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: Corpus, dense: dict[str, Any], name: str) -> dict[str, Any]:
@@ -115,7 +153,7 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
     net = _build(cfg, run, kind, source, corpus, dense["losses"])
     counts, flops = count_parameters(net), flops_per_token(net, cfg.data.block_size)
     before = _samples(cfg, net, tokenizer) if kind == "moe" or cfg.model.start == "scratch" else dense["samples"]
-    config = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_every=min(cfg.trainer.val_every, math.ceil(steps / 2)))
+    config = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_first=True, val_every=min(cfg.trainer.val_every, math.ceil(steps / 2)))
     optim = dataclasses.replace(cfg.optim, warmup_steps=min(cfg.optim.warmup_steps, steps // 4))
     rank, size = world(config)
     loader = _loader(cfg, corpus, steps * config.accumulate, rank, size)
@@ -144,21 +182,40 @@ def _build(cfg: Any, run: Any, kind: str, source: Any, corpus: Corpus, reference
         torch.manual_seed(cfg.seed)
         return fresh(shape(dataclasses.replace(model, kind=kind), dense_config(source)))
     if kind == "dense":
-        return _pretrained(source)
+        return _pretrained(source, attention_dropout=model.attention_dropout)
     folder = run.folder / "converted"
-    if not (folder / "config.json").is_file():
-        if world(cfg.trainer)[0] == 0:
-            began = time.monotonic()
-            moe = _convert(cfg, source, corpus)
-            part = folder.with_name("converted.part")
-            shutil.rmtree(part, ignore_errors=True)
-            moe.save_pretrained(part)
-            part.replace(folder)
-            run.log(f"converted by {model.construction} in {time.monotonic() - began:.0f} s")
-            return moe
-        while not (folder / "config.json").is_file():  # rank 0 converts; process groups do not exist yet
-            time.sleep(1.0)
+
+    def convert(part: Path) -> None:
+        began = time.monotonic()
+        _convert(cfg, source, corpus).save_pretrained(part)
+        run.log(f"converted by {model.construction} in {time.monotonic() - began:.0f} s")
+
+    _once(cfg, folder, convert)
     return LlamaMoeForCausalLM.from_pretrained(folder, attention_dropout=model.attention_dropout, dtype=torch.float32)
+
+
+def _once(cfg: Any, folder: Path, make: Callable[[Path], None]) -> None:
+    """`make` a folder beside `folder` and rename it, on rank 0; the others wait. TimeoutError after two hours, RuntimeError when rank 0 failed."""
+    part, failed = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.failed")
+    if folder.is_dir():
+        return
+    if world(cfg.trainer)[0] == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        failed.unlink(missing_ok=True)
+        try:
+            make(part)
+        except BaseException:
+            failed.touch()
+            raise
+        part.replace(folder)
+        return
+    end = time.monotonic() + 7200
+    while not folder.is_dir():
+        if failed.exists():
+            raise RuntimeError(f"rank 0 could not make {folder.name}; its own message says why")
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited two hours for rank 0 to make {folder.name}")
+        time.sleep(0.5)
 
 
 def _convert(cfg: Any, source: Any, corpus: Corpus) -> LlamaMoeForCausalLM:
@@ -169,10 +226,12 @@ def _convert(cfg: Any, source: Any, corpus: Corpus) -> LlamaMoeForCausalLM:
         calibration = MixtureLoader(corpus.train, corpus.weights, block_size=min(cfg.data.block_size, 2048), batch_size=size, seed=cfg.seed + 1,
                                     num_batches=math.ceil(model.calibration_sequences / size))
         batches = [batch["input_ids"] for batch in calibration]
+    if torch.cuda.is_available() and batches is not None:  # statistics are forward and backward passes
+        source = load_dense(source).cuda()
     moe = from_dense(
         source, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok, construction=model.construction, overlap=model.overlap,
         num_shared_experts=model.num_shared_experts, moe_intermediate_size=model.moe_intermediate_size, gate=model.gate, gate_noise=model.gate_noise,
-        balance=model.balance, score_scale=model.score_scale, reinit=model.reinit, batches=batches, seed=cfg.seed).float()
+        balance=model.balance, score_scale=model.score_scale, reinit=model.reinit, batches=batches, seed=cfg.seed).float().cpu()
     moe.config.balance_weight, moe.config.z_loss_weight, moe.config.attention_dropout = model.balance_weight, model.z_loss_weight, model.attention_dropout
     return moe
 
@@ -180,19 +239,21 @@ def _convert(cfg: Any, source: Any, corpus: Corpus) -> LlamaMoeForCausalLM:
 def _tiny(cfg: Any, run: Any) -> Any:
     """For smoke runs: a random model, a byte tokenizer and generated text, in the run folder."""
     folder = run.folder / "tiny"
-    if not folder.is_dir():
+
+    def make(part: Path) -> None:
         torch.manual_seed(cfg.seed)
-        part = run.folder / "tiny.part"
         fresh(dense_config("tiny")).save_pretrained(part)
         tiny_tokenizer().save_pretrained(part)
-        part.replace(folder)
+        tiny_corpus(part / "text")
+
+    _once(cfg, folder, make)
     if cfg.data.text.path == "tiny":
-        cfg.data.text.path, cfg.data.cache = tiny_corpus(run.folder / "text"), str(run.folder / "tokens")
+        cfg.data.text.path, cfg.data.cache = str(folder / "text"), str(run.folder / "tokens")
     return folder
 
 
-def _pretrained(source: Any) -> nn.Module:
-    return load_dense(source).float()
+def _pretrained(source: Any, **changes: Any) -> nn.Module:
+    return load_dense(source, **changes).float()
 
 
 def _loader(cfg: Any, corpus: Corpus, batches: int, rank: int, world: int) -> MixtureLoader:
@@ -213,7 +274,7 @@ def _first_losses(run: Any, name: str, corpus: Corpus) -> dict[str, float]:
 
 def _overlap(net: LlamaMoeForCausalLM) -> list | None:
     made = net.construction
-    return overlaps(made.groups) if made is not None and not METHODS[made.method].partition else None
+    return overlaps(made.groups) if made is not None and (made.method == "sharing_inner" or made.details.get("overlap")) else None
 
 
 def _export(cfg: Any, run: Any, net: LlamaMoeForCausalLM, tokenizer: Any, corpus: Corpus, dense: dict[str, float], losses: dict[str, float]) -> str:
@@ -222,7 +283,8 @@ def _export(cfg: Any, run: Any, net: LlamaMoeForCausalLM, tokenizer: Any, corpus
     shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     if net.construction is not None:  # the card reads these, in every format that this model is saved in later too
-        net.construction.details |= {"data": f"{cfg.data.text.path} ({', '.join(corpus.train)})",
+        path = Path(cfg.data.text.path)
+        net.construction.details |= {"data": f"{path.name if path.exists() else path} ({', '.join(corpus.train)})",
                                      "results": {f"held-out loss, {d} (dense, untrained: {dense[d]:.4f})": round(v, 4) for d, v in losses.items()}}
     net.save_pretrained(part)
     tokenizer.save_pretrained(part)
@@ -231,7 +293,9 @@ def _export(cfg: Any, run: Any, net: LlamaMoeForCausalLM, tokenizer: Any, corpus
 
 
 def _report(cfg: Any, run: Any, corpus: Corpus, before: dict, result: dict, control: dict | None, steps: int) -> dict[str, float]:
-    """Figures, samples, cost and metrics from what the stages left."""
+    """Figures, samples, cost and metrics from what the stages left; rank 0 has them."""
+    if world(cfg.trainer)[0] != 0:
+        return {}
     domains, plots, name = list(corpus.train), run.folder / "plots", cfg.model.kind
     rows = figures.read_metrics(run.folder / "metrics.jsonl")
     stages = {name: name} | ({"dense, same tokens": "control"} if control else {})
@@ -258,14 +322,14 @@ def _numbers(cfg: Any, run: Any, before: dict, result: dict, control: dict | Non
     metrics = {"loss/dense untrained": dense, "loss/before": start, "loss/after": end, "train/steps": steps, "train/tokens": steps * cfg.tokens_per_step()}
     metrics |= {f"val/{d}/loss": v for d, v in result["after"].items()} | {f"val/{d}/ppl": math.exp(v) for d, v in result["after"].items()}
     metrics |= {f"before/{d}/loss": v for d, v in result["before"].items()} | {f"dense untrained/{d}/loss": v for d, v in before["losses"].items()}
-    if start > dense:
+    if start - dense > 0.01:
         metrics["gap closed"] = (start - end) / (start - dense)
         run.log(f"conversion cost {start - dense:.3f} nats a token; training won {start - end:.3f} back: "
                 f"{metrics['gap closed']:.0%} of the gap to the untrained dense model")
     if control:
         trained = mean(control["after"])
         metrics |= {"loss/dense, same tokens": trained} | {f"dense, same tokens/{d}/loss": v for d, v in control["after"].items()}
-        if start > trained:
+        if start - trained > 0.01:
             metrics["gap closed to dense, same tokens"] = (start - end) / (start - trained)
         if "steps_per_second" in control["speed"] and "steps_per_second" in result["speed"]:
             metrics["time a token / dense"] = control["speed"]["tokens_per_second"] / result["speed"]["tokens_per_second"]
@@ -273,8 +337,7 @@ def _numbers(cfg: Any, run: Any, before: dict, result: dict, control: dict | Non
     metrics |= {f"speed/{k}": speed[k] for k in ("tokens_per_second", "mfu") if k in speed}
     run.cost |= {f"{k}_parameters": v for k, v in result["counts"].items()} | {
         "flops_per_token": result["flops_per_token"], "steps_per_second": speed.get("steps_per_second"), "peak_flops_from": speed["peak_flops_from"],
-        "seconds_training": result["seconds"], "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        "seconds_training": result["seconds"]}
     main = ("loss/dense untrained", "loss/before", "loss/after", "loss/dense, same tokens", "gap closed", "gap closed to dense, same tokens")
     run.notes |= {"main": [k for k in main if k in metrics], "compare": ["loss/after"], "text": cfg.data.text.path,
                   "speed": f"MFU counts activated parameters against the {speed['peak_flops_from']}"}

@@ -1,22 +1,27 @@
 """Parameter counts of LLaMA-MoE (specification section 8, facts 10-16), on the meta device at full size."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from dyn import config
 from dyn.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM
 from dyn.models.packaged import EMBEDDED_CONFIGS
 from dyn.nn.experts import Experts, Gate
 from dyn.nn.surgery import count_parameters, freeze
 
+ROOT = Path(__file__).parents[2]
 DENSE, FFN = 6_738_415_616, 4_328_521_728
 
 
 def build(num_experts, k, width, **changes):
     base = EMBEDDED_CONFIGS["meta-llama/Llama-2-7b-hf"]
     fields = base | dict(num_experts=num_experts, num_experts_per_tok=k, moe_intermediate_size=width, gate="mlp", gate_noise=True) | changes
-    config = LlamaMoeConfig(**fields)
     with torch.device("meta"):
-        return LlamaMoeForCausalLM(config)
+        return LlamaMoeForCausalLM(LlamaMoeConfig(**fields))
 
 
 @pytest.mark.parametrize(("num_experts", "k", "width", "gate", "total", "active"), [
@@ -56,7 +61,19 @@ def test_residual_layouts(routed, residual, width, k, total):
 
 def test_llama3_8b_two_of_eight():
     base = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
-    config = LlamaMoeConfig(**base, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=1792, gate="linear", gate_noise=False, score_scale=4.0)
+    made = LlamaMoeConfig(**base, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=1792, gate="linear", gate_noise=False, score_scale=4.0)
     with torch.device("meta"):
-        counts = count_parameters(LlamaMoeForCausalLM(config))
+        counts = count_parameters(LlamaMoeForCausalLM(made))
     assert counts["active"] == 3_802_402_816 and counts["gate"] == 1_048_576 and counts["total"] - counts["gate"] == 8_030_261_248
+
+
+def test_the_paper_profile_as_a_dry_run():
+    """Facts 12, 13, 25, 26, through the experiment's own defaults."""
+    spec = importlib.util.spec_from_file_location("golden_llama_moe_cpt", ROOT / "experiments" / "llama_moe_cpt.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    plan = module.plan(config.load(module.Config, "llama_moe_cpt", "paper", root=ROOT))
+    assert plan["parameters"]["total"] == 6_742_618_112 and plan["parameters"]["activated (without gates)"] == 3_492_024_320
+    assert plan["training"] == {"tokens a step": 14_680_064, "steps": 13_623, "tokens": 199_986_511_872, "devices": 112}
+    assert plan["FLOPs"]["forward, a token"] > 2 * 3_492_024_320 - 2 * 32000 * 4096
+    assert 5 < plan["memory, GiB a device (estimate)"]["total"] < 80

@@ -33,7 +33,8 @@ def test_experiments_accept_the_words(command):
     line = [sys.executable, "-m", "dyn.run", words["NAME"], f"profile={words.get('PROFILE', 'smoke')}", "dry=1"]
     line += [f"sweep={words['SWEEP']}"] if "SWEEP" in words else []
     line += [f"only={words['ONLY']}"] if "ONLY" in words else []
-    done = subprocess.run([*line, *words.get("SET", "").split()], cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*line, *words.get("SET", "").split()], cwd=ROOT, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     assert "tokens a step" in done.stdout
 

@@ -106,6 +106,7 @@ def test_throughput_counts_steps_and_pauses(monkeypatch):
                            checkpoint_callback=types.SimpleNamespace(seconds=0.0))
     module = types.SimpleNamespace(active_parameters=1000, device=torch.device("cpu"), log_dict=lambda *_, **__: None)
     meter, batch = Throughput(torch.float32, log_every=2, peak=1e6), {"input_ids": torch.zeros(2, 5)}
+    meter.on_fit_start(trainer, module)
     meter.on_train_start(trainer, module)
     assert meter.summary() == {"peak_flops": 1e6, "peak_flops_from": "given", "active_parameters": 1000}
     for micro in range(10):  # five steps of 2 seconds; the first only starts the clock

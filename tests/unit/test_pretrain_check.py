@@ -1,0 +1,118 @@
+"""What a run of llama_moe_cpt refuses before it shards text or reads weights, and what it takes."""
+
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from dyn import config
+from dyn.data.tiny import tiny_corpus, tiny_documents, tiny_tokenizer
+from dyn.train import pretrain
+from dyn.train.plan import plan_pretraining
+
+ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location("check_llama_moe_cpt", ROOT / "experiments" / "llama_moe_cpt.py")
+EXPERIMENT = sys.modules[SPEC.name] = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(EXPERIMENT)
+SIZES = dict(hidden_size=16, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+
+
+def settings(**model):
+    cfg = config.load(EXPERIMENT.Config, "llama_moe_cpt", "smoke", root=ROOT)
+    for key, value in model.items():
+        setattr(cfg.model, key, value)
+    return cfg
+
+
+def check(cfg, tmp_path, vocab_size=259, made=LlamaConfig):
+    made(**SIZES, vocab_size=vocab_size).save_pretrained(tmp_path / "model")
+    pretrain.check(cfg, types.SimpleNamespace(folder=tmp_path, resumed=False), tmp_path / "model", tiny_tokenizer())
+
+
+def test_what_fits_passes(tmp_path):
+    check(settings(), tmp_path)
+    check(settings(kind="dense"), tmp_path, made=Qwen2Config)
+
+
+@pytest.mark.parametrize(("model", "words"), [
+    (dict(num_experts=7), "7 does not divide intermediate_size=48; nearest: 6, 8"),
+    (dict(num_experts_per_tok=5), "num_experts_per_tok=5"),
+    (dict(construction="kmean"), "did you mean 'kmeans'"),
+    (dict(construction="gradient", num_shared_experts=2), "num_shared_experts=2"),
+    (dict(construction="gradient", calibration_sequences=3), "model.calibration_sequences=3"),
+    (dict(score_scale="half"), "score_scale='half'"),
+    (dict(gate="uniform"), "uniform"),
+])
+def test_sizes_and_names_are_refused_first(tmp_path, model, words):
+    with pytest.raises(ValueError, match=words):
+        check(settings(**model), tmp_path)
+
+
+def test_a_tokenizer_that_does_not_match(tmp_path):
+    with pytest.raises(ValueError, match="the tokenizer has 259 entries and the model vocab_size=100"):
+        check(settings(), tmp_path, vocab_size=100)
+
+
+def test_a_disk_without_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match="GB are free"):
+        check(settings(), tmp_path)
+
+
+def test_processes_that_do_not_match(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started"):
+        check(settings(), tmp_path)
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        pretrain.check(settings(), types.SimpleNamespace(folder=tmp_path, resumed=False), tmp_path, tiny_tokenizer())
+    with pytest.raises(ValueError, match="no tokenizer"):
+        pretrain.load_tokenizer(tmp_path)
+
+
+def corpus(cfg, tmp_path, documents=40, validation=True):
+    cfg.data.text.path, cfg.data.cache = tiny_corpus(tmp_path / "text", documents=documents, validation=validation), str(tmp_path / "tokens")
+    return pretrain.load_corpus(cfg, types.SimpleNamespace(log=lambda _: None), tmp_path / "model", tiny_tokenizer())
+
+
+def test_corpus_domains_weights_and_filters(tmp_path):
+    cfg = settings()
+    cfg.data.stand_for = {"red": "en_cc", "green": "en_c4", "blue": "github"}
+    made = corpus(cfg, tmp_path)
+    assert list(made.train) == ["red", "green", "blue"] and sum(made.weights.values()) == pytest.approx(1)
+    cfg.data.block_size = 100_000
+    with pytest.raises(ValueError, match=r"red has \d+.*data\.block_size=100000"):
+        corpus(cfg, tmp_path)
+    cfg.data.filters = ["adverts"]
+    with pytest.raises(ValueError, match=r"data\.filters=adverts"):
+        corpus(cfg, tmp_path)
+
+
+def test_the_fluency_filter_scores_with_the_dense_model(tmp_path):
+    cfg = settings()
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, vocab_size=259)).save_pretrained(tmp_path / "model")
+    scores = pretrain.perplexity(pretrain.load_dense(tmp_path / "model"), tiny_tokenizer(), tiny_documents(documents=40)["red"])
+    assert (scores > 1).all() and scores.isfinite().all()
+    counts = []
+    for low in (1.0, float(scores.median())):
+        cfg.data.filters, cfg.data.fluency_band = ["fluency"], (low, 1e6)
+        counts.append(corpus(cfg, tmp_path).train["red"].num_documents)
+    assert counts[0] == 32 and 8 < counts[1] < 24
+
+
+@pytest.mark.parametrize("sweep", EXPERIMENT.SWEEPS)
+@pytest.mark.parametrize("profile", ["demo", "small"])
+def test_every_sweep_row_is_the_network_that_its_name_says(sweep, profile, monkeypatch):
+    monkeypatch.setattr("dyn.train.plan.dense_config", lambda _: LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=2))
+    for entry in EXPERIMENT.SWEEPS[sweep]:
+        cfg = config.load(EXPERIMENT.Config, "llama_moe_cpt", profile, row={k: v for k, v in entry.items() if k != "row"}, root=ROOT)
+        plan = plan_pretraining(cfg)
+        assert plan["parameters"]["total"] >= plan["parameters"]["activated (without gates)"] > 0
+        if entry["row"] in ("4 of 16", "random", "mlp, noisy", "n_over_k"):
+            made = cfg.model
+            assert (made.num_experts, made.num_experts_per_tok, made.construction, made.gate, made.gate_noise) == (16, 4, "random", "mlp", True)
