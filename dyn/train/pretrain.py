@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from dyn import env, figures
-from dyn.data.filters import FILTERS, Fluency
+from dyn.data.filters import FILTERS, WEB, Fluency
 from dyn.data.mixture import MixtureLoader, domain_weights, validation_batches
 from dyn.data.tiny import tiny_corpus, tiny_tokenizer
 from dyn.data.tokens import Tokens, shard
@@ -122,14 +122,15 @@ def load_corpus(cfg: Any, run: Any, source: Any, tokenizer: Any) -> Corpus:
 
 
 def _filters(cfg: Any, source: Any, tokenizer: Any) -> dict[str, Any]:
-    """Document filters by name; the fluency filter scores with the dense model itself."""
+    """Document filters by name, for the domains that are or stand for web text, else for all; the fluency filter scores with the dense model itself."""
     if unknown := [name for name in cfg.data.filters if name not in FILTERS]:
         raise ValueError(f"data.filters={unknown[0]} is unknown; allowed: {', '.join(FILTERS)}")
-    chosen: dict[str, Any] = {name: FILTERS[name]() for name in cfg.data.filters if name != "fluency"}
+    domains = tuple(d for d, paper in cfg.data.stand_for.items() if paper in WEB) or (WEB if cfg.data.text.domain_field else None)
+    chosen: dict[str, Any] = {name: FILTERS[name](domains=domains) for name in cfg.data.filters if name != "fluency"}
     if "fluency" in cfg.data.filters:
         low, high = cfg.data.fluency_band
         net = _pretrained(source).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        chosen["fluency"] = Fluency(lambda texts: perplexity(net, tokenizer, texts), low, high, model=str(cfg.model.source), domains=None)
+        chosen["fluency"] = Fluency(lambda texts: perplexity(net, tokenizer, texts), low, high, model=str(cfg.model.source), domains=domains)
     return chosen
 
 

@@ -99,10 +99,12 @@ def test_the_fluency_filter_scores_with_the_dense_model(tmp_path):
     scores = pretrain.perplexity(pretrain.load_dense(tmp_path / "model"), tiny_tokenizer(), tiny_documents(documents=40)["red"])
     assert (scores > 1).all() and scores.isfinite().all()
     counts = []
+    cfg.data.stand_for = {"red": "en_cc"}  # the filter is for web text: the other domains keep all
     for low in (1.0, float(scores.median())):
         cfg.data.filters, cfg.data.fluency_band = ["fluency"], (low, 1e6)
         counts.append(corpus(cfg, tmp_path).train["red"].num_documents)
     assert counts[0] == 32 and 8 < counts[1] < 24
+    assert corpus(cfg, tmp_path).train["green"].num_documents == 32
 
 
 @pytest.mark.parametrize("sweep", EXPERIMENT.SWEEPS)
