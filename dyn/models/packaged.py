@@ -79,3 +79,8 @@ def _unpack(gguf: Path, folder: Path) -> None:
     fresh.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
     hf_logging.set_verbosity(level)
+
+
+if __name__ == "__main__":  # set-up calls this, so that the first run does not wait for it
+    for each in PACKAGED:
+        print(f"{each}: {packaged(each)}")
