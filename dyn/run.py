@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ OPTIONS = ("profile", "sweep", "only", "resume", "dry", "runs")
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says and return the exit code. Refusals are one line on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if not sys.stderr.isatty():  # libraries' bars are for terminals; our own progress comes as plain lines elsewhere
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             print(f"{__doc__}\nExperiments: {', '.join(sorted(_experiments())) or 'none here'}")
