@@ -37,6 +37,7 @@ from dyn.train.plan import shape
 from dyn.train.tasks import CausalLM
 from dyn.train.trainer import evaluate, find_checkpoint, fit, make_trainer, world
 
+PAPER_TOKENS = 5_000_000_000  # the shortest of its comparisons (score scales, section 2.3)
 SHOWN_LAYERS = 4  # of the overlap plot
 
 
@@ -341,6 +342,9 @@ def _numbers(cfg: Any, run: Any, before: dict, result: dict, control: dict | Non
         "seconds_training": result["seconds"]}
     main = ("loss/dense untrained", "loss/before", "loss/after", "loss/dense, same tokens", "gap closed", "gap closed to dense, same tokens")
     run.notes |= {"main": [k for k in main if k in metrics], "compare": ["loss/after"], "text": cfg.data.text.path,
+                  "controls": [] if control else ["dense, same tokens"],
+                  "not_tested": [] if metrics["train/tokens"] >= PAPER_TOKENS else [
+                      f"the paper's findings are not tested at this scale: {metrics['train/tokens']:,} training tokens, its shortest comparison has 5 billion"],
                   "speed": f"MFU counts activated parameters against the {speed['peak_flops_from']}"}
     if result.get("export"):
         run.log(f"exported to {run.folder / result['export']} (import dyn.models; AutoModelForCausalLM.from_pretrained)")
