@@ -85,6 +85,9 @@ class Config:
             raise ValueError(f"tokens={self.tokens} is less than one step of {self.tokens_per_step()} tokens")
         if self.model.start == "scratch" and (self.model.score_scale == "measured" or self.model.reinit):
             raise ValueError("model.start=scratch has no dense network to measure or to copy: model.score_scale=measured and model.reinit do not fit it")
+        for name, instead in {"max_steps": "tokens", "seed": "seed", "val_first": "nothing: it is always true"}.items():
+            if getattr(self.trainer, name) != getattr(TrainerConfig(), name):
+                raise ValueError(f"trainer.{name}={getattr(self.trainer, name)} would be ignored by this experiment; set {instead}")
         if self.minutes is not None and self.trainer.world_size > 1:
             raise ValueError(f"minutes={self.minutes} is for one device; give tokens for {self.trainer.world_size}")
         if self.dense_control and self.model.kind == "dense":

@@ -53,6 +53,7 @@ class Corpus:
 def pretrain(cfg: Any, run: Any) -> dict[str, float]:
     """Convert, train, evaluate, export; the control too where it is asked for. Returns the metrics, fills `run.cost` and `run.notes`."""
     source = _tiny(cfg, run) if cfg.model.source == "tiny" else packaged(cfg.model.source) if cfg.model.source in PACKAGED else cfg.model.source
+    read_config(source)  # refuses a folder that is no model before anything else is asked of it
     tokenizer = load_tokenizer(source)
     check(cfg, run, source, tokenizer)
     corpus = load_corpus(cfg, run, source, tokenizer)

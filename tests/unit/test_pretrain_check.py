@@ -118,3 +118,10 @@ def test_every_sweep_row_is_the_network_that_its_name_says(sweep, profile, monke
         if entry["row"] in ("4 of 16", "random", "mlp, noisy", "n_over_k"):
             made = cfg.model
             assert (made.num_experts, made.num_experts_per_tok, made.construction, made.gate, made.gate_noise) == (16, 4, "random", "mlp", True)
+
+
+@pytest.mark.parametrize(("word", "instead"), [("trainer.max_steps=5", "set tokens"), ("trainer.seed=5", "set seed"), ("tokens=3", "less than one step"),
+                                               ("model.kind=dense", "twice")])
+def test_settings_that_would_be_ignored_or_cannot_be(word, instead):
+    with pytest.raises(ValueError, match=instead):
+        config.load(EXPERIMENT.Config, "llama_moe_cpt", "smoke", [word], root=ROOT)
