@@ -181,6 +181,7 @@ def saved_bytes(layer: Layer, forward: Callable[[], Tensor]) -> int:
 
 
 def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": middle, "low": low, "high": high}
 
@@ -254,6 +255,7 @@ def measure_route(device: str, rounds: int, quick: bool, clock: Callable[[], flo
 
 
 def environment(device: str) -> dict:
+    """Device, versions, commit and load, as they stand beside every table."""
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return {
@@ -312,6 +314,7 @@ def plot(result: dict, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
+    """See the module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two shapes, fewer rounds: under two minutes on two cores")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for ops.md, ops.json, ops.png")

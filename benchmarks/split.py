@@ -35,6 +35,7 @@ def measure(name: str, device: torch.device, run, describe) -> None:
 
 
 def main() -> None:
+    """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--units", type=int, default=11008)
     parser.add_argument("--dim", type=int, default=4096)
