@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from dyn.nn.experts import Gate, MoeFeedForward
@@ -55,9 +54,3 @@ def flops_per_token(model: nn.Module, context: int) -> int:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 2 * context * config.num_hidden_layers * config.num_attention_heads * head
     return 2 * (counts["active"] + counts["gate"] - lookup) + attention
-
-
-def memory_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, tied ones once."""
-    tensors: dict[int, torch.Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -153,7 +153,7 @@ def _measure_dense(cfg: Any, source: Any, tokenizer: Any, corpus: Corpus) -> dic
 def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: Corpus, dense: dict[str, Any], name: str) -> dict[str, Any]:
     """Build one network, train it, and measure it before and after."""
     steps = dense["steps"]
-    net = _build(cfg, run, kind, source, corpus, dense["losses"])
+    net = _build(cfg, run, kind, source, corpus)
     counts, flops = count_parameters(net), flops_per_token(net, cfg.data.block_size)
     before = _samples(cfg, net, tokenizer) if kind == "moe" or cfg.model.start == "scratch" else dense["samples"]
     config = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_first=True, val_every=min(cfg.trainer.val_every, math.ceil(steps / 2)))
@@ -178,7 +178,7 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
     return result
 
 
-def _build(cfg: Any, run: Any, kind: str, source: Any, corpus: Corpus, references: dict[str, float]) -> nn.Module:
+def _build(cfg: Any, run: Any, kind: str, source: Any, corpus: Corpus) -> nn.Module:
     """The network to train, in float32 (its computing copies are bf16). A converted model is kept in the run folder, for resumes and for the user."""
     model = cfg.model
     if model.start == "scratch":
