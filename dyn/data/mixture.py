@@ -5,10 +5,11 @@ B sequences a batch, L tokens a sequence, n domains. Weights and rules: LLaMA-Mo
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -124,6 +125,7 @@ class MixtureLoader:
         self.block_size, self.batch_size, self.num_batches, self.seed = block_size, batch_size, num_batches, seed
         self.rank, self.world_size, self.mask_documents = rank, world_size, mask_documents
         self.step, self.used = 0, dict.fromkeys(self.domains, 0)
+        self.drawn: list[tuple[int, int]] = []  # what the newest batch is made of, as in `assemble`
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
         self.set_weights(weights)
 
@@ -147,8 +149,16 @@ class MixtureLoader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """The rest of the current `num_batches`, from the current state on."""
         for _ in range(self.num_batches - self.step % self.num_batches):
-            blocks = self._draw()
-            yield self._assemble(blocks)
+            self.drawn = self._draw()
+            yield self.assemble(self.drawn)
+
+    def planned(self, num_batches: int | None = None) -> Iterator[tuple[int, int]]:
+        """What the next `num_batches` (None: `len(self)`) will be made of on all ranks together, as in `assemble`, as long as weights stay; moves nothing."""
+        ahead = copy.copy(self)
+        ahead.used, ahead._orders = dict(self.used), dict(self._orders)
+        ahead.rank, ahead.batch_size, ahead.world_size = 0, self.batch_size * self.world_size, 1
+        for _ in range(self.num_batches if num_batches is None else num_batches):
+            yield from ahead._draw()
 
     def _draw(self) -> list[tuple[int, int]]:
         """(domain, block of its stream) for each sequence of this rank; moves the state of the whole mixture one step on."""
@@ -176,7 +186,8 @@ class MixtureLoader:
             self._orders[name] = epoch, generator.permutation(len(blocks))
         return blocks.start + int(self._orders[name][1][used - blocks.start])
 
-    def _assemble(self, blocks: list[tuple[int, int]]) -> dict[str, Tensor]:
+    def assemble(self, blocks: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """The batch of these sequences, each (place of its domain in `domains`, block of that domain's stream)."""
         domain = np.array([d for d, _ in blocks])
         index = np.array([b for _, b in blocks])
         return _batch(self.tokens, self.domains, domain, index, self.block_size, self.mask_documents)

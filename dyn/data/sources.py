@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,31 @@ class TextSource:
     max_tokens: int | None = None
     max_validation_tokens: int | None = None
     held_out: float = 0.05
+    streaming: bool = False
+    revision: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class JoinedText:
+    """One split of a data set, read as a single text: what published perplexities are measured on (WikiText-2: all test lines joined by blank lines).
+
+    name: of its numbers.
+    path, config, split: a hub id or a folder in the hub's layout (as in `TextSource`), the config (None: the only one) and the split.
+    text_field: the column of the text.
+    joint: what stands between two documents.
+    documents: the first so many, at most; None: all.
+    max_tokens: whole windows of the first so many tokens; None: all.
+    streaming, revision: as in `TextSource`.
+    """
+
+    name: str = "text"
+    path: str = ""
+    config: str | None = None
+    split: str = "test"
+    text_field: str = "text"
+    joint: str = "\n\n"
+    documents: int | None = None
+    max_tokens: int | None = None
     streaming: bool = False
     revision: str | None = None
 
@@ -90,13 +116,34 @@ def streams(source: TextSource) -> list[Stream]:
     return _by_field(source) if source.domain_field else _by_config(source)
 
 
-def choose(wanted: Iterable[str] | None, known: Iterable[str], where: str) -> list[str]:
+def read_joined(source: JoinedText) -> str:
+    """The text of a `JoinedText`. ValueError for a path, config, split or column that there is not, and for a text that is empty."""
+    from datasets import get_dataset_config_names, get_dataset_split_names, load_dataset
+
+    asked = TextSource(path=source.path, revision=source.revision)
+    where = f"{source.name}: path={source.path!r}"
+    configs = _ask_hub(asked, get_dataset_config_names)
+    if source.config is None and len(configs) != 1:
+        raise ValueError(f"{where}: config must be one of {', '.join(configs)}")
+    [config] = choose([source.config or configs[0]], configs, where, "config")
+    [split] = choose([source.split], _ask_hub(asked, get_dataset_split_names, config), f"{where}, config {config!r}", "split")
+    path = resolve(source.path)
+    data = load_dataset(path, config, split=split, streaming=source.streaming or Path(path).is_dir(), revision=source.revision)
+    if data.column_names is not None and source.text_field not in data.column_names:
+        raise ValueError(f"{where}, config {config!r}: no column {source.text_field!r}; found {', '.join(data.column_names)}")
+    text = source.joint.join(row[source.text_field] for row in islice(data, source.documents))
+    if not text.strip():
+        raise ValueError(f"{where}, config {config!r}, split {split!r}: no text")
+    return text
+
+
+def choose(wanted: Iterable[str] | None, known: Iterable[str], where: str, what: str = "domain") -> list[str]:
     """`wanted`, or all of `known` for None. ValueError naming the nearest for a name that is not known."""
     known = list(known)
     for name in wanted or ():
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1, 0.0)
-            raise ValueError(f"{where}: no domain {name!r}; there are {', '.join(known)}" + (f" (nearest: {near[0]})" if near else ""))
+            raise ValueError(f"{where}: no {what} {name!r}; there are {', '.join(known)}" + (f" (nearest: {near[0]})" if near else ""))
     return known if wanted is None else list(dict.fromkeys(wanted))
 
 

@@ -51,3 +51,20 @@ class TrainerConfig:
     def dtype(self) -> torch.dtype:
         """That matrix products run in."""
         return torch.float32 if self.precision == "32-true" else torch.bfloat16
+
+
+@dataclass(kw_only=True, slots=True)
+class DistillConfig:
+    """Learning from the dense parent's next-token distribution beside the text: loss = (1 - weight) cross-entropy + weight KL (`dyn.core.distill`)."""
+
+    weight: float = 0.0  # 0: plain training, without a cache
+    top_k: int = 32  # of the parent's distribution that are kept a token; the rest counts as one bucket
+    cache: str | None = None  # of the parent's logits, any fsspec address; None: below the user's cache folder
+    batch_size: int = 8  # sequences that the parent reads at a time
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"distill.weight={self.weight} must lie in [0, 1]")
+        for name in ("top_k", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"distill.{name}={getattr(self, name)} must be at least 1")

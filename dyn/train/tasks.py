@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from dyn.core.distill import distillation_loss
 from dyn.core.routing import cv_squared
 from dyn.nn.surgery import count_parameters
 from dyn.train.optim import OptimConfig, cosine_clipped, make_optimizer
@@ -33,27 +35,36 @@ class CausalLM(LightningModule):
     `expert_load` [layers, E], `dropped_mass` [layers] and, for balance="bias", has `update_selection_bias`, called after every optimiser step
     with the loads of all its micro-batches and ranks.
 
-    Logged every `cfg.log_every` optimiser steps, as means over micro-batches and ranks: train/loss, train/lm_loss, train/balance_loss (weighted),
-    train/grad_norm, train/load_max (largest load / mean load of a layer, averaged over layers; train/load_max_layer is the worst layer's), train/load_cv2,
-    train/dropped_mass, lr, tokens (seen so far, by all ranks). At validation: val/<domain>/loss, val/<domain>/ppl, val/loss (their mean), also in `val_losses`.
+    With `distill_weight` w > 0 training batches carry a teacher's likeliest next tokens, teacher_ids and teacher_logp [B, L, K]
+    (`dyn.data.teacher.TaughtLoader`), and the loss is (1 - w) cross-entropy + w KL(teacher || net), plus what the net adds to its cross-entropy
+    (balance losses). Validation is cross-entropy.
+
+    Logged every `cfg.log_every` optimiser steps, as means over micro-batches and ranks: train/loss, train/lm_loss (cross-entropy), train/distill_loss (KL),
+    train/balance_loss (weighted), train/grad_norm, train/load_max (largest load / mean load of a layer, averaged over layers;
+    train/load_max_layer is the worst layer's), train/load_cv2, train/dropped_mass, lr, tokens (seen so far, by all ranks). At validation:
+    val/<domain>/loss, val/<domain>/ppl, val/loss (their mean), also in `val_losses`.
 
     Args:
         net: the network, or a function that builds it, called in `configure_model` (every rank must build the same).
         optim: optimiser and schedule, over `cfg.max_steps`.
         domains: names of the validation sets, in the order of the validation loaders.
         cfg: precision, gradient checkpointing, logging.
+        distill_weight: w, in [0, 1].
 
     Raises:
-        ValueError: a warm-up that is not shorter than the training.
+        ValueError: a warm-up that is not shorter than the training, a weight outside [0, 1].
     """
 
-    def __init__(self, net: nn.Module | Callable[[], nn.Module], optim: OptimConfig, domains: Sequence[str], cfg: TrainerConfig) -> None:
+    def __init__(self, net: nn.Module | Callable[[], nn.Module], optim: OptimConfig, domains: Sequence[str], cfg: TrainerConfig,
+                 distill_weight: float = 0.0) -> None:
         super().__init__()
         if optim.warmup_steps >= cfg.max_steps:
             raise ValueError(f"optim.warmup_steps={optim.warmup_steps} must be smaller than max_steps={cfg.max_steps}")
+        if not 0 <= distill_weight <= 1:
+            raise ValueError(f"distill_weight={distill_weight} must lie in [0, 1]")
         self.net = net if isinstance(net, nn.Module) else None
         self._build = None if isinstance(net, nn.Module) else net
-        self.optim, self.domains, self.cfg = optim, list(domains), cfg
+        self.optim, self.domains, self.cfg, self.distill_weight = optim, list(domains), cfg, distill_weight
         self.tokens = 0
         self.val_losses: dict[str, float] = {}
         self.active_parameters = 0
@@ -105,12 +116,17 @@ class CausalLM(LightningModule):
         out = self.net(**_inputs(batch), use_cache=False)
         self.tokens += batch["input_ids"].numel() * self.trainer.world_size
         self._micro += 1
-        sums = {"train/loss": out.loss, "train/lm_loss": getattr(out, "lm_loss", None), "train/balance_loss": getattr(out, "aux_loss", None),
+        loss, lm_loss, kl = out.loss, getattr(out, "lm_loss", None), None
+        if self.distill_weight:
+            lm_loss = out.loss if lm_loss is None else lm_loss
+            kl = _teacher_loss(out.logits, batch)
+            loss = out.loss + self.distill_weight * (kl - lm_loss)  # balance losses keep their weight
+        sums = {"train/loss": loss, "train/lm_loss": lm_loss, "train/distill_loss": kl, "train/balance_loss": getattr(out, "aux_loss", None),
                 "load": getattr(out, "expert_load", None), "dropped": getattr(out, "dropped_mass", None)}
         for key, value in sums.items():
             if value is not None:
                 self._sums[key] = self._sums.get(key, 0) + value.detach().float()
-        return out.loss
+        return loss
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clip the norm over all parameters, and keep it for the log."""
@@ -197,12 +213,21 @@ class CausalLM(LightningModule):
         config = self.net.config.to_dict() if hasattr(self.net, "config") else {}
         for key in ("transformers_version", "architectures", "_name_or_path"):  # these change without meaning
             config.pop(key, None)
+        distill = {"distill_weight": self.distill_weight} if self.distill_weight else {}  # absent from checkpoints of plain trainings
         return _plain({"net": type(self.net).__name__.removeprefix("FSDP"), "config": config,
-                       "optim": dataclasses.asdict(self.optim), "max_steps": self.cfg.max_steps, "accumulate": self.cfg.accumulate, "domains": self.domains})
+                       "optim": dataclasses.asdict(self.optim), "max_steps": self.cfg.max_steps, "accumulate": self.cfg.accumulate, "domains": self.domains,
+                       **distill})
 
 
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: batch[key] for key in INPUTS if key in batch}
+
+
+def _teacher_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """KL from the teacher's rows of a batch, over the places whose next token is a target."""
+    if "teacher_ids" not in batch:
+        raise ValueError("distill_weight is above 0, but the training batches carry no teacher_ids: wrap their loader in dyn.data.teacher.TaughtLoader")
+    return distillation_loss(logits, batch["teacher_ids"], batch["teacher_logp"], F.pad(batch["labels"][:, 1:] != -100, (0, 1)))
 
 
 def _exp(loss: float) -> float:
