@@ -85,6 +85,38 @@ def domain_weights(path: str | Path, rows: Rows, domains: Sequence[str], static:
     return _save(fig, path)
 
 
+def by_layer(path: str | Path, lines: Mapping[str, Sequence[float]], ylabel: str, *, level: Mapping[str, float] | None = None) -> Path:
+    """Lines over the layers, one value a layer each; `level`: name -> a horizontal line."""
+    fig, ax = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
+    for name, values in lines.items():
+        ax.plot(range(len(values)), values, marker="o", markersize=3, label=name)
+    for name, value in (level or {}).items():
+        ax.axhline(value, color="grey", linestyle=":", label=name)
+    ax.set(xlabel="layer", ylabel=ylabel)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(fontsize=7)
+    return _save(fig, path)
+
+
+def loss_bars(path: str | Path, losses: Mapping[str, Mapping[str, float]]) -> Path:
+    """Held-out loss in nats a token, a group of bars a domain and one for the mean; `losses`: network -> domain -> loss, the dense one first. Over each
+    other bar stands what it lies above the first."""
+    domains = [*next(iter(losses.values())), "mean"]
+    fig, ax = plt.subplots(figsize=(2 + 0.32 * len(domains) * len(losses), 3.6), layout="constrained")
+    width, first = 0.8 / len(losses), None
+    for number, (name, values) in enumerate(losses.items()):
+        heights = np.array([*values.values(), np.mean(list(values.values()))])
+        bars = ax.bar(np.arange(len(domains)) + (number - (len(losses) - 1) / 2) * width, heights, width, label=name)
+        first = heights if first is None else first
+        if number:
+            ax.bar_label(bars, [f"{h:+.2f}" for h in heights - first], fontsize=5, rotation=90, padding=2)
+    ax.set_xticks(range(len(domains)), domains)
+    ax.set_ylabel("held-out loss (nats a token)")
+    ax.margins(y=0.15)
+    fig.legend(loc="outside upper center", ncols=len(losses), fontsize=7)
+    return _save(fig, path)
+
+
 def _matrix(path: str | Path, names: Sequence[str], matrix: np.ndarray, title: str) -> Path:
     fig, ax = plt.subplots(figsize=(1 + 0.6 * len(names), 0.8 + 0.6 * len(names)), layout="constrained")
     ax.imshow(matrix, cmap="viridis")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dyn.data.sources import TextSource
 from dyn.train.optim import OptimConfig
-from dyn.train.settings import TrainerConfig
+from dyn.train.settings import DistillConfig, TrainerConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,6 +69,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)  # not in the paper: the dense model as a teacher
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(accumulate=4, devices=8, num_nodes=14, gradient_checkpointing=True))
 
     def tokens_per_step(self) -> int:
@@ -90,6 +91,9 @@ class Config:
                 raise ValueError(f"trainer.{name}={getattr(self.trainer, name)} would be ignored by this experiment; set {instead}")
         if self.minutes is not None and self.trainer.world_size > 1:
             raise ValueError(f"minutes={self.minutes} is for one device; give tokens for {self.trainer.world_size}")
+        if self.distill.weight > 0 and self.data.dynamic != "none":
+            raise ValueError(f"distill.weight={self.distill.weight} needs draws that are known in advance, data.dynamic={self.data.dynamic} changes them: "
+                             "set data.dynamic=none or distill.weight=0")
         if self.dense_control and self.model.kind == "dense":
             raise ValueError("dense_control=true beside model.kind=dense would train the same model twice")
 

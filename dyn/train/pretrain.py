@@ -31,6 +31,7 @@ from dyn.models.llama_moe_convert import fresh, load_dense, read_config
 from dyn.models.packaged import PACKAGED, cache_folder, dense_config, packaged
 from dyn.nn.surgery import count_parameters, flops_per_token
 from dyn.train.callbacks import ExpertLoad, Remix, Throughput
+from dyn.train.distill import taught
 from dyn.train.evaluate import domain_distances, overlaps, perplexity, sample, seconds_per_micro_batch
 from dyn.train.export import load_net
 from dyn.train.plan import shape
@@ -52,8 +53,7 @@ class Corpus:
 
 def pretrain(cfg: Any, run: Any) -> dict[str, float]:
     """Convert, train, evaluate, export; the control too where it is asked for. Returns the metrics, fills `run.cost` and `run.notes`."""
-    source = _tiny(cfg, run) if cfg.model.source == "tiny" else packaged(cfg.model.source) if cfg.model.source in PACKAGED else cfg.model.source
-    read_config(source)  # refuses a folder that is no model before anything else is asked of it
+    source = find_source(cfg, run, world(cfg.trainer)[0])
     tokenizer = load_tokenizer(source)
     check(cfg, run, source, tokenizer)
     corpus = load_corpus(cfg, run, source, tokenizer)
@@ -91,6 +91,14 @@ def check(cfg: Any, run: Any, source: Any, tokenizer: Any) -> None:
     if not run.resumed and free < needed:
         raise ValueError(f"{run.folder} needs about {needed / 1e9:.1f} GB for models and checkpoints, {free / 1e9:.1f} GB are free; make room, "
                          "put runs elsewhere (runs=FOLDER) or lower trainer.keep_checkpoints")
+
+
+def find_source(cfg: Any, run: Any, rank: int = 0) -> Any:
+    """The folder or hub id of `cfg.model.source`: generated ("tiny"), unpacked (packaged), or as it is. ValueError for a folder that is no model."""
+    name = cfg.model.source
+    source = _tiny(cfg, run, rank) if name == "tiny" else packaged(name) if name in PACKAGED else name
+    read_config(source)
+    return source
 
 
 def load_tokenizer(source: Any) -> Any:
@@ -153,16 +161,19 @@ def _measure_dense(cfg: Any, source: Any, tokenizer: Any, corpus: Corpus) -> dic
 def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: Corpus, dense: dict[str, Any], name: str) -> dict[str, Any]:
     """Build one network, train it, and measure it before and after."""
     steps = dense["steps"]
+    rank, size = world(cfg.trainer)
+    loader = _loader(cfg, corpus, steps * cfg.trainer.accumulate, rank, size)
+    distill = cfg.distill.weight if name != "control" else 0.0
+    if distill:  # before the network is built: the teacher is in memory meanwhile
+        loader = taught(cfg, run, source, tokenizer, loader)
     net = _build(cfg, run, kind, source, corpus)
     counts, flops = count_parameters(net), flops_per_token(net, cfg.data.block_size)
     before = _samples(cfg, net, tokenizer) if kind == "moe" or cfg.model.start == "scratch" else dense["samples"]
     config = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_first=True, val_every=min(cfg.trainer.val_every, math.ceil(steps / 2)))
     optim = dataclasses.replace(cfg.optim, warmup_steps=min(cfg.optim.warmup_steps, steps // 4))
-    rank, size = world(config)
-    loader = _loader(cfg, corpus, steps * config.accumulate, rank, size)
     load = ExpertLoad()
     mixing = [Remix(loader, dense["losses"], rule=cfg.data.dynamic, anchor=corpus.weights if cfg.data.anchored else None)] if cfg.data.dynamic != "none" else []
-    task = CausalLM(net, optim, list(corpus.validation), config)
+    task = CausalLM(net, optim, list(corpus.validation), config, distill)
     trainer = make_trainer(config, run, [load, *mixing], name=name)
     run.log(f"training {name}: {steps} steps of {cfg.tokens_per_step():,} tokens, {counts['total']:,} parameters, {counts['active']:,} activated")
     began = time.monotonic()
@@ -193,16 +204,16 @@ def _build(cfg: Any, run: Any, kind: str, source: Any, corpus: Corpus) -> nn.Mod
         _convert(cfg, source, corpus).save_pretrained(part)
         run.log(f"converted by {model.construction} in {time.monotonic() - began:.0f} s")
 
-    _once(cfg, folder, convert)
+    _once(folder, convert, world(cfg.trainer)[0])
     return LlamaMoeForCausalLM.from_pretrained(folder, attention_dropout=model.attention_dropout, dtype=torch.float32)
 
 
-def _once(cfg: Any, folder: Path, make: Callable[[Path], None]) -> None:
+def _once(folder: Path, make: Callable[[Path], None], rank: int) -> None:
     """`make` a folder beside `folder` and rename it, on rank 0; the others wait. TimeoutError after two hours, RuntimeError when rank 0 failed."""
     part, failed = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.failed")
     if folder.is_dir():
         return
-    if world(cfg.trainer)[0] == 0:
+    if rank == 0:
         shutil.rmtree(part, ignore_errors=True)
         failed.unlink(missing_ok=True)
         try:
@@ -239,7 +250,7 @@ def _convert(cfg: Any, source: Any, corpus: Corpus) -> LlamaMoeForCausalLM:
     return moe
 
 
-def _tiny(cfg: Any, run: Any) -> Any:
+def _tiny(cfg: Any, run: Any, rank: int) -> Any:
     """For smoke runs: a random model, a byte tokenizer and generated text, in the run folder."""
     folder = run.folder / "tiny"
 
@@ -249,7 +260,7 @@ def _tiny(cfg: Any, run: Any) -> Any:
         tiny_tokenizer().save_pretrained(part)
         tiny_corpus(part / "text")
 
-    _once(cfg, folder, make)
+    _once(folder, make, rank)
     if cfg.data.text.path == "tiny":
         cfg.data.text.path, cfg.data.cache = str(folder / "text"), str(run.folder / "tokens")
     return folder

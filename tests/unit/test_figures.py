@@ -18,6 +18,8 @@ def test_all_figures_are_written(tmp_path):
         figures.expert_load(tmp_path / "load.png", load),
         figures.domain_distances(tmp_path / "distances.png", *domain_distances(load)),
         figures.neuron_overlap(tmp_path / "overlap.png", overlaps([torch.arange(6).view(2, 3)] * 2), [0, 1]),
+        figures.by_layer(tmp_path / "layers.png", {"a": [1.0, 2.0], "b": [0.0]}, "nats", level={"none": 0.0}),
+        figures.loss_bars(tmp_path / "bars.png", {"dense": {"a": 2.0, "b": 3.0}, "moe": {"a": 2.5, "b": 3.25}}),
         figures.domain_weights(tmp_path / "weights.png", ROWS, ["a", "b"], {"a": 0.5, "b": 0.5}),
     ]
     for path in made:

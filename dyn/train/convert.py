@@ -1,0 +1,321 @@
+"""Conversion without training, from a dense checkpoint to a report: the stages of experiments/llama_moe_convert.py.
+
+Every stage's numbers are remembered in the run folder, so that a resumed run goes on where it stopped; a network that it needs again is read from the
+exported folder, or converted again.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyn import env, figures
+from dyn.data.mixture import MixtureLoader
+from dyn.data.sources import JoinedText, choose, read_joined
+from dyn.models import llama_moe
+from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense
+from dyn.models.llama_moe_construct import METHODS
+from dyn.models.llama_moe_convert import fresh, load_dense, moe_config, read_config
+from dyn.models.llama_moe_diagnose import domain_losses, ideal_routing, layer_contributions, neuron_oracle, routing_statistics
+from dyn.models.packaged import dense_config
+from dyn.nn.surgery import count_parameters, flops_per_token
+from dyn.train.pretrain import Corpus, find_source, load_corpus, load_tokenizer
+
+PAPER_SIZE = 6_000_000_000  # parameters of the smallest model of the training-free papers (LLaMA-2-7B)
+PATIENCE = 15.0  # seconds between lines of progress
+
+HeldOut = dict[str, list[Tensor]]  # domain -> batches of ids [B, L]
+
+
+def convert(cfg: Any, run: Any) -> dict[str, Any]:
+    """Measure the dense model, convert it, measure what came out and what it lost where. Returns the metrics, fills `run.cost` and `run.notes`."""
+    if env.world_size() > 1:
+        raise ValueError(f"{env.world_size()} processes were started; a conversion is the work of one")
+    source = find_source(cfg, run)
+    tokenizer = load_tokenizer(source)
+    check(cfg, source, tokenizer)
+    corpus = load_corpus(cfg, run, source, tokenizer)
+    batches = calibration_batches(cfg, corpus)
+    if cfg.texts:
+        held_out = {text.name: windows(text, tokenizer, cfg.data.block_size, cfg.data.batch_size) for text in cfg.texts}
+    else:
+        held_out = {d: [batch["input_ids"] for batch in kept] for d, kept in corpus.validation.items()}
+    nets = _Networks(cfg, run, source, tokenizer, list(corpus.train), batches)
+    dense = run.stage("dense", lambda: {"losses": domain_losses(nets.dense, held_out), **_size(cfg, nets.dense)})
+    run.log(f"dense model, {dense['counts']['total']:,} parameters; held-out loss: " + ", ".join(f"{d} {v:.3f}" for d, v in dense["losses"].items()))
+    made = run.stage("convert", lambda: {**_size(cfg, nets.converted), **nets.made, "fraction": nets.fraction()})
+    if abs(made["fraction"] - float(cfg.model.active())) > 0.005 and cfg.model.kind != "dense":
+        run.log(f"warning: {float(cfg.model.active()):.3f} of the feed-forward was asked for, {made['fraction']:.3f} is active")
+    losses = run.stage("losses", lambda: nets.losses(held_out, dense["losses"]))
+    run.log(f"{cfg.model.what()}: held-out loss " + ", ".join(f"{d} {v:.3f} ({v - dense['losses'][d]:+.3f})" for d, v in losses.items()))
+    own = cfg.model.kind in ("moe", "prune")  # networks of their own
+    speed = run.stage("timing", lambda: relative_time(nets.converted, nets.dense, next(iter(held_out.values()))[0], cfg.timing_rounds)) if own else {}
+    found = run.stage("diagnose", lambda: _diagnose(cfg, run, nets, held_out)) if own and cfg.diagnose else {}
+    _draw(cfg, run, dense["losses"], losses, found)
+    return _numbers(cfg, run, dense, made, losses, speed, found)
+
+
+def check(cfg: Any, source: Any, tokenizer: Any) -> None:
+    """ValueError for what cannot work, before text is sharded and weights are read: sizes, constructions, the tokenizer."""
+    dense, model = read_config(source), cfg.model
+    if len(tokenizer) > dense.vocab_size:
+        raise ValueError(f"model.source={model.source}: the tokenizer has {len(tokenizer)} entries and the model vocab_size={dense.vocab_size}; "
+                         "they do not belong together")
+    if model.kind != "moe":
+        return
+    moe_config(dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
+               num_shared_experts=model.num_shared_experts, score_scale=model.score_scale)
+    sequences = cfg.calibration_tokens // cfg.calibration_length
+    if METHODS[model.construction].needs == "scores" and sequences < model.num_experts:
+        raise ValueError(f"calibration_tokens={cfg.calibration_tokens} are {sequences} sequences of calibration_length={cfg.calibration_length}: too few for a "
+                         f"group for each of model.num_experts={model.num_experts}")
+
+
+def calibration_batches(cfg: Any, corpus: Corpus) -> list[Tensor]:
+    """Ids [B, calibration_length] of training text, calibration_tokens in all (rounded down to sequences), drawn by the domains' weights without `leave_out`.
+
+    Raises:
+        ValueError: an unknown domain to leave out, no domain left, or a domain with less text than it should give.
+    """
+    if cfg.leave_out is not None:
+        choose([cfg.leave_out], corpus.train, "leave_out")
+    tokens = {d: t for d, t in corpus.train.items() if d != cfg.leave_out}
+    weights = {d: corpus.weights[d] for d in tokens}
+    if not any(weights.values()):
+        known = ", ".join(d for d, w in corpus.weights.items() if w)
+        raise ValueError(f"leave_out={cfg.leave_out} leaves no text for calibration; domains with weight: {known}")
+    size, sequences = cfg.data.batch_size, cfg.calibration_tokens // cfg.calibration_length
+    loader = MixtureLoader(tokens, weights, block_size=cfg.calibration_length, batch_size=size, num_batches=math.ceil(sequences / size), seed=cfg.seed + 1)
+    batches = [batch["input_ids"] for batch in loader]
+    batches[-1] = batches[-1][: sequences - size * (len(batches) - 1)]
+    if short := [f"{d} has {tokens[d].num_tokens:,} training tokens and should give {loader.tokens_seen[d]:,}" for d, n in loader.epochs.items() if n > 1]:
+        raise ValueError(f"calibration_tokens={cfg.calibration_tokens} would repeat text: {'; '.join(short)}. Lower calibration_tokens, raise "
+                         "data.text.max_tokens, or change data.weights")
+    return batches
+
+
+def windows(text: JoinedText, tokenizer: Any, size: int, batch_size: int) -> list[Tensor]:
+    """The text cut into consecutive windows of `size` tokens, ids [B, size]; the tokenizer's BOS, if it puts one, stands at the very beginning alone, and what
+    is left after the last whole window is not used (the convention of published perplexities). ValueError for less than a window."""
+    ids = torch.tensor(tokenizer(read_joined(text), verbose=False)["input_ids"])
+    limit = len(ids) if text.max_tokens is None else min(text.max_tokens, len(ids))
+    if limit < size:
+        raise ValueError(f"{text.name}: {limit} tokens are less than one window, data.block_size={size}")
+    return list(ids[: limit // size * size].view(-1, size).split(batch_size))
+
+
+class _Networks:
+    """The dense model and what becomes of it, each read or made when it is first asked for: a resumed run may need neither."""
+
+    def __init__(self, cfg: Any, run: Any, source: Any, tokenizer: Any, domains: list[str], batches: list[Tensor]) -> None:
+        self.cfg, self.run, self.source, self.tokenizer, self.domains, self.batches = cfg, run, source, tokenizer, domains, batches
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.made: dict[str, float] = {"tokens": 0, "seconds": 0.0}
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        return load_dense(self.source).to(getattr(torch, self.cfg.dtype)).to(self.device).eval()
+
+    @cached_property
+    def converted(self) -> nn.Module:
+        kind, folder = self.cfg.model.kind, self.run.folder / "export"
+        if kind in ("dense", "oracle"):
+            return self.dense
+        if folder.is_dir():
+            return (LlamaMoeForCausalLM.from_pretrained(folder, dtype="auto") if kind == "moe" else load_dense(folder)).to(self.device).eval()
+        began = time.monotonic()
+        net = (self._mixture if kind == "moe" else self._pruned)().eval()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.made["seconds"] = time.monotonic() - began
+        self.run.log(f"{self.cfg.model.what()}: {self.made['seconds']:.1f} s, {self.made['tokens']:,} calibration tokens")
+        if self.cfg.export:
+            part = folder.with_name("export.part")
+            shutil.rmtree(part, ignore_errors=True)
+            net.save_pretrained(part)
+            self.tokenizer.save_pretrained(part)
+            part.replace(folder)
+        return net
+
+    def _mixture(self) -> nn.Module:
+        model = self.cfg.model
+        needed = METHODS[model.construction].needs != "nothing" or model.score_scale == "measured"
+        net = from_dense(self.dense, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok, construction=model.construction,
+                         num_shared_experts=model.num_shared_experts, score_scale=model.score_scale, batches=self._read() if needed else None,
+                         seed=self.cfg.seed)
+        if net.construction is not None:
+            path = Path(self.cfg.data.text.path)
+            net.construction.details |= {"data": f"{path.name if path.exists() else path} ({', '.join(d for d in self.domains if d != self.cfg.leave_out)})"}
+        return net
+
+    def _pruned(self) -> nn.Module:
+        return llama_moe.prune_dense(self.dense, keep=self.cfg.model.active(), batches=self._read(), refit=True)
+
+    def _read(self) -> list[Tensor]:
+        self.made["tokens"] = sum(batch.numel() for batch in self.batches)
+        return self.batches
+
+    def fraction(self) -> float:
+        """Share of the dense feed-forward's neurons that a token passes through, mean over layers."""
+        if self.cfg.model.kind in ("dense", "oracle"):
+            return float(self.cfg.model.active())
+        shares = []
+        for made, dense in zip(self.converted.model.layers, self.dense.model.layers, strict=True):
+            mlp, width = made.mlp, dense.mlp.down_proj.in_features
+            if self.cfg.model.kind == "prune":
+                shares.append(mlp.down_proj.in_features / width)
+            else:
+                shared = mlp.shared_experts.down_proj.in_features if mlp.shared_experts is not None else 0
+                shares.append((mlp.gate.num_experts_per_tok * mlp.experts.intermediate_dim + shared) / width)
+        return statistics.fmean(shares)
+
+    @contextmanager
+    def measured(self) -> Iterator[nn.Module]:
+        """The network that this row is about."""
+        if self.cfg.model.kind == "oracle":
+            with neuron_oracle(self.dense, self.cfg.model.active()):
+                yield self.dense
+        else:
+            yield self.converted
+
+    def losses(self, held_out: HeldOut, dense: Mapping[str, float]) -> dict[str, float]:
+        """Held-out losses of the row's network, written into the card of an exported mixture too."""
+        with self.measured() as net:
+            losses = domain_losses(net, held_out)
+        folder = self.run.folder / "export"
+        if self.cfg.model.kind == "moe" and folder.is_dir() and net.construction is not None:
+            net.construction.details |= {"results": {f"held-out loss, {d} (dense: {dense[d]:.4f})": round(v, 4) for d, v in losses.items()}}
+            net.construction.save(folder)
+            llama_moe.write_card(net, folder)
+        return losses
+
+
+def _size(cfg: Any, net: nn.Module) -> dict[str, Any]:
+    return {"counts": count_parameters(net), "flops_per_token": flops_per_token(net, cfg.data.block_size)}
+
+
+@torch.no_grad()
+def relative_time(net: nn.Module, dense: nn.Module, ids: Tensor, rounds: int) -> dict[str, float]:
+    """Medians over `rounds` interleaved forward passes of ids [B, L], after one each to warm up: tokens a second of both, and time a token over the dense
+    model's in the same round."""
+    models, seconds = {"net": net, "dense": dense}, {"net": [], "dense": []}
+    ids = ids.to(dense.device)
+    for number in range(rounds + 1):
+        for name in models if number % 2 else reversed(models):
+            began = time.perf_counter()
+            models[name](input_ids=ids, use_cache=False)
+            if ids.is_cuda:
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    ours, theirs = seconds["net"][1:], seconds["dense"][1:]
+    return {"time a token / dense": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+            "tokens_per_second": ids.numel() / statistics.median(ours), "dense tokens_per_second": ids.numel() / statistics.median(theirs)}
+
+
+def _diagnose(cfg: Any, run: Any, nets: _Networks, held_out: HeldOut) -> dict[str, Any]:
+    """Ceilings on all held-out text, layers and gates on `diagnose_tokens` of it."""
+    rows = max(1, cfg.diagnose_tokens // (len(held_out) * cfg.data.block_size))
+    part = [batch for batches in held_out.values() for batch in torch.cat(batches)[:rows].split(cfg.data.batch_size)]
+    found: dict[str, Any] = {"losses": {}, "tokens": sum(batch.numel() for batch in part)}
+    run.log("diagnostics: neuron oracle")
+    with neuron_oracle(nets.dense, cfg.model.active()):
+        found["losses"]["neuron oracle"] = domain_losses(nets.dense, held_out)
+    if cfg.model.kind == "moe":
+        for name, criterion in (("ideal routing", "norm"), ("ideal routing, least error", "residual")):
+            run.log(f"diagnostics: {name}")
+            with ideal_routing(nets.converted, criterion):
+                found["losses"][name] = domain_losses(nets.converted, held_out)
+        found["routing"] = routing_statistics(nets.converted, part)
+    gc.collect()
+    found["layers"] = layer_contributions(nets.converted, nets.dense, part, _progress(run, "diagnostics: layers", len(nets.dense.model.layers)))
+    return found
+
+
+def _progress(run: Any, what: str, total: int) -> Callable[[int], None]:
+    last = [time.monotonic()]
+
+    def say(number: int) -> None:
+        if time.monotonic() - last[0] > PATIENCE:
+            last[0] = time.monotonic()
+            run.log(f"{what}, {number + 1} of {total}")
+
+    return say
+
+
+def _draw(cfg: Any, run: Any, dense: Mapping[str, float], losses: Mapping[str, float], found: Mapping[str, Any]) -> None:
+    """Plots, and the held-out losses as the two points of a curve: 0 the dense model, 1 what became of it."""
+    points = [dense] if cfg.model.kind == "dense" else [dense, losses]
+    lines = [{"step": i, "val/loss": statistics.fmean(p.values()), **{f"val/{d}/loss": v for d, v in p.items()}} for i, p in enumerate(points)]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plots = run.folder / "plots"
+    figures.loss_bars(plots / "losses.png", {"dense": dense, **found.get("losses", {}), cfg.model.what(): losses})
+    if found:
+        layers = {"converted alone": found["layers"]["alone"], "dense again": found["layers"]["restored"]}
+        figures.by_layer(plots / "layers.png", layers, "cost of the layer (nats a token)", level={"none": 0.0})
+    if routed := found.get("routing"):
+        chosen = {"ideal experts chosen": routed["accuracy"], "their contribution captured": routed["captured"], "chosen by chance": routed["chance"]}
+        figures.by_layer(plots / "gate.png", chosen, "share")
+        figures.by_layer(plots / "entropy.png", {"of the mean": routed["mean_entropy"], "of a token": routed["token_entropy"]}, "entropy of routing / log E")
+        figures.expert_load(plots / "load.png", {"all": routed["load"]})
+
+
+def _numbers(cfg: Any, run: Any, dense: dict, made: dict, losses: dict, speed: dict, found: dict) -> dict[str, Any]:
+    mean = lambda values: statistics.fmean(values.values())  # noqa: E731
+    gaps = {d: v - dense["losses"][d] for d, v in losses.items()}
+    metrics = {"loss/mean": mean(losses), "gap/mean": mean(gaps), "active fraction": made["fraction"], "calibration tokens": made["tokens"],
+               "calibration seconds": made["seconds"], "loss/dense": mean(dense["losses"])}
+    metrics |= {"time a token / dense": speed["time a token / dense"], "speed/tokens_per_second": speed["tokens_per_second"]} if speed else {}
+    for d, loss in losses.items():
+        metrics |= {f"loss/{d}": loss, f"gap/{d}": gaps[d], f"ppl/{d}": math.exp(min(loss, 700.0)), f"dense/{d}/ppl": math.exp(min(dense["losses"][d], 700.0))}
+    metrics |= {f"gap/{name}": mean(values) - mean(dense["losses"]) for name, values in found.get("losses", {}).items()}
+    if routed := found.get("routing"):
+        metrics |= {f"routing/{name}": statistics.fmean(routed[name]) for name in ("accuracy", "captured", "mean_entropy", "token_entropy")}
+    run.cost |= {f"{k}_parameters": v for k, v in made["counts"].items() if k != "trainable"} | {
+        "flops_per_token": made["flops_per_token"], "flops / dense": made["flops_per_token"] / dense["flops_per_token"], "calibration_seconds": made["seconds"]}
+    large = dense["counts"]["total"] >= PAPER_SIZE
+    run.notes |= {
+        "main": [k for k in ("loss/mean", "gap/mean", "active fraction", "time a token / dense", "calibration seconds") if k in metrics],
+        "compare": ["gap/mean"] + ([f"gap/{cfg.leave_out}"] if f"gap/{cfg.leave_out}" in metrics else []),
+        "text": ", ".join(text.path for text in cfg.texts) or cfg.data.text.path,
+        "controls": [cfg.control_row()] if cfg.model.kind == "moe" else [],
+        "not_tested": [] if large else [f"the published training-free conversions start at 7 billion parameters; this model has {dense['counts']['total']:,}"]}
+    if cfg.model.kind == "oracle":
+        run.notes["oracle"] = "chooses neurons by activations that it has computed all: a ceiling, whose costs are the dense model's"
+    return metrics
+
+
+def plan_conversion(cfg: Any) -> dict[str, Any]:
+    """What the run would be, from shapes alone. `cfg` is the Config of experiments/llama_moe_convert.py."""
+    model, config = cfg.model, dense_config(cfg.model.source)
+    if model.kind == "moe":
+        moe_config(config, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
+                   num_shared_experts=model.num_shared_experts, score_scale=model.score_scale)
+    with torch.device("meta"):
+        dense = fresh(config)
+    layers, width, hidden = config.num_hidden_layers, config.intermediate_size, config.hidden_size
+    feed_forward = sum(p.numel() for layer in dense.model.layers for p in layer.mlp.parameters())
+    total, forward, idle = count_parameters(dense)["total"], flops_per_token(dense, cfg.data.block_size), round((1 - model.active()) * feed_forward)
+    gates = layers * model.num_experts * hidden if model.kind == "moe" else 0
+    saved = 0 if model.kind in ("dense", "oracle") else idle  # an oracle computes all before it chooses
+    bytes_each, tokens = getattr(torch, cfg.dtype).itemsize, cfg.calibration_tokens // cfg.calibration_length * cfg.calibration_length
+    memory = {"dense and converted weights": bytes_each * (2 if model.kind in ("moe", "prune") else 1) * total,
+              "hidden states, two streams": 2 * tokens * hidden * bytes_each, "a layer's products of activations": 4 * width**2}
+    return {
+        "parameters": {"total": total + gates - (saved if model.kind == "prune" else 0), "activated (without gates)": total - saved, "gates": gates},
+        "active fraction of the feed-forward": float(model.active()),
+        "FLOPs": {"forward, a token": forward - 2 * saved + 2 * gates, "of the dense model": forward},
+        "calibration": {"tokens": tokens, "sequences": tokens // cfg.calibration_length, "FLOPs (three dense passes, a rough estimate)": 3 * forward * tokens},
+        "memory, GiB (estimate)": {k: round(v / (1 << 30), 2) for k, v in (memory | {"total": sum(memory.values())}).items()},
+    }
