@@ -95,6 +95,10 @@ class LlamaMoeConfig(LlamaConfig):
         """Width of a layer's always-on experts together."""
         return self.of_layer("num_shared_experts", layer) * self.of_layer("moe_intermediate_size", layer)
 
+    def active_width(self, layer: int) -> int:
+        """Neurons that a token passes through in a layer: of its chosen experts and of the shared ones."""
+        return self.of_layer("num_experts_per_tok", layer) * self.of_layer("moe_intermediate_size", layer) + self.shared_width(layer)
+
 
 def dyn_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """`experts_implementation="dyn"`: transformers' MoE models in the default layout on `dyn.ops.experts`.
@@ -352,6 +356,7 @@ from dyn.models.llama_moe_formats import from_official as from_official  # noqa:
 from dyn.models.llama_moe_formats import to_mixtral as to_mixtral  # noqa: E402
 from dyn.models.llama_moe_formats import to_qwen2_moe as to_qwen2_moe  # noqa: E402
 from dyn.models.llama_moe_formats import write_card as write_card  # noqa: E402
+from dyn.models.llama_moe_prune import prune_dense as prune_dense  # noqa: E402
 
 __all__ = ["Balance", "Construction", "GateKind", "LlamaMoeConfig", "LlamaMoeForCausalLM", "LlamaMoeModel", "LlamaMoeOutput", "from_dense",
-           "from_official", "to_mixtral", "to_qwen2_moe", "write_card"]
+           "from_official", "prune_dense", "to_mixtral", "to_qwen2_moe", "write_card"]

@@ -1,7 +1,7 @@
 """Expert construction: which neurons of a dense feed-forward make which expert, by every method of LLaMA-MoE section 1.
 
-N neurons, D hidden size, E routed experts, F expert width, S shared neurons, L layers. Adding a method: one function from
-`LayerSource` to (shared_S, groups_EF), entered in METHODS.
+N neurons, D hidden size, E routed experts, F expert width, S shared neurons, L layers, T tokens. Adding a method: one function from
+`LayerSource` to (shared_S, groups_EF), entered in METHODS; one that sees activations adds gate_ED.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dyn.core import split
+from dyn.core import calibrate, split
 
-Need = Literal["nothing", "scores", "coactivations"]
+Need = Literal["nothing", "scores", "coactivations", "activations"]
+ROUNDS = 6  # of groups and gate in turn; the captured energy hardly rises after
+MARKED = 0.1  # share of a token's neurons that count as active for `cmoe`
 MANIFEST, INDEX = "construction.json", "construction.safetensors"
 
 
@@ -37,6 +39,18 @@ class LayerSource:
     generator: torch.Generator
     scores_EN: Tensor | None = None
     adjacency_NN: Tensor | None = None
+    sample: Sample | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    """What a layer, behind the layers already converted, does on a sample of calibration tokens; float32. Methods may overwrite it."""
+
+    x_TD: Tensor  # normalised input
+    h_TN: Tensor  # activations before the down projection
+    omega_T: Tensor  # `dyn.core.calibrate.token_weights` of the dense model's stream behind the layer
+    norm_N: Tensor  # norms of the down projection's columns
+    num_experts_per_tok: int
 
 
 def _with_shared(source: LayerSource, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,15 +96,56 @@ def copy(source: LayerSource) -> tuple[Tensor, Tensor]:
     return torch.empty(0, dtype=torch.int64), torch.stack(chosen).to(device)
 
 
+def calibrated(source: LayerSource) -> tuple[Tensor, Tensor, Tensor]:
+    """Ours: groups that follow a gate that follows groups (`dyn.core.calibrate.alternate`); `from_dense` refits the down projection after it."""
+    sample, size, k = source.sample, source.group_size, source.sample.num_experts_per_tok
+    if k == source.num_experts:  # nothing to choose: equal logits, equal weights
+        shared_S, groups_EF = random(source)
+        return shared_S, groups_EF, torch.zeros(k, sample.x_TD.shape[1])
+    energy_TN = calibrate.energies(sample.h_TN, sample.omega_T, sample.norm_N)
+    shared_S, groups_EF, gate_ED, _ = calibrate.alternate(sample.x_TD, energy_TN, num_experts=source.num_experts, k=k, size=size, rounds=ROUNDS,
+                                                          generator=source.generator)
+    return shared_S, groups_EF, gate_ED
+
+
+def cmoe(source: LayerSource) -> tuple[Tensor, Tensor, Tensor]:
+    """After CMoE (arXiv 2502.04416): shared neurons by activation rate, the others by balanced k-means of their activation markers, the gate from every
+    group's representative neuron. Differs: the gate takes the neuron's gate row alone (theirs is the whole SwiGLU neuron), and weights are equal."""
+    h_TN = source.sample.h_TN.abs()
+    marker_TN = calibrate.top_mask(h_TN, max(1, round(MARKED * h_TN.shape[1])))
+    order_N = marker_TN.mean(0).argsort(descending=True, stable=True)
+    always = source.num_shared * source.group_size
+    rest_M = order_N[always:].sort().values
+    rows_MT = split.unit_rows(marker_TN[:, rest_M].T)
+    groups_EF = split.kmeans(rows_MT, source.num_experts, generator=source.generator, restarts=1, iterations=20)
+    centre_ET = torch.stack([rows_MT[group_F].mean(0) for group_F in groups_EF])
+    nearest_E = torch.stack([group_F[(rows_MT[group_F] @ centre_T).argmax()] for group_F, centre_T in zip(groups_EF, centre_ET, strict=True)])
+    return order_N[:always].sort().values, rest_M[groups_EF], source.gate_ND[rest_M[nearest_E]].float()
+
+
+def expert_weaver(source: LayerSource) -> tuple[Tensor, Tensor, Tensor]:
+    """After ExpertWeaver (arXiv 2602.15521): groups and router from the GLU's gate weights: shared neurons are those whose gate is open most often, the others
+    go by balanced k-means of their gate rows, and a group's mean row is its router. Differs: one share of shared neurons for all layers."""
+    open_N = ((source.sample.x_TD @ source.gate_ND.float().T) > 0).float().mean(0)
+    order_N = open_N.argsort(descending=True, stable=True)
+    always = source.num_shared * source.group_size
+    rest_M = order_N[always:].sort().values
+    rows_MD = source.gate_ND[rest_M].float()
+    groups_EF = split.kmeans(rows_MD, source.num_experts, generator=source.generator, restarts=1, iterations=50)
+    return order_N[:always].sort().values, rest_M[groups_EF], rows_MD[groups_EF].mean(1)
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A construction: its split, the statistics that it needs, its default number of shared experts (None: none are allowed), and whether
-    E*F + S = N must hold."""
+    """A construction: its split, the statistics that it needs, its default number of shared experts (None: none are allowed), whether E*F + S = N must
+    hold, and whether the down projection is refitted after the split. With needs="activations" the split also gives the gate, and widths are chosen by
+    `dyn.models.llama_moe_calibrate.geometry` where the caller gives none."""
 
-    split: Callable[[LayerSource], tuple[Tensor, Tensor]]
+    split: Callable[[LayerSource], tuple[Tensor, ...]]
     needs: Need = "nothing"
     shared: int | None = 0
     partition: bool = True
+    refit: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -101,6 +156,9 @@ METHODS: dict[str, Method] = {
     "sharing_inner": Method(sharing_inner, needs="scores", shared=None, partition=False),
     "sharing_inter": Method(sharing_inter, needs="scores", shared=1),
     "copy": Method(copy, shared=None, partition=False),
+    "calibrated": Method(calibrated, needs="activations", refit=True),
+    "cmoe": Method(cmoe, needs="activations"),
+    "expert_weaver": Method(expert_weaver, needs="activations"),
 }
 
 

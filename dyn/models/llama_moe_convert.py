@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dyn.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM, ScaleMode
+from dyn.models.llama_moe_calibrate import MOST_EXPERTS, active_neurons, fit_layers, geometry
 from dyn.models.llama_moe_construct import METHODS, Construction, LayerSource, generator
 from dyn.models.llama_moe_measure import dense_ratios, install_measured_scales, layer_coactivations, layer_scores
 from dyn.nn.experts import Balance, GateKind, check_gate
@@ -56,13 +57,16 @@ def from_dense(
         dense: Llama, Mistral, Qwen2 or Qwen3 for causal language modelling, or a folder or hub id of one (safetensors).
         num_experts: routed experts E.
         num_experts_per_tok: K of E, routed experts only; one number or a list of one a layer (so are the next two).
-        construction: random | kmeans | coactivation | gradient | sharing_inner | sharing_inter | copy.
+        construction: random | kmeans | coactivation | gradient | sharing_inner | sharing_inter | copy, or without training, by activations: calibrated (ours),
+            cmoe, expert_weaver. These three choose the numbers of groups and shared neurons themselves unless num_shared_experts or moe_intermediate_size
+            says them: num_experts_per_tok / num_experts is then the share of the dense neurons that every token passes through, exactly, and a layer has
+            max(32, num_experts) routed experts at most. Their gate is linear and fitted, and chosen experts weigh (almost) 1.
         num_shared_experts: always-on experts of width F, with weight 1, outside the scale; None: 0, for sharing_inter 1.
         moe_intermediate_size: F; None: N / (E + shared), for copy N. sharing_inner, sharing_inter with overlap, and copy may take others.
         overlap: sharing_inter only: whether routed experts may share neurons among themselves.
         gate, gate_noise, balance: see `dyn.nn.experts.Gate`; None is a linear gate with small random weights.
         score_scale: c: n_over_k (E/K, the paper's; the default), n (E), k (K), sqrt_kn, learnable (starts at E/K), measured (by layer, needs batches), a
-            number, or a list of one number a layer. Section 2.3 says what each preserves.
+            number, or a list of one number a layer. Section 2.3 says what each preserves. With a fitted gate K is the default.
         reinit: copy only: the share of each copy's neurons that is drawn anew.
         features: kmeans only: cluster rows of the up or of the gate projection.
         batches: token ids [B, L], read once into a list. gradient and the sharing methods group sequences by k-means of mean hidden states, or take E lists.
@@ -92,7 +96,8 @@ def from_dense(
     flat = [b for group in grouped for b in (group if isinstance(group, (list, tuple)) else [group])] if grouped else []
     ratios = dense_ratios(dense, flat) if score_scale == "measured" else None
 
-    groups, shared, state, adjacency = [], [], {}, {}
+    groups, shared, gates, state, adjacency = [], [], [], {}, {}
+    fits = fit_layers(dense, flat, method, config, seed) if method.needs == "activations" else None
     hasher = hashlib.sha256()
     per_pass = max(1, CHUNK_BYTES // (4 * config.intermediate_size**2))
     for i, layer in enumerate(layers):
@@ -102,10 +107,12 @@ def from_dense(
         weights = [mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach(), mlp.down_proj.weight.detach()]
         for weight in weights:
             hasher.update(weight.contiguous().view(torch.uint8).cpu().numpy())
-        source = LayerSource(gate_ND=weights[0], up_ND=weights[1], num_experts=num_experts, group_size=config.of_layer("moe_intermediate_size", i),
-                             num_shared=config.of_layer("num_shared_experts", i), overlap=overlap, features=features, generator=generator(seed, "split", i),
-                             scores_EN=None if scores is None else scores[i], adjacency_NN=adjacency.pop(i, None))
-        shared_S, groups_EF = method.split(source)
+        if fits is not None:
+            fit = next(fits)
+            shared_S, groups_EF, weights[2] = fit.shared_S, fit.groups_EF, fit.down_DN
+            gates.append(fit.gate_ED)
+        else:
+            shared_S, groups_EF = method.split(_source(weights, config, i, overlap, features, seed, scores, adjacency))
         groups.append(groups_EF.cpu())
         shared.append(shared_S.cpu())
         state.update({f"model.layers.{i}.mlp.{k}": v for k, v in _experts(weights, shared_S, groups_EF, reinit, generator(seed, "reinit", i)).items()})
@@ -113,9 +120,11 @@ def from_dense(
         if consume and (method.needs != "coactivations" or i >= len(layers) - per_pass):
             layer.mlp = None
     moe = _assemble(dense, config, state, consume, seed)
+    for layer, gate_ED in zip(moe.model.layers, gates, strict=bool(gates)):
+        layer.mlp.gate.weight.data.copy_(gate_ED)
     if ratios is not None:
         install_measured_scales(moe, ratios, flat)
-    details = {"overlap": overlap, "reinit": reinit, "features": features, "score_scale": score_scale or "n_over_k",
+    details = {"overlap": overlap, "reinit": reinit, "features": features, "score_scale": score_scale or ("k" if gates else "n_over_k"),
                "calibration_tokens": sum(b.numel() for b in flat)}
     moe.construction = Construction(method=construction, seed=seed, source=name, source_hash=hasher.hexdigest(), source_license=license, details=details,
                                     groups=groups, shared=shared)
@@ -167,8 +176,17 @@ def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, 
     if E < 1:
         raise ValueError(f"num_experts={E} must be at least 1")
     layers, units = dense.num_hidden_layers, dense.intermediate_size
+    ks = _per_layer("num_experts_per_tok", k, layers)
+    if method.needs == "activations":
+        if gate != "linear":
+            raise ValueError(f"construction={construction!r} fits a linear gate; got gate={gate!r}")
+        if shared is None and width is None:
+            for i, kk in enumerate(ks):
+                check_gate(E, kk, gate, gate_noise, balance, f"layer {i}")
+            E, ks, width, shared = geometry(units, active_neurons(units, E, ks), max(MOST_EXPERTS, E))
+        scale = "k" if scale is None else scale
     shared = (method.shared or 0) if shared is None else shared
-    ks, shareds = _per_layer("num_experts_per_tok", k, layers), _per_layer("num_shared_experts", shared, layers)
+    shareds = _per_layer("num_shared_experts", shared, layers)
     if method.shared is None and any(shareds):
         raise ValueError(f"construction={construction!r} has no shared experts, got num_shared_experts={shared}; sharing_inter has")
     if width is None:
@@ -205,6 +223,13 @@ def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, 
         attention_output_bias=bias and dense.model_type != "qwen2", qk_norm=dense.model_type == "qwen3", sliding_window=window, layer_types=kinds,
         num_experts=E, num_experts_per_tok=_plain(ks), moe_intermediate_size=_plain(widths), num_shared_experts=_plain(shareds), gate=gate,
         gate_noise=gate_noise, balance=balance, score_scale=_plain(scales), learnable_scale=scale == "learnable")
+
+
+def _source(weights: list[Tensor], config: LlamaMoeConfig, i: int, overlap: bool, features: str, seed: int, scores: Tensor | None,
+            adjacency: dict[int, Tensor]) -> LayerSource:
+    return LayerSource(gate_ND=weights[0], up_ND=weights[1], num_experts=config.num_experts, group_size=config.of_layer("moe_intermediate_size", i),
+                       num_shared=config.of_layer("num_shared_experts", i), overlap=overlap, features=features, generator=generator(seed, "split", i),
+                       scores_EN=None if scores is None else scores[i], adjacency_NN=adjacency.pop(i, None))
 
 
 def _known(construction: str) -> str:

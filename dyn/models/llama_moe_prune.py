@@ -1,0 +1,89 @@
+"""The control without routing: a smaller dense decoder that keeps the same neurons for every token. T tokens, N neurons, D hidden size, L layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dyn.core.calibrate import energies
+from dyn.models.llama_moe_calibrate import Features, LayerFit, check_enough, walk
+from dyn.models.llama_moe_construct import Sample
+from dyn.models.llama_moe_convert import check_family, fresh, load_dense
+from dyn.models.llama_moe_measure import next_token_loss
+from dyn.nn.probe import taylor_scores
+
+
+def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction = 0.5, *, batches: Iterable[Tensor], refit: bool = True,
+                importance: Literal["energy", "taylor"] = "energy", seed: int = 0) -> PreTrainedModel:
+    """A model of the same class with `keep` of every feed-forward's neurons, the same for every token; plain transformers loads it.
+
+    Layer after layer, on the inputs that the already pruned model gives it, the most important neurons are kept and the down projection is refitted by ridge
+    regression in closed form, towards the dense model's residual stream behind the layer. The refit is that of construction="calibrated", so the
+    difference between the two is what routing buys.
+
+    Args:
+        dense: Llama, Mistral, Qwen2 or Qwen3, or a folder or hub id of one; an object stays as it is.
+        keep: share of neurons in (0, 1], read as a decimal: keep * intermediate_size must be a whole number.
+        batches: token ids [B, L], read once into a list.
+        refit: without it kept neurons have the dense weights.
+        importance: energy: mean of (h - its mean)^2 |w_down|^2 over tokens, weighted by 1 / |residual stream|^2; taylor: mean |h dL/dh|, dense model.
+        seed: of the sample of tokens that energies are measured on.
+
+    Raises:
+        ValueError: keep or importance out of range, a family that does not fit, batches of another tokenizer or too short for the regression.
+    """
+    exact = keep if isinstance(keep, Fraction) else Fraction(str(keep))
+    if not 0 < exact <= 1:
+        raise ValueError(f"keep={keep} must lie in (0, 1]")
+    if importance not in ("energy", "taylor"):
+        raise ValueError(f"importance={importance!r} is unknown; allowed: energy, taylor")
+    consume = not isinstance(dense, nn.Module)
+    if consume:
+        dense = load_dense(dense)
+    check_family(dense.config)
+    width = dense.config.intermediate_size
+    if (exact * width).denominator != 1:
+        raise ValueError(f"keep={keep} of intermediate_size={width} is {float(exact * width):g} neurons; nearest: {round(exact * width)}/{width}")
+    kept, batches = int(exact * width), list(batches)
+    check_enough(batches, dense, kept)
+    scores = None
+    if importance == "taylor":
+        downs = [layer.mlp.down_proj for layer in dense.model.layers]
+        scores = taylor_scores(dense, downs, batches, next_token_loss, dense.get_input_embeddings())
+
+    def choose(i: int, mlp: nn.Module, sample: Sample) -> tuple[LayerFit, Features]:
+        score_N = scores[i].to(dense.device) if scores is not None else energies(sample.h_TN, sample.omega_T, sample.norm_N).mean(0)
+        chosen_S = score_N.topk(kept).indices.sort().values
+        fit = LayerFit(shared_S=chosen_S, groups_EF=chosen_S.new_empty(0, 0), gate_ED=None, down_DN=mlp.down_proj.weight.detach())
+        return fit, lambda h_TN, _: h_TN[:, chosen_S]
+
+    config = copy.deepcopy(dense.config)
+    config.intermediate_size = kept
+    state = {}
+    for i, fit in enumerate(walk(dense, batches, choose, refit=refit, seed=seed)):
+        layer, chosen_S = dense.model.layers[i], fit.shared_S
+        state |= {f"model.layers.{i}.mlp.gate_proj.weight": layer.mlp.gate_proj.weight.detach()[chosen_S],
+                  f"model.layers.{i}.mlp.up_proj.weight": layer.mlp.up_proj.weight.detach()[chosen_S],
+                  f"model.layers.{i}.mlp.down_proj.weight": fit.down_DN[:, chosen_S].contiguous()}
+        if consume:
+            layer.mlp = None
+    for key, value in dense.state_dict().items():
+        if ".mlp." not in key:
+            state[key] = value if consume else value.clone()
+    with torch.device("meta"):
+        small = fresh(config, dense.dtype)
+    small.load_state_dict(state, strict=False, assign=True)
+    small.tie_weights()
+    small.model.rotary_emb = type(small.model.rotary_emb)(config=config).to(dense.device)
+    left = [name for name, p in small.named_parameters() if p.is_meta]
+    assert not left, left
+    if dense.generation_config is not None:
+        small.generation_config = dense.generation_config
+    return small.train(dense.training)
