@@ -126,7 +126,18 @@ def _set_words(tree: Any, schema: type, words: Sequence[str]) -> None:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise ValueError(f"expected key=value, got {word!r}")
+        key = _full_key(schema, key, word)
         _set(tree, schema, key, _parse(_hint(schema, key), text, word), place="command line")
+
+
+def _full_key(schema: type, key: str, word: str) -> str:
+    """A key as it stands, or, where there is none of that name on top, the one dotted key that ends in it: construction -> model.construction."""
+    if "." in key or _hint(schema, key) is not None:
+        return key
+    fitting = [full for full in _keys(schema) if full.rpartition(".")[2] == key]
+    if len(fitting) > 1:
+        raise ValueError(f"command line: {word!r} could mean {', '.join(fitting)}; give the whole key")
+    return fitting[0] if fitting else key
 
 
 def _parse(hint: Any, text: str, word: str) -> Any:

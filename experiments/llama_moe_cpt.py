@@ -31,7 +31,7 @@ class ModelConfig:
     balance: Literal["importance_load", "switch", "bias", "none"] = "importance_load"
     balance_weight: float = 0.01
     z_loss_weight: float = 0.0
-    score_scale: str | float = "n_over_k"  # section 2.3
+    score_scale: str | float | None = None  # None: n_over_k (section 2.3), or what a calibrated construction fits
     reinit: float = 0.0
     attention_dropout: float = 0.0
     calibration_sequences: int = 64  # of block_size tokens, for constructions and scales that look at data

@@ -45,8 +45,9 @@ class LayerFit:
 def geometry(width: int, active: Sequence[int], most: int) -> tuple[int, list[int], int, int]:
     """(E, K by layer, F, shared experts) with K F + shared F = `active` neurons of a layer exactly and (E + shared) F = `width`.
 
-    The finest groups of which a token leaves out at most three quarters of `most`; at most half as many as it leaves out are chosen by the gate, the other
-    active ones are shared. Everything active: one K = E = the caller's `most`, or the nearest divisor of the width below it.
+    The finest groups of which a token leaves out at most three quarters of `most`, a multiple of 8 wide where that still leaves out 8; at most half as many
+    as it leaves out are chosen by the gate, the other active ones are shared. Everything active: one K = E = the caller's `most`, or the nearest divisor of
+    the width below it.
 
     Raises:
         ValueError: no active neuron, or more than there are.
@@ -58,7 +59,8 @@ def geometry(width: int, active: Sequence[int], most: int) -> tuple[int, list[in
         return experts, [experts] * len(active), width // experts, 0
     unit = math.gcd(*active, *(width - a for a in active))
     idle = max(width - a for a in active)
-    size = next(f for f in range(1, unit + 1) if unit % f == 0 and (idle // f <= 3 * most // 4 or f == unit))
+    sizes = [f for f in range(1, unit + 1) if unit % f == 0 and (idle // f <= 3 * most // 4 or f == unit)]
+    size = next((f for f in sizes if f % 8 == 0 and idle // f >= 8), sizes[0])  # grouped products want rows of 16 bytes
     left = idle // size
     chosen = max(1, min(min(active) // size, most - left, max(1, left // 2)))
     experts = left + chosen

@@ -180,11 +180,13 @@ def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, 
     if method.needs == "activations":
         if gate != "linear":
             raise ValueError(f"construction={construction!r} fits a linear gate; got gate={gate!r}")
+        if scale not in (None, "k"):
+            raise ValueError(f"construction={construction!r} fits experts that weigh 1 each, score_scale='k'; got {scale!r}")
         if shared is None and width is None:
             for i, kk in enumerate(ks):
                 check_gate(E, kk, gate, gate_noise, balance, f"layer {i}")
             E, ks, width, shared = geometry(units, active_neurons(units, E, ks), max(MOST_EXPERTS, E))
-        scale = "k" if scale is None else scale
+        scale = "k"
     shared = (method.shared or 0) if shared is None else shared
     shareds = _per_layer("num_shared_experts", shared, layers)
     if method.shared is None and any(shareds):

@@ -97,7 +97,8 @@ def test_words(word, key, value):
     ("word", "parts"),
     [
         ("optim.lrr=1", ["command line", "'optim.lrr'", "value 1", "nearest: 'optim.lr'"]),
-        ("warmup=1", ["'warmup'", "nearest: 'optim.warmup'"]),
+        ("warmup=1", ["'warmup=1' could mean optim.warmup, dense.warmup", "whole key"]),
+        ("warmpu=1", ["'warmpu'", "nearest: 'optim.warmup'"]),
         ("sed=1", ["nearest: 'seed'"]),
         ("seed.x=1", ["'seed.x'", "nearest: 'seed'"]),
         ("optim={lr: 1, kid: sgd}", ["'optim.kid'", "nearest: 'optim.kind'"]),

@@ -31,7 +31,8 @@ def test_every_construction_takes_rows_and_columns_of_the_dense_weights(method):
             assert (index.diff() > 0).all()
             torch.testing.assert_close(made.mlp.experts.gate_up_proj[e, :width], layer.mlp.gate_proj.weight[index])
             torch.testing.assert_close(made.mlp.experts.gate_up_proj[e, width:], layer.mlp.up_proj.weight[index])
-            torch.testing.assert_close(made.mlp.experts.down_proj[e], layer.mlp.down_proj.weight[:, index])
+            if not METHODS[method].refit:
+                torch.testing.assert_close(made.mlp.experts.down_proj[e], layer.mlp.down_proj.weight[:, index])
         if METHODS[method].partition:
             assert torch.cat([groups.flatten(), shared]).sort().values.tolist() == list(range(24))
     assert len(moe.construction.source_hash) == 64

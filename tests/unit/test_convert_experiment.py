@@ -29,7 +29,6 @@ SPEC = importlib.util.spec_from_file_location("check_llama_moe_convert", ROOT / 
 EXPERIMENT = sys.modules[SPEC.name] = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(EXPERIMENT)
 NAME = "llama_moe_convert"
-needs_prune = pytest.mark.skipif(not hasattr(llama_moe, "prune_dense"), reason="prune_dense is not there yet")
 
 
 def settings(*words, profile="smoke", row=None):
@@ -296,7 +295,7 @@ def test_rows_without_a_network_of_their_own(words, tmp_path):
     assert metrics["calibration tokens"] == 0 and "time a token / dense" not in metrics
 
 
-@pytest.mark.parametrize("construction", ["random", "kmeans", "gradient", *[m for m in METHODS if m in ("calibrated", "cmoe", "expert_weaver")]])
+@pytest.mark.parametrize("construction", ["random", "kmeans", "gradient", *[m for m in METHODS if METHODS[m].needs == "activations"]])
 def test_other_constructions_run(construction, tmp_path):
     words = (f"model.construction={construction}", "model.num_experts_per_tok=2", "diagnose=false", "export=false", *PLAIN)
     run = run_of(settings(*words), tmp_path)
@@ -306,7 +305,6 @@ def test_other_constructions_run(construction, tmp_path):
     assert (metrics["calibration tokens"] == 0) == (METHODS[construction].needs == "nothing")
 
 
-@needs_prune
 def test_the_control_runs(tmp_path):
     words = ("model.kind=prune", "model.num_experts_per_tok=2", "leave_out=red", *PLAIN)
     run = run_of(settings(*words), tmp_path)
