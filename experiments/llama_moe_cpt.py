@@ -6,6 +6,7 @@ The defaults are the paper's recipe for LLaMA-MoE-3.5B (4 of 16): section number
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 from dyn.data.sources import TextSource
@@ -18,7 +19,7 @@ class ModelConfig:
     """What is trained. `from_dense` explains the fields that it shares."""
 
     source: str = "meta-llama/Llama-2-7b-hf"  # folder, hub id, or a packaged model's name
-    kind: Literal["moe", "dense"] = "moe"  # dense: the control, the same model without experts on the same tokens
+    kind: Literal["moe", "dense", "prune"] = "moe"  # controls on the same tokens: dense: without experts; prune: k/N of the neurons, the same for every token
     start: Literal["pretrained", "scratch"] = "pretrained"  # scratch: the same shape with random weights (Figure 7)
     num_experts: int = 16
     num_experts_per_tok: int = 4
@@ -35,6 +36,10 @@ class ModelConfig:
     reinit: float = 0.0
     attention_dropout: float = 0.0
     calibration_sequences: int = 64  # of block_size tokens, for constructions and scales that look at data
+
+    def keep(self) -> Fraction:
+        """What kind=prune keeps of the feed-forward."""
+        return Fraction(self.num_experts_per_tok, self.num_experts)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,6 +99,8 @@ class Config:
         if self.distill.weight > 0 and self.data.dynamic != "none":
             raise ValueError(f"distill.weight={self.distill.weight} needs draws that are known in advance, data.dynamic={self.data.dynamic} changes them: "
                              "set data.dynamic=none or distill.weight=0")
+        if self.model.start == "scratch" and self.model.kind == "prune":
+            raise ValueError("model.kind=prune keeps neurons of a pre-trained network: model.start=scratch has none")
         if self.dense_control and self.model.kind == "dense":
             raise ValueError("dense_control=true beside model.kind=dense would train the same model twice")
 
@@ -107,7 +114,17 @@ def row(name: str, **changes: Any) -> dict[str, Any]:
     return {"row": name} | base | {key.replace("__", "."): value for key, value in changes.items()}
 
 
+def half(name: str, experts: int = 8, k: int = 4, **changes: Any) -> list[dict[str, Any]]:
+    """Half of the feed-forward active, from one start: plain training, and half of the loss from the dense parent. Set the budget by tokens=..."""
+    changes = dict(model__num_experts=experts, model__num_experts_per_tok=k, model__gate="linear", model__gate_noise=False) | changes
+    return [row(name + words, distill__weight=weight, **changes) for words, weight in (("", 0.0), (", distilled", 0.5))]
+
+
 SWEEPS: dict[str, list[dict[str, Any]]] = {
+    "after": [*(made for m in ("random", "kmeans", "gradient") for made in half(m, model__construction=m)),
+              *half("sharing_inter", 6, 2, model__construction="sharing_inter", model__num_shared_experts=2),
+              *(made for m in ("cmoe", "expert_weaver", "calibrated") for made in half(m, 32, 16, model__construction=m)),
+              *half("prune", model__kind="prune"), row("dense, same tokens", model__kind="dense", distill__weight=0.0)],
     "construction": [row("random"), *(row(m, model__construction=m) for m in ("kmeans", "coactivation", "gradient", "sharing_inner")),  # Figure 3
                      row("sharing_inter, 14 + 2", model__construction="sharing_inter", model__num_experts=14, model__num_shared_experts=2,
                          model__num_experts_per_tok=2),

@@ -18,15 +18,25 @@ from torch import Tensor
 
 from dyn.core.assign import balanced
 
+DOMINANT = 0.2  # share of a token's squared stream
 SEED_ROUNDS = 10  # of spherical k-means over tokens, which only starts the alternation
 GATE_STEPS, GATE_BATCH, GATE_RATE = 100, 4096, 0.06  # of `fit_gate`; the rate is relative to the deviation of the starting weights
 
 
 def token_weights(stream_TD: Tensor) -> Tensor:
-    """omega [T]: 1 / |residual stream|^2, mean 1. The next norm divides by it, so that an error counts in proportion; without it a few tokens with
-    massive activations (20,000 where others have 150) decide every regression."""
-    omega_T = 1.0 / stream_TD.float().square().sum(1).clamp(min=1e-12)
-    return omega_T / omega_T.mean()
+    """omega [T]: 1 / |residual stream|^2. The next norm divides by it, so that an error counts in proportion; without it a few tokens with massive
+    activations (20,000 where others have 150) decide every regression."""
+    return 1.0 / stream_TD.float().square().sum(1).clamp(min=1e-12)
+
+
+def dominant(h_TN: Tensor, omega_T: Tensor, norm_N: Tensor, most: int) -> Tensor:
+    """Neurons, at most `most`, that alone make up more than a fifth of the squared stream of some token, the strongest first.
+
+    They write the massive activations of attention sinks: seldom, so that they carry little energy in all, but a sequence whose sink is missing is lost.
+    Hence they must always be on."""
+    peak_N = (h_TN.square() * omega_T[:, None]).amax(0) * norm_N.square()
+    order_N = peak_N.argsort(descending=True, stable=True)
+    return order_N[: min(most, int((peak_N > DOMINANT).sum()))]
 
 
 def energies(h_TN: Tensor, omega_T: Tensor, norm_N: Tensor) -> Tensor:
@@ -94,8 +104,8 @@ def seed_choices(x_TD: Tensor, num_experts: int, k: int, generator: torch.Genera
     return top_mask(unit_TD @ centre_ED.T, k)
 
 
-def alternate(x_TD: Tensor, energy_TN: Tensor, *, num_experts: int, k: int, size: int, rounds: int,
-              generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, list[float]]:
+def alternate(x_TD: Tensor, energy_TN: Tensor, *, num_experts: int, k: int, size: int, rounds: int, generator: torch.Generator,
+              always_on: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, list[float]]:
     """Shared neurons, balanced groups and a gate, each fitted to the others in turn.
 
     Given the gate's choices, the assignment of neurons to shared places and groups that gathers the most energy is exact (`balanced`; a shared neuron
@@ -106,6 +116,7 @@ def alternate(x_TD: Tensor, energy_TN: Tensor, *, num_experts: int, k: int, size
         num_experts, k, size: E, K < E and F; E F <= N, what is left is shared and must be a multiple of F.
         rounds: of both steps; 4 to 8 are enough.
         generator: on the CPU.
+        always_on: neurons that must be shared, no more than there are places.
 
     Returns:
         shared_S, groups_EF (both sorted), gate_ED, and the captured share of all energy after every round.
@@ -116,7 +127,9 @@ def alternate(x_TD: Tensor, energy_TN: Tensor, *, num_experts: int, k: int, size
     total, whole_N = energy_TN.sum(dtype=torch.float64).item(), energy_TN.sum(0)
     chosen_TE, gate_ED, prices, captured = seed_choices(x_TD, num_experts, k, generator), None, None, []
     for number in range(rounds):
-        gain_NE = torch.cat([whole_N[:, None].expand(-1, always), energy_TN.T @ chosen_TE], 1)
+        gain_NE = torch.cat([whole_N[:, None].repeat(1, always), energy_TN.T @ chosen_TE], 1)
+        if always_on is not None:  # no place's price can exceed what the most energetic neuron gains by it
+            gain_NE[always_on, :always] += 2 * whole_N.max()
         labels_N, prices = balanced(-gain_NE, prices)
         # A column a group, shared ones left out.
         member_NE = nnf.one_hot(labels_N, num_experts + always)[:, always:].to(energy_TN.dtype)

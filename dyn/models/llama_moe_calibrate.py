@@ -46,8 +46,8 @@ def geometry(width: int, active: Sequence[int], most: int) -> tuple[int, list[in
     """(E, K by layer, F, shared experts) with K F + shared F = `active` neurons of a layer exactly and (E + shared) F = `width`.
 
     The finest groups of which a token leaves out at most three quarters of `most`, a multiple of 8 wide where that still leaves out 8; at most half as many
-    as it leaves out are chosen by the gate, the other active ones are shared. Everything active: one K = E = the caller's `most`, or the nearest divisor of
-    the width below it.
+    as it leaves out are chosen by the gate; the other active ones, one at least where there are two, are shared. Everything active: one K = E = the
+    caller's `most`, or the nearest divisor of the width below it.
 
     Raises:
         ValueError: no active neuron, or more than there are.
@@ -62,7 +62,7 @@ def geometry(width: int, active: Sequence[int], most: int) -> tuple[int, list[in
     sizes = [f for f in range(1, unit + 1) if unit % f == 0 and (idle // f <= 3 * most // 4 or f == unit)]
     size = next((f for f in sizes if f % 8 == 0 and idle // f >= 8), sizes[0])  # grouped products want rows of 16 bytes
     left = idle // size
-    chosen = max(1, min(min(active) // size, most - left, max(1, left // 2)))
+    chosen = max(1, min(min(active) // size - 1, most - left, left // 2))
     experts = left + chosen
     return experts, [experts - (width - a) // size for a in active], size, width // size - experts
 
@@ -169,9 +169,7 @@ def _refit(layer: nn.Module, mlp: nn.Module, streams: list[list[Tensor]], device
     ridge = Ridge(*down_PD.shape, down_PD)
     for theirs, ours in zip(*streams, strict=True):
         theirs_TD, ours_TD = theirs.to(device).flatten(0, 1).float(), ours.to(device).flatten(0, 1).float()
-        # One mean for all tokens would need a pass more; the regression does not depend on a common factor, but its ridge does only by its own mean.
-        omega_T = 1.0 / theirs_TD.square().sum(1).clamp(min=1e-12)
-        ridge.add(_features(layer, mlp, ours.to(device), features), theirs_TD - ours_TD, omega_T)
+        ridge.add(_features(layer, mlp, ours.to(device), features), theirs_TD - ours_TD, token_weights(theirs_TD))
     return ridge.solve(down_PD, ridge=RIDGE)
 
 

@@ -102,9 +102,10 @@ def calibrated(source: LayerSource) -> tuple[Tensor, Tensor, Tensor]:
     if k == source.num_experts:  # nothing to choose: equal logits, equal weights
         shared_S, groups_EF = random(source)
         return shared_S, groups_EF, torch.zeros(k, sample.x_TD.shape[1])
+    always_on = calibrate.dominant(sample.h_TN, sample.omega_T, sample.norm_N, source.num_shared * size // 2)
     energy_TN = calibrate.energies(sample.h_TN, sample.omega_T, sample.norm_N)
     shared_S, groups_EF, gate_ED, _ = calibrate.alternate(sample.x_TD, energy_TN, num_experts=source.num_experts, k=k, size=size, rounds=ROUNDS,
-                                                          generator=source.generator)
+                                                          generator=source.generator, always_on=always_on)
     return shared_S, groups_EF, gate_ED
 
 

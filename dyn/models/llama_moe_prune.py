@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dyn.core.calibrate import energies
+from dyn.core.calibrate import dominant, energies
 from dyn.models.llama_moe_calibrate import Features, LayerFit, check_enough, walk
 from dyn.models.llama_moe_construct import Sample
 from dyn.models.llama_moe_convert import check_family, fresh, load_dense
@@ -24,9 +24,9 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction = 0.
                 importance: Literal["energy", "taylor"] = "energy", seed: int = 0) -> PreTrainedModel:
     """A model of the same class with `keep` of every feed-forward's neurons, the same for every token; plain transformers loads it.
 
-    Layer after layer, on the inputs that the already pruned model gives it, the most important neurons are kept and the down projection is refitted by ridge
-    regression in closed form, towards the dense model's residual stream behind the layer. The refit is that of construction="calibrated", so the
-    difference between the two is what routing buys.
+    Layer after layer, on the inputs that the already pruned model gives it, the most important neurons (and those that write massive activations) are kept
+    and the down projection is refitted by ridge regression in closed form, towards the dense model's residual stream behind the layer. The refit is that of
+    construction="calibrated", so the difference between the two is what routing buys.
 
     Args:
         dense: Llama, Mistral, Qwen2 or Qwen3, or a folder or hub id of one; an object stays as it is.
@@ -39,19 +39,13 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction = 0.
     Raises:
         ValueError: keep or importance out of range, a family that does not fit, batches of another tokenizer or too short for the regression.
     """
-    exact = keep if isinstance(keep, Fraction) else Fraction(str(keep))
-    if not 0 < exact <= 1:
-        raise ValueError(f"keep={keep} must lie in (0, 1]")
     if importance not in ("energy", "taylor"):
         raise ValueError(f"importance={importance!r} is unknown; allowed: energy, taylor")
     consume = not isinstance(dense, nn.Module)
     if consume:
         dense = load_dense(dense)
     check_family(dense.config)
-    width = dense.config.intermediate_size
-    if (exact * width).denominator != 1:
-        raise ValueError(f"keep={keep} of intermediate_size={width} is {float(exact * width):g} neurons; nearest: {round(exact * width)}/{width}")
-    kept, batches = int(exact * width), list(batches)
+    kept, batches = kept_neurons(keep, dense.config.intermediate_size), list(batches)
     check_enough(batches, dense, kept)
     scores = None
     if importance == "taylor":
@@ -59,7 +53,9 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction = 0.
         scores = taylor_scores(dense, downs, batches, next_token_loss, dense.get_input_embeddings())
 
     def choose(i: int, mlp: nn.Module, sample: Sample) -> tuple[LayerFit, Features]:
+        always_on = dominant(sample.h_TN, sample.omega_T, sample.norm_N, kept // 4)
         score_N = scores[i].to(dense.device) if scores is not None else energies(sample.h_TN, sample.omega_T, sample.norm_N).mean(0)
+        score_N[always_on] = torch.inf
         chosen_S = score_N.topk(kept).indices.sort().values
         fit = LayerFit(shared_S=chosen_S, groups_EF=chosen_S.new_empty(0, 0), gate_ED=None, down_DN=mlp.down_proj.weight.detach())
         return fit, lambda h_TN, _: h_TN[:, chosen_S]
@@ -87,3 +83,13 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction = 0.
     if dense.generation_config is not None:
         small.generation_config = dense.generation_config
     return small.train(dense.training)
+
+
+def kept_neurons(keep: float | Fraction, width: int) -> int:
+    """keep * width, exactly. ValueError for keep outside (0, 1] or no whole number of neurons."""
+    exact = keep if isinstance(keep, Fraction) else Fraction(str(keep))
+    if not 0 < exact <= 1:
+        raise ValueError(f"keep={keep} must lie in (0, 1]")
+    if (exact * width).denominator != 1:
+        raise ValueError(f"keep={keep} of intermediate_size={width} is {float(exact * width):g} neurons; nearest: {round(exact * width)}/{width}")
+    return int(exact * width)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dyn.models.llama_moe_convert import fresh, moe_config
+from dyn.models.llama_moe_prune import kept_neurons
 from dyn.models.packaged import dense_config
 from dyn.nn.surgery import count_parameters, flops_per_token
 
@@ -15,7 +16,9 @@ GIB = 1 << 30
 
 def shape(model: Any, dense: Any) -> Any:
     """Configuration of the network that an experiment's ModelConfig asks for, from that of the dense model."""
-    if model.kind == "dense":
+    if model.kind != "moe":
+        if model.kind == "prune":
+            dense.intermediate_size = kept_neurons(model.keep(), dense.intermediate_size)
         dense.attention_dropout = model.attention_dropout
         return dense
     config = moe_config(dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,

@@ -25,7 +25,7 @@ from dyn.data.filters import FILTERS, WEB, Fluency
 from dyn.data.mixture import MixtureLoader, domain_weights, validation_batches
 from dyn.data.tiny import tiny_corpus, tiny_tokenizer
 from dyn.data.tokens import Tokens, shard
-from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense
+from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, prune_dense
 from dyn.models.llama_moe_construct import METHODS
 from dyn.models.llama_moe_convert import fresh, load_dense, read_config
 from dyn.models.packaged import PACKAGED, cache_folder, dense_config, packaged
@@ -168,7 +168,7 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
         loader = taught(cfg, run, source, tokenizer, loader)
     net = _build(cfg, run, kind, source, corpus)
     counts, flops = count_parameters(net), flops_per_token(net, cfg.data.block_size)
-    before = _samples(cfg, net, tokenizer) if kind == "moe" or cfg.model.start == "scratch" else dense["samples"]
+    before = _samples(cfg, net, tokenizer) if kind != "dense" or cfg.model.start == "scratch" else dense["samples"]
     config = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_first=True, val_every=min(cfg.trainer.val_every, math.ceil(steps / 2)))
     optim = dataclasses.replace(cfg.optim, warmup_steps=min(cfg.optim.warmup_steps, steps // 4))
     load = ExpertLoad()
@@ -184,7 +184,7 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
     result = {"before": _first_losses(run, name, corpus), "after": after, "samples_before": before,
               "samples_after": _samples(cfg, net, tokenizer) if rank == 0 else [], "counts": counts, "flops_per_token": flops,
               "speed": speed, "seconds": time.monotonic() - began, "load": {d: v.tolist() for d, v in load.loads.items()}}
-    if kind == "moe" and rank == 0:
+    if kind != "dense" and rank == 0:
         result |= {"overlap": _overlap(net), "export": _export(cfg, run, net, tokenizer, corpus, dense["losses"], after)}
     return result
 
@@ -202,9 +202,11 @@ def _build(cfg: Any, run: Any, kind: str, source: Any, corpus: Corpus) -> nn.Mod
     def convert(part: Path) -> None:
         began = time.monotonic()
         _convert(cfg, source, corpus).save_pretrained(part)
-        run.log(f"converted by {model.construction} in {time.monotonic() - began:.0f} s")
+        run.log(f"converted by {model.construction if kind == 'moe' else 'prune_dense'} in {time.monotonic() - began:.0f} s")
 
     _once(folder, convert, world(cfg.trainer)[0])
+    if kind == "prune":
+        return _pretrained(folder, attention_dropout=model.attention_dropout)
     return LlamaMoeForCausalLM.from_pretrained(folder, attention_dropout=model.attention_dropout, dtype=torch.float32)
 
 
@@ -232,16 +234,18 @@ def _once(folder: Path, make: Callable[[Path], None], rank: int) -> None:
         time.sleep(0.5)
 
 
-def _convert(cfg: Any, source: Any, corpus: Corpus) -> LlamaMoeForCausalLM:
+def _convert(cfg: Any, source: Any, corpus: Corpus) -> nn.Module:
     model = cfg.model
     batches = None
-    if METHODS[model.construction].needs != "nothing" or model.score_scale == "measured":
+    if model.kind == "prune" or METHODS[model.construction].needs != "nothing" or model.score_scale == "measured":
         size = cfg.data.batch_size
         calibration = MixtureLoader(corpus.train, corpus.weights, block_size=min(cfg.data.block_size, 2048), batch_size=size, seed=cfg.seed + 1,
                                     num_batches=math.ceil(model.calibration_sequences / size))
         batches = [batch["input_ids"] for batch in calibration]
     if torch.cuda.is_available() and batches is not None:  # statistics are forward and backward passes
         source = load_dense(source).cuda()
+    if model.kind == "prune":
+        return prune_dense(source, model.keep(), batches=batches, seed=cfg.seed).float().cpu()
     moe = from_dense(
         source, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok, construction=model.construction, overlap=model.overlap,
         num_shared_experts=model.num_shared_experts, moe_intermediate_size=model.moe_intermediate_size, gate=model.gate, gate_noise=model.gate_noise,
@@ -286,17 +290,17 @@ def _first_losses(run: Any, name: str, corpus: Corpus) -> dict[str, float]:
     return {d: rows[0][f"val/{d}/loss"] for d in corpus.validation} if rows else {}
 
 
-def _overlap(net: LlamaMoeForCausalLM) -> list | None:
-    made = net.construction
+def _overlap(net: nn.Module) -> list | None:
+    made = getattr(net, "construction", None)
     return overlaps(made.groups) if made is not None and (made.method == "sharing_inner" or made.details.get("overlap")) else None
 
 
-def _export(cfg: Any, run: Any, net: LlamaMoeForCausalLM, tokenizer: Any, corpus: Corpus, dense: dict[str, float], losses: dict[str, float]) -> str:
+def _export(cfg: Any, run: Any, net: nn.Module, tokenizer: Any, corpus: Corpus, dense: dict[str, float], losses: dict[str, float]) -> str:
     """The trained model for `transformers`, with tokenizer and card, written whole or not at all."""
     folder, part = run.folder / "export", run.folder / "export.part"
     shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
-    if net.construction is not None:  # the card reads these, in every format that this model is saved in later too
+    if getattr(net, "construction", None) is not None:  # the card reads these, in every format that this model is saved in later too
         path = Path(cfg.data.text.path)
         net.construction.details |= {"data": f"{path.name if path.exists() else path} ({', '.join(corpus.train)})",
                                      "results": {f"held-out loss, {d} (dense, untrained: {dense[d]:.4f})": round(v, 4) for d, v in losses.items()}}

@@ -1,0 +1,175 @@
+"""Conversion without training: calibrated and its kin, and prune_dense."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, prune_dense, to_mixtral, to_qwen2_moe
+from dyn.models.llama_moe_calibrate import geometry
+from dyn.models.llama_moe_construct import METHODS
+from tests.unit.test_convert import tiny
+
+FITTED = [name for name, method in METHODS.items() if method.needs == "activations"]
+SIZES = dict(vocab_size=61, hidden_size=16, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32)
+
+
+def text(batches=5, seed=0):
+    return [torch.randint(0, 61, (4, 16), generator=torch.Generator().manual_seed(seed + i)) for i in range(batches)]
+
+
+def loud(model):
+    """Weights large enough for the feed-forward networks to matter."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for weight in layer.mlp.parameters():
+                weight.normal_(0, 0.4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return loud(tiny(**SIZES))
+
+
+@torch.no_grad()
+def distance(model, dense, ids):
+    return (model(input_ids=ids).logits - dense(input_ids=ids).logits).square().mean().item()
+
+
+@pytest.mark.parametrize("method", FITTED)
+@pytest.mark.parametrize(("n", "k"), [(8, 4), (32, 16), (4, 3), (4, 1), (2, 1), (96, 48)])
+def test_every_token_passes_through_exactly_its_share_of_neurons(dense, method, n, k):
+    moe = from_dense(dense, num_experts=n, num_experts_per_tok=k, construction=method, batches=text())
+    assert moe.config.num_experts <= max(32, n)
+    seen = []
+    hooks = [layer.mlp.register_forward_hook(lambda _, __, out: seen.append(out[1].idx_TK)) for layer in moe.model.layers]
+    moe(input_ids=text(1, seed=9)[0])
+    for hook in hooks:
+        hook.remove()
+    for i, idx_TK in enumerate(seen):
+        groups, shared = moe.construction.groups[i], moe.construction.shared[i]
+        for chosen in idx_TK:
+            assert len(torch.cat([groups[chosen].flatten(), shared]).unique()) == 48 * k // n
+        assert moe.config.active_width(i) == 48 * k // n
+
+
+def test_budgets_by_layer(dense):
+    moe = from_dense(dense, num_experts=8, num_experts_per_tok=[2, 4, 6], construction="calibrated", batches=text())
+    assert [moe.config.active_width(i) for i in range(3)] == [12, 24, 36]
+    assert torch.isfinite(moe(input_ids=text(1)[0]).logits).all()
+
+
+@pytest.mark.parametrize("width", [48, 64, 1536, 11008, 14336, 18944])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 1])
+def test_geometry_adds_up(width, share):
+    active = int(width * share)
+    experts, (k,), size, shared = geometry(width, [active], 32)
+    assert (experts + shared) * size == width and (k + shared) * size == active and 1 <= k <= experts <= 32
+
+
+@pytest.mark.parametrize("family", [(MistralForCausalLM, MistralConfig, dict(sliding_window=4)), (Qwen2ForCausalLM, Qwen2Config, {}),
+                                    (Qwen3ForCausalLM, Qwen3Config, dict(head_dim=8)), None])
+def test_with_nothing_left_out_the_refit_changes_nothing(family, dense):
+    if family is not None:
+        torch.manual_seed(0)
+        dense = loud(family[0](family[1](**SIZES, **family[2])).eval())
+    pruned = prune_dense(dense, 1.0, batches=text())
+    assert type(pruned) is type(dense)
+    moe = from_dense(dense, num_experts=8, num_experts_per_tok=8, construction="calibrated", batches=text())
+    for i, (layer, same) in enumerate(zip(dense.model.layers, pruned.model.layers, strict=True)):
+        torch.testing.assert_close(same.mlp.down_proj.weight, layer.mlp.down_proj.weight, atol=1e-4, rtol=0)
+        torch.testing.assert_close(same.mlp.up_proj.weight, layer.mlp.up_proj.weight)
+        groups = moe.construction.groups[i]
+        torch.testing.assert_close(moe.model.layers[i].mlp.experts.down_proj, layer.mlp.down_proj.weight[:, groups].transpose(0, 1), atol=1e-4, rtol=0)
+    ids = text(1, seed=7)[0]
+    for model in (pruned, moe):
+        torch.testing.assert_close(model(input_ids=ids).logits, dense(input_ids=ids).logits, atol=1e-3, rtol=0)
+
+
+def test_the_refit_and_the_routing_help(dense):
+    batches, ids = text(20), text(1, seed=99)[0]
+    error = {"prune": distance(prune_dense(dense, 0.5, batches=batches), dense, ids),
+             "prune, no refit": distance(prune_dense(dense, 0.5, batches=batches, refit=False), dense, ids)}
+    error |= {m: distance(from_dense(dense, num_experts=8, num_experts_per_tok=4, construction=m, batches=batches), dense, ids) for m in (*FITTED, "random")}
+    assert error["prune"] < error["prune, no refit"]
+    assert error["calibrated"] < min(error["cmoe"], error["expert_weaver"], error["random"], error["prune"])
+
+
+def test_what_the_refit_saw_is_what_the_model_does(dense):
+    """The streams end where the finished model ends: no drift between the statistics and the model."""
+    from dyn.models import llama_moe_calibrate as calibrate
+    seen = []
+    refit = calibrate._refit
+
+    def spy(layer, mlp, streams, *rest):
+        seen.append(streams[1][0].clone())  # the stream before the feed-forward, behind the layers already converted
+        return refit(layer, mlp, streams, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "_refit", spy)
+        batches = text()
+        moe = from_dense(dense, num_experts=8, num_experts_per_tok=4, construction="calibrated", batches=batches)
+    inputs = []
+    hooks = [layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in moe.model.layers]
+    moe(input_ids=batches[0])
+    for hook in hooks:
+        hook.remove()
+    for before, after in zip(seen, inputs, strict=True):
+        torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
+
+
+def test_a_folder_gives_what_an_object_gives(dense, tmp_path):
+    dense.save_pretrained(tmp_path / "dense")
+    for make in (lambda source: from_dense(source, num_experts=8, num_experts_per_tok=4, construction="calibrated", batches=text()),
+                 lambda source: prune_dense(source, 0.25, batches=text())):
+        one, two = make(dense), make(tmp_path / "dense")
+        assert all(torch.equal(v, two.state_dict()[k]) for k, v in one.state_dict().items())
+
+
+def test_the_pruned_model_is_a_plain_one_and_the_dense_one_stays(dense, tmp_path):
+    before = copy.deepcopy(dense.state_dict())
+    pruned = prune_dense(dense, 0.5, batches=text(), importance="taylor")
+    assert pruned.config.intermediate_size == 24 and dense.config.intermediate_size == 48
+    pruned.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = text(1)[0]
+    torch.testing.assert_close(loaded(input_ids=ids).logits, pruned(input_ids=ids).logits)
+    with torch.no_grad():
+        for weight in pruned.parameters():
+            weight.zero_()
+    assert all(torch.equal(before[k], v) for k, v in dense.state_dict().items()) and all(p.requires_grad for p in dense.parameters())
+
+
+def test_exports_keep_the_logits(dense, tmp_path):
+    moe = from_dense(dense, num_experts=8, num_experts_per_tok=4, construction="calibrated", batches=text())
+    ids = text(1, seed=3)[0]
+    moe.save_pretrained(tmp_path / "ours")
+    to_qwen2_moe(moe, tmp_path / "qwen")
+    to_mixtral(moe, tmp_path / "mixtral", fold_shared=True)
+    for folder in ("ours", "qwen", "mixtral"):
+        loaded = (LlamaMoeForCausalLM if folder == "ours" else AutoModelForCausalLM).from_pretrained(tmp_path / folder, experts_implementation="eager")
+        torch.testing.assert_close(loaded(input_ids=ids).logits, moe(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    (dict(batches=[torch.zeros(1, 8, dtype=torch.long)]), "batches hold 8 tokens; the regression of 24 active neurons"),
+    (dict(batches=[torch.full((4, 16), 61)]), "do not fit vocab_size=61: is this the model's own tokenizer"),
+    (dict(batches=None), "needs batches"), (dict(batches=[]), "batches is empty"), (dict(gate="mlp"), "fits a linear gate; got gate='mlp'"),
+    (dict(score_scale="n"), "fits experts that weigh 1 each, score_scale='k'; got 'n'"),
+    (dict(num_experts=7, num_experts_per_tok=3), "is 20.5714 neurons, no whole number"), (dict(num_experts_per_tok=9), "num_experts_per_tok=9"),
+    (dict(num_experts=5, num_experts_per_tok=2, num_shared_experts=2), "num_experts . num_shared_experts = 7 does not divide")])
+def test_what_cannot_be_calibrated_is_refused(dense, changes, words):
+    settings = dict(num_experts=8, num_experts_per_tok=4, construction="calibrated", batches=text()) | changes
+    with pytest.raises(ValueError, match=words):
+        from_dense(dense, **settings)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    (dict(keep=0), r"keep=0 must lie in \(0, 1\]"), (dict(keep=1.5), "keep=1.5"), (dict(keep=0.3), "keep=0.3 of intermediate_size=48 is 14.4 neurons"),
+    (dict(importance="size"), "importance='size' is unknown"), (dict(batches=[torch.zeros(1, 8, dtype=torch.long)]), "batches hold 8 tokens")])
+def test_what_cannot_be_pruned_is_refused(dense, changes, words):
+    with pytest.raises(ValueError, match=words):
+        prune_dense(dense, **dict(keep=0.5, batches=text()) | changes)
