@@ -79,6 +79,7 @@ class Config:
     calibration_length: int = 2048  # tokens a sequence
     leave_out: str | None = None  # a domain that calibration never sees
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32; medium: TF32 on GPU, oneDNN on CPU, which may round to bfloat16 (AMX) or not
     export: bool = True  # keep what was converted (moe, prune) as a folder for transformers
     diagnose: bool = True  # ceilings, gates and layers, with plots; costs about 2 passes a layer over diagnose_tokens
     diagnose_tokens: int = 8192  # of the held-out text, a block of every domain at least

@@ -90,7 +90,7 @@ def from_dense(
     if grouped is None and (method.needs != "nothing" or score_scale == "measured"):
         raise ValueError(f"construction={construction!r} with score_scale={score_scale!r} needs batches: an iterable of token ids [B, L]")
     if consume:  # only now: what can be refused by sizes alone was, before gigabytes are read
-        dense = load_dense(dense)
+        dense = load_dense(dense).eval().requires_grad_(False)
     layers = dense.model.layers
     scores = layer_scores(dense, grouped, num_experts, seed) if method.needs == "scores" else None
     flat = [b for group in grouped for b in (group if isinstance(group, (list, tuple)) else [group])] if grouped else []

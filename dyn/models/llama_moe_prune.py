@@ -43,7 +43,7 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction = 0.
         raise ValueError(f"importance={importance!r} is unknown; allowed: energy, taylor")
     consume = not isinstance(dense, nn.Module)
     if consume:
-        dense = load_dense(dense)
+        dense = load_dense(dense).eval().requires_grad_(False)
     check_family(dense.config)
     kept, batches = kept_neurons(keep, dense.config.intermediate_size), list(batches)
     check_enough(batches, dense, kept)

@@ -25,7 +25,7 @@ def watch(modules: Sequence[nn.Module], visit: Callable[[int, Tensor], None]) ->
 @contextmanager
 def for_statistics(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with no gradient of any parameter; modes and flags come back afterwards, also after an error."""
-    modes = {m: m.training for m in model.modules()}
+    training = [m for m in model.modules() if m.training]  # no others: whoever takes the model apart meanwhile wants the parts freed
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     for parameter in trainable:
@@ -33,8 +33,8 @@ def for_statistics(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in training:
+            module.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)
 

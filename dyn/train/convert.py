@@ -43,6 +43,7 @@ def convert(cfg: Any, run: Any) -> dict[str, Any]:
     """Measure the dense model, convert it, measure what came out and what it lost where. Returns the metrics, fills `run.cost` and `run.notes`."""
     if env.world_size() > 1:
         raise ValueError(f"{env.world_size()} processes were started; a conversion is the work of one")
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
     source = find_source(cfg, run)
     tokenizer = load_tokenizer(source)
     check(cfg, source, tokenizer)

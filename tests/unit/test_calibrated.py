@@ -1,6 +1,8 @@
 """Conversion without training: calibrated and its kin, and prune_dense."""
 
 import copy
+import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -173,3 +175,23 @@ def test_what_cannot_be_calibrated_is_refused(dense, changes, words):
 def test_what_cannot_be_pruned_is_refused(dense, changes, words):
     with pytest.raises(ValueError, match=words):
         prune_dense(dense, **dict(keep=0.5, batches=text()) | changes)
+
+
+def test_a_folder_is_taken_apart_layer_by_layer(dense, tmp_path, monkeypatch):
+    from dyn.models import llama_moe_convert as convert
+    dense.save_pretrained(tmp_path)
+    mlps, alive, load, method = [], [], convert.load_dense, METHODS["calibrated"]
+
+    def loaded(path):
+        model = load(path)
+        mlps.extend(weakref.ref(layer.mlp) for layer in model.model.layers)
+        return model
+
+    def split(source):
+        alive.append(sum(mlp() is not None for mlp in mlps))
+        return method.split(source)
+
+    monkeypatch.setattr(convert, "load_dense", loaded)
+    monkeypatch.setitem(METHODS, "calibrated", dataclasses.replace(method, split=split))
+    moe = from_dense(tmp_path, num_experts=8, num_experts_per_tok=4, construction="calibrated", batches=text())
+    assert alive == [3, 2, 1] and all(p.requires_grad for p in moe.parameters())
