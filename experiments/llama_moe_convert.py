@@ -79,7 +79,7 @@ class Config:
     calibration_length: int = 2048  # tokens a sequence
     leave_out: str | None = None  # a domain that calibration never sees
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32; medium: TF32 on GPU, oneDNN on CPU, which may round to bfloat16 (AMX) or not
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32; medium: TF32 on GPU, oneDNN on CPU (bfloat16 where it has AMX)
     export: bool = True  # keep what was converted (moe, prune) as a folder for transformers
     diagnose: bool = True  # ceilings, gates and layers, with plots; costs about 2 passes a layer over diagnose_tokens
     diagnose_tokens: int = 8192  # of the held-out text, a block of every domain at least
@@ -136,7 +136,7 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "step0": [made for active, k, (routed, chosen, shared) in (("3/4", 6, (6, 4, 2)), ("1/2", 4, (6, 2, 2)), ("1/4", 2, (7, 1, 1))) for made in (
         *(plain(name, active, 8, k) for name in ("random", "kmeans", "gradient")), plain("sharing_inter", active, routed, chosen, shared),
         *(fitted(name, active) for name in ("cmoe", "expert_weaver", "calibrated", "prune", "oracle")))],
-    "seeds": [fitted(name, "1/2", seed=seed) for name in ("calibrated", "prune") for seed in (0, 1, 2)],
+    "seeds": [fitted(name, active, seed=seed) for active in ("1/2", "3/4", "1/4") for name in ("calibrated", "prune") for seed in (0, 1, 2)],
     "unseen": [fitted(name, "1/2", ", docs unseen", leave_out="docs", control="prune, 1/2, docs unseen") for name in ("calibrated", "prune")],
     "hub": [fitted(name, "1/2", f", {label}", model__source=source, control=f"prune, 1/2, {label}", **FIELD)
             for source, label in HUB.items() for name in ("calibrated", "prune")],

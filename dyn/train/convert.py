@@ -7,6 +7,7 @@ exported folder, or converted again.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
 import shutil
@@ -24,13 +25,15 @@ from torch import Tensor, nn
 from dyn import env, figures
 from dyn.data.mixture import MixtureLoader
 from dyn.data.sources import JoinedText, choose, read_joined
+from dyn.data.store import Store
 from dyn.models import llama_moe
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense
 from dyn.models.llama_moe_construct import METHODS
 from dyn.models.llama_moe_convert import fresh, load_dense, moe_config, read_config
 from dyn.models.llama_moe_diagnose import domain_losses, ideal_routing, layer_contributions, neuron_oracle, routing_statistics
-from dyn.models.packaged import dense_config
+from dyn.models.packaged import cache_folder, dense_config
 from dyn.nn.surgery import count_parameters, flops_per_token
+from dyn.train.distill import parent_hash
 from dyn.train.pretrain import Corpus, find_source, load_corpus, load_tokenizer
 
 PAPER_SIZE = 6_000_000_000  # parameters of the smallest model of the training-free papers (LLaMA-2-7B)
@@ -54,7 +57,7 @@ def convert(cfg: Any, run: Any) -> dict[str, Any]:
     else:
         held_out = {d: [batch["input_ids"] for batch in kept] for d, kept in corpus.validation.items()}
     nets = _Networks(cfg, run, source, tokenizer, list(corpus.train), batches)
-    dense = run.stage("dense", lambda: {"losses": domain_losses(nets.dense, held_out), **_size(cfg, nets.dense)})
+    dense = run.stage("dense", lambda: {"losses": _dense_losses(cfg, nets, held_out), **_size(cfg, nets.dense)})
     run.log(f"dense model, {dense['counts']['total']:,} parameters; held-out loss: " + ", ".join(f"{d} {v:.3f}" for d, v in dense["losses"].items()))
     made = run.stage("convert", lambda: {**_size(cfg, nets.converted), **nets.made, "fraction": nets.fraction()})
     if abs(made["fraction"] - float(cfg.model.active())) > 0.005 and cfg.model.kind != "dense":
@@ -201,6 +204,20 @@ class _Networks:
             net.construction.save(folder)
             llama_moe.write_card(net, folder)
         return losses
+
+
+def _dense_losses(cfg: Any, nets: _Networks, held_out: HeldOut) -> dict[str, float]:
+    """Held-out losses of the dense model, kept in the user's cache: every row of a sweep needs the same."""
+    dense, facts = nets.dense, env.facts()
+    if cfg.model.source == "tiny":
+        return domain_losses(dense, held_out)
+    key = hashlib.sha256(json.dumps([parent_hash(nets.source), cfg.dtype, cfg.matmul_precision, facts["versions"], facts["device"]]).encode())
+    for domain, batches in held_out.items():
+        key.update(domain.encode() + b"".join(str(tuple(ids.shape)).encode() + ids.numpy().tobytes() for ids in batches))
+    store, name = Store(str(cache_folder() / "losses")), f"{key.hexdigest()[:16]}.json"
+    if not (file := Path(store.root) / name).is_file():
+        store.write(name, json.dumps(domain_losses(dense, held_out)).encode())
+    return json.loads(file.read_bytes())
 
 
 def _size(cfg: Any, net: nn.Module) -> dict[str, Any]:
