@@ -12,27 +12,18 @@ of the rows: the weights' gradient is <dL/d(activation), activation>, so the exp
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dyn.ops.rows import clear_skipped, ends_of, gather_sum, outer_products, pad, places, products, row_block, segments
+
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
 
-# Elementwise work runs on as many experts at once as have pre-activations of this size together. One expert at a time is
-# slower by a tenth or more where experts are many and small, all at once by as much where rows are many: they leave the
-# caches, and malloc returns large blocks to the system, to be faulted in again.
-_SEGMENT_BYTES = 4 << 20
-
-# On CPU an expert's rows are padded to a multiple of this, with rows of weight 0. oneDNN compiles a kernel for every new shape, which takes
-# about as long as the product itself at a few hundred rows, and routing gives new row counts at every step.
-_ROW_BLOCK = 32
-
-Ends = list[int] | Tensor  # where each expert's rows end: numbers on the host, or int32 [E] on the device
 
 
 def experts(
@@ -127,18 +118,18 @@ def _forward(
     sorted_S, slot_S = idx_TK.flatten().sort(stable=True)
     if sorted_S.numel():
         _refuse_negative(sorted_S[0])
-    ends, slot_S = _pad(_ends(sorted_S, gate_up_E2FD, down_EDF), slot_S, _row_block(idx_TK, down_EDF))
+    ends, slot_S = pad(ends_of(sorted_S, gate_up_E2FD, down_EDF), slot_S, row_block(idx_TK, down_EDF.shape[0]))
     token_S = slot_S.clamp(min=0) // idx_TK.shape[1]
     num_rows, double_width = slot_S.numel(), gate_up_E2FD.shape[1]
     y_SD = x_TD.new_empty(num_rows, x_TD.shape[1])
     kept_S2F = x_TD.new_empty(num_rows if keep else 0, double_width)
-    for some, rows, local in _segments(ends, num_rows, double_width * x_TD.element_size()):
+    for some, rows, local in segments(ends, num_rows, double_width * x_TD.element_size()):
         gate_up = kept_S2F[rows] if keep else x_TD.new_empty(rows.stop - rows.start, double_width)
-        _products(x_TD.index_select(0, token_S[rows]), gate_up_E2FD[some].transpose(1, 2), local, gate_up)
+        products(x_TD.index_select(0, token_S[rows]), gate_up_E2FD[some].transpose(1, 2), local, gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        _products(F.silu(gate).mul_(up), down_EDF[some].transpose(1, 2), local, y_SD[rows])
-    _clear_skipped(ends, y_SD, kept_S2F)
-    return _gather_sum(y_SD, slot_S, weight_TK.to(x_TD.dtype)), kept_S2F, slot_S
+        products(F.silu(gate).mul_(up), down_EDF[some].transpose(1, 2), local, y_SD[rows])
+    clear_skipped(ends, y_SD, kept_S2F)
+    return gather_sum(y_SD, slot_S, weight_TK.to(x_TD.dtype)), kept_S2F, slot_S
 
 
 @torch.library.custom_op("dyn::experts_backward", mutates_args=())
@@ -147,9 +138,9 @@ def _backward(
     kept_S2F: Tensor, slot_S: Tensor, need_x: bool, need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down, weight; without elements where they are not needed."""
-    block = _row_block(idx_TK, down_EDF)
+    block = row_block(idx_TK, down_EDF.shape[0])
     ids_S = idx_TK.flatten()[slot_S] if block == 1 else idx_TK.flatten().sort().values
-    ends, _ = _pad(_ends(ids_S, gate_up_E2FD, down_EDF), None, block)
+    ends, _ = pad(ends_of(ids_S, gate_up_E2FD, down_EDF), None, block)
     real_S = slot_S.clamp(min=0)
     token_S = real_S // idx_TK.shape[1]
     weight_S1 = weight_TK.flatten()[real_S].mul_(slot_S >= 0)[:, None].to(x_TD.dtype)
@@ -158,40 +149,40 @@ def _backward(
     dx_SD = x_TD.new_empty(num_rows if need_x else 0, x_TD.shape[1])
     dweight_S = x_TD.new_empty(num_rows, dtype=sum_dtype)
     dgate_up_E2FD, ddown_EDF = (w.new_empty(w.shape if need_params else 0) for w in (gate_up_E2FD, down_EDF))
-    for some, rows, local in _segments(ends, num_rows, 2 * width * x_TD.element_size()):
+    for some, rows, local in segments(ends, num_rows, 2 * width * x_TD.element_size()):
         x = x_TD.index_select(0, token_S[rows])
         gate_up = kept_S2F[rows]
         if not kept_S2F.numel():
             gate_up = x.new_empty(x.shape[0], 2 * width)
-            _products(x, gate_up_E2FD[some].transpose(1, 2), local, gate_up)
+            products(x, gate_up_E2FD[some].transpose(1, 2), local, gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         swish = F.silu(gate)
         act = swish * up
         # The weighted down projection. dact lacks the weight for as long as it gives the weight's gradient.
         dy = dy_TD.index_select(0, token_S[rows])
         dact = torch.empty_like(act)
-        _products(dy, down_EDF[some], local, dact)
+        products(dy, down_EDF[some], local, dact)
         dweight_S[rows] = (dact * act).sum(-1, dtype=sum_dtype)
         dact.mul_(weight_S1[rows])
         if need_params:
-            _outer_products(dy, act.mul_(weight_S1[rows]), local, ddown_EDF[some])
+            outer_products(dy, act.mul_(weight_S1[rows]), local, ddown_EDF[some])
         # silu(gate) * up, then the gate-up projection.
         dgate_up = torch.empty_like(gate_up)
         torch.mul(dact, swish, out=dgate_up[:, width:])
         torch.ops.aten.silu_backward.grad_input(dact.mul_(up), gate, grad_input=dgate_up[:, :width])
         if need_params:
-            _outer_products(dgate_up, x, local, dgate_up_E2FD[some])
+            outer_products(dgate_up, x, local, dgate_up_E2FD[some])
         if need_x:
-            _products(dgate_up, gate_up_E2FD[some], local, dx_SD[rows])
-    _clear_skipped(ends, dx_SD, dweight_S)
-    dx_TD = _gather_sum(dx_SD, slot_S, weight_TK, weighted=False) if need_x else dx_SD
-    dweight_TK = dweight_S[_places(slot_S, weight_TK)]
+            products(dgate_up, gate_up_E2FD[some], local, dx_SD[rows])
+    clear_skipped(ends, dx_SD, dweight_S)
+    dx_TD = gather_sum(dx_SD, slot_S, weight_TK, weighted=False) if need_x else dx_SD
+    dweight_TK = dweight_S[places(slot_S, weight_TK)]
     return dx_TD, dgate_up_E2FD, ddown_EDF, dweight_TK.to(weight_TK.dtype)
 
 
 @_forward.register_fake
 def _(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, keep):
-    num_rows = idx_TK.shape[0] * idx_TK.shape[1] + down_EDF.shape[0] * (_row_block(idx_TK, down_EDF) - 1)
+    num_rows = idx_TK.shape[0] * idx_TK.shape[1] + down_EDF.shape[0] * (row_block(idx_TK, down_EDF.shape[0]) - 1)
     kept_S2F = x_TD.new_empty(num_rows if keep else 0, gate_up_E2FD.shape[1])
     return x_TD.new_empty(x_TD.shape), kept_S2F, idx_TK.new_empty(num_rows, dtype=torch.int64)
 
@@ -220,108 +211,6 @@ def _differentiate(ctx, dy_TD, _dkept, _dslot):
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
-
-
-# the pieces -----------------------------------------------------------------------------------------------------------
-
-
-def _ends(sorted_S: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Ends:
-    """Where each expert's rows end. They stay on the device where grouped_mm can take them, so that nothing waits."""
-    num_experts = down_EDF.shape[0]
-    ids_E = torch.arange(num_experts, device=sorted_S.device, dtype=sorted_S.dtype)
-    ends_E = torch.searchsorted(sorted_S, ids_E, right=True, out_int32=True)
-    return ends_E if len(sorted_S) and _can_group(gate_up_E2FD, down_EDF) else ends_E.tolist()
-
-
-def _can_group(*weights: Tensor) -> bool:
-    """grouped_mm is one kernel, and waits for nothing, for bfloat16 on CUDA. Anything else takes a product an expert."""
-    return all(w.is_cuda and w.dtype == torch.bfloat16 and _aligned(w) for w in weights)
-
-
-def _aligned(weight_EIO: Tensor) -> bool:
-    """Rows, strides and address in multiples of 16 bytes, one of the last two axes contiguous, as grouped_mm wants it."""
-    _, *steps = weight_EIO.stride()
-    sizes = [*weight_EIO.shape[1:], *(s for s in weight_EIO.stride() if s != 1)]
-    return 1 in steps and weight_EIO.data_ptr() % 16 == 0 and all(n * weight_EIO.element_size() % 16 == 0 for n in sizes)
-
-
-def _segments(ends: Ends, num_rows: int, row_bytes: int) -> Iterator[tuple[slice, slice, Ends]]:
-    """Runs of experts to work on together: their slice, the slice of their rows, and their ends within those rows."""
-    if isinstance(ends, Tensor):
-        yield slice(None), slice(0, num_rows), ends
-        return
-    first = start = 0
-    for last, (end, following) in enumerate(itertools.pairwise([*ends, None])):
-        if following is None or (following - start) * row_bytes > _SEGMENT_BYTES:
-            yield slice(first, last + 1), slice(start, end), [e - start for e in ends[first : last + 1]]
-            first, start = last + 1, end
-
-
-def _products(rows_SI: Tensor, weight_EIO: Tensor, ends: Ends, out_SO: Tensor) -> None:
-    """out[rows of e] = rows[rows of e] @ weight[e]; zero in rows of no expert."""
-    if isinstance(ends, Tensor):
-        product = F.grouped_mm(rows_SI, weight_EIO, offs=ends)  # leaves rows after the last end as they were
-        routed_S1 = torch.arange(out_SO.shape[0], device=ends.device)[:, None] < ends[-1]
-        torch.where(routed_S1, product, product.new_zeros(()), out=out_SO)
-        return
-    for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
-        if end > start:
-            torch.mm(rows_SI[start:end], weight_EIO[e], out=out_SO[start:end])
-
-
-def _outer_products(left_SI: Tensor, right_SO: Tensor, ends: Ends, out_EIO: Tensor) -> None:
-    """out[e] = left[rows of e]^T @ right[rows of e]; zero for an expert without rows."""
-    if isinstance(ends, Tensor):
-        product = F.grouped_mm(left_SI.t(), right_SO, offs=ends)
-        filled_E11 = ends.diff(prepend=ends.new_zeros(1)).gt(0)[:, None, None]
-        torch.where(filled_E11, product, product.new_zeros(()), out=out_EIO)
-        return
-    for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
-        if end > start:
-            torch.mm(left_SI[start:end].t(), right_SO[start:end], out=out_EIO[e])
-        else:
-            out_EIO[e].zero_()
-
-
-def _clear_skipped(ends: Ends, *tensors: Tensor) -> None:
-    """Zero the rows after the last expert's (ids >= E); on the device `_products` has done so."""
-    if not isinstance(ends, Tensor):
-        for t in tensors:
-            t[ends[-1] :].zero_()
-
-
-def _row_block(idx_TK: Tensor, down_EDF: Tensor) -> int:
-    """To what multiple an expert's rows are padded: only on CPU, and only where the padding is little beside the rows."""
-    rows_each = idx_TK.shape[0] * idx_TK.shape[1] // max(down_EDF.shape[0], 1)
-    return _ROW_BLOCK if idx_TK.device.type == "cpu" and rows_each >= 4 * _ROW_BLOCK else 1
-
-
-def _pad(ends: Ends, slot_S: Tensor | None, block: int) -> tuple[Ends, Tensor | None]:
-    """Ends in multiples of `block`, and the slots at their new rows with -1 between; as many rows as any routing could need."""
-    if block == 1:
-        return ends, slot_S
-    padded = list(itertools.accumulate(-(-(end - start) // block) * block for start, end in itertools.pairwise([0, *ends])))
-    if slot_S is None:
-        return padded, None
-    out_S = slot_S.new_full((slot_S.numel() + len(ends) * (block - 1),), -1)
-    for start, end, to in zip([0, *ends], [*ends, slot_S.numel()], [0, *padded], strict=True):  # the last: rows of no expert
-        out_S[to : to + end - start] = slot_S[start:end]
-    return padded, out_S
-
-
-def _places(slot_S: Tensor, weight_TK: Tensor) -> Tensor:
-    """The row of every slot: int64 [T, K]."""
-    place = slot_S.new_empty(weight_TK.numel() + 1)  # the last takes what padding, -1, writes
-    place[slot_S] = torch.arange(slot_S.numel(), device=slot_S.device)
-    return place[:-1].view(weight_TK.shape)
-
-
-def _gather_sum(rows_SD: Tensor, slot_S: Tensor, weight_TK: Tensor, weighted: bool = True) -> Tensor:
-    """sum_k weight[t, k] * (the row of slot (t, k)), back in token order. embedding_bag is this in one deterministic
-    pass, summed in float32, where a gather, a product and a sum would write [T, K, D] twice."""
-    if not weight_TK.numel():
-        return rows_SD.new_zeros(weight_TK.shape[0], rows_SD.shape[1])
-    return F.embedding_bag(_places(slot_S, weight_TK), rows_SD, per_sample_weights=weight_TK if weighted else None, mode="sum")
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {"eager": _eager, "torch": _torch}

@@ -1,0 +1,123 @@
+"""Rows in expert order: the sort of routed tokens by expert, and products of an expert's rows with its weights. Every op over experts stands on it.
+
+T tokens, K experts a token, S = T*K rows in expert order (more with padding), E experts, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elementwise work runs on as many experts at once as have pre-activations of this size together. One expert at a time is
+# slower by a tenth or more where experts are many and small, all at once by as much where rows are many: they leave the
+# caches, and malloc returns large blocks to the system, to be faulted in again.
+_SEGMENT_BYTES = 4 << 20
+
+# On CPU an expert's rows are padded to a multiple of this, with rows of weight 0. oneDNN compiles a kernel for every new shape, which takes
+# about as long as the product itself at a few hundred rows, and routing gives new row counts at every step.
+_ROW_BLOCK = 32
+
+Ends = list[int] | Tensor  # where each expert's rows end: numbers on the host, or int32 [E] on the device
+
+
+def ends_of(sorted_S: Tensor, *weights: Tensor) -> Ends:
+    """Where each expert's rows end, from the sorted ids and all stacked weights [E, I, O]. On the device where grouped_mm can take them, so that nothing waits."""
+    num_experts = weights[0].shape[0]
+    ids_E = torch.arange(num_experts, device=sorted_S.device, dtype=sorted_S.dtype)
+    ends_E = torch.searchsorted(sorted_S, ids_E, right=True, out_int32=True)
+    return ends_E if len(sorted_S) and can_group(*weights) else ends_E.tolist()
+
+
+def can_group(*weights: Tensor) -> bool:
+    """grouped_mm is one kernel, and waits for nothing, for bfloat16 on CUDA. Anything else takes a product an expert."""
+    return all(w.is_cuda and w.dtype == torch.bfloat16 and aligned(w) for w in weights)
+
+
+def aligned(weight_EIO: Tensor) -> bool:
+    """Rows, strides and address in multiples of 16 bytes, one of the last two axes contiguous, as grouped_mm wants it."""
+    _, *steps = weight_EIO.stride()
+    sizes = [*weight_EIO.shape[1:], *(s for s in weight_EIO.stride() if s != 1)]
+    return 1 in steps and weight_EIO.data_ptr() % 16 == 0 and all(n * weight_EIO.element_size() % 16 == 0 for n in sizes)
+
+
+def segments(ends: Ends, num_rows: int, row_bytes: int) -> Iterator[tuple[slice, slice, Ends]]:
+    """Runs of experts to work on together: their slice, the slice of their rows, and their ends within those rows."""
+    if isinstance(ends, Tensor):
+        yield slice(None), slice(0, num_rows), ends
+        return
+    first = start = 0
+    for last, (end, following) in enumerate(itertools.pairwise([*ends, None])):
+        if following is None or (following - start) * row_bytes > _SEGMENT_BYTES:
+            yield slice(first, last + 1), slice(start, end), [e - start for e in ends[first : last + 1]]
+            first, start = last + 1, end
+
+
+def products(rows_SI: Tensor, weight_EIO: Tensor, ends: Ends, out_SO: Tensor) -> None:
+    """out[rows of e] = rows[rows of e] @ weight[e]; zero in rows of no expert."""
+    if isinstance(ends, Tensor):
+        product = F.grouped_mm(rows_SI, weight_EIO, offs=ends)  # leaves rows after the last end as they were
+        routed_S1 = torch.arange(out_SO.shape[0], device=ends.device)[:, None] < ends[-1]
+        torch.where(routed_S1, product, product.new_zeros(()), out=out_SO)
+        return
+    for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+        if end > start:
+            torch.mm(rows_SI[start:end], weight_EIO[e], out=out_SO[start:end])
+
+
+def outer_products(left_SI: Tensor, right_SO: Tensor, ends: Ends, out_EIO: Tensor) -> None:
+    """out[e] = left[rows of e]^T @ right[rows of e]; zero for an expert without rows."""
+    if isinstance(ends, Tensor):
+        product = F.grouped_mm(left_SI.t(), right_SO, offs=ends)
+        filled_E11 = ends.diff(prepend=ends.new_zeros(1)).gt(0)[:, None, None]
+        torch.where(filled_E11, product, product.new_zeros(()), out=out_EIO)
+        return
+    for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+        if end > start:
+            torch.mm(left_SI[start:end].t(), right_SO[start:end], out=out_EIO[e])
+        else:
+            out_EIO[e].zero_()
+
+
+def clear_skipped(ends: Ends, *tensors: Tensor) -> None:
+    """Zero the rows after the last expert's (ids >= E); on the device `products` has done so."""
+    if not isinstance(ends, Tensor):
+        for t in tensors:
+            t[ends[-1] :].zero_()
+
+
+def row_block(idx_TK: Tensor, num_experts: int) -> int:
+    """To what multiple an expert's rows are padded: only on CPU, and only where the padding is little beside the rows."""
+    rows_each = idx_TK.shape[0] * idx_TK.shape[1] // max(num_experts, 1)
+    return _ROW_BLOCK if idx_TK.device.type == "cpu" and rows_each >= 4 * _ROW_BLOCK else 1
+
+
+def pad(ends: Ends, slot_S: Tensor | None, block: int) -> tuple[Ends, Tensor | None]:
+    """Ends in multiples of `block`, and the slots at their new rows with -1 between; as many rows as any routing could need."""
+    if block == 1:
+        return ends, slot_S
+    padded = list(itertools.accumulate(-(-(end - start) // block) * block for start, end in itertools.pairwise([0, *ends])))
+    if slot_S is None:
+        return padded, None
+    out_S = slot_S.new_full((slot_S.numel() + len(ends) * (block - 1),), -1)
+    for start, end, to in zip([0, *ends], [*ends, slot_S.numel()], [0, *padded], strict=True):  # the last: rows of no expert
+        out_S[to : to + end - start] = slot_S[start:end]
+    return padded, out_S
+
+
+def places(slot_S: Tensor, weight_TK: Tensor) -> Tensor:
+    """The row of every slot: int64 [T, K]."""
+    place = slot_S.new_empty(weight_TK.numel() + 1)  # the last takes what padding, -1, writes
+    place[slot_S] = torch.arange(slot_S.numel(), device=slot_S.device)
+    return place[:-1].view(weight_TK.shape)
+
+
+def gather_sum(rows_SD: Tensor, slot_S: Tensor, weight_TK: Tensor, weighted: bool = True) -> Tensor:
+    """sum_k weight[t, k] * (the row of slot (t, k)), back in token order. embedding_bag is this in one deterministic
+    pass, summed in float32, where a gather, a product and a sum would write [T, K, D] twice."""
+    if not weight_TK.numel():
+        return rows_SD.new_zeros(weight_TK.shape[0], rows_SD.shape[1])
+    return F.embedding_bag(places(slot_S, weight_TK), rows_SD, per_sample_weights=weight_TK if weighted else None, mode="sum")
