@@ -25,7 +25,7 @@ Ends = list[int] | Tensor  # where each expert's rows end: numbers on the host, 
 
 
 def ends_of(sorted_S: Tensor, *weights: Tensor) -> Ends:
-    """Where each expert's rows end, from the sorted ids and all stacked weights [E, I, O]. On the device where grouped_mm can take them, so that nothing waits."""
+    """Where each expert's rows end, from sorted ids and all stacked weights [E, I, O]; on the device where grouped_mm takes them, so that nothing waits."""
     num_experts = weights[0].shape[0]
     ids_E = torch.arange(num_experts, device=sorted_S.device, dtype=sorted_S.dtype)
     ends_E = torch.searchsorted(sorted_S, ids_E, right=True, out_int32=True)

@@ -6,6 +6,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from dyn.ops import experts as experts_module
+from dyn.ops import rows
 from dyn.ops.experts import experts
 from dyn.ops.route import route
 
@@ -70,10 +71,10 @@ def test_grouped_products_against_eager(dtype, routing, monkeypatch):
 def test_what_grouped_products_need():
     """16 bytes are 8 numbers of bfloat16; a CPU's weights never qualify, since there the loop is faster."""
     weight = torch.zeros(4, 16, 24, dtype=torch.bfloat16)
-    assert experts_module._aligned(weight) and experts_module._aligned(weight.transpose(1, 2))
-    assert not experts_module._can_group(weight)
+    assert rows.aligned(weight) and rows.aligned(weight.transpose(1, 2))
+    assert not rows.can_group(weight)
     for misfit in (weight[:, :, :20], weight[:, :12], weight[:, :, 4:20], weight[:, :, ::3], torch.zeros(4, 16, 86, dtype=torch.bfloat16)):
-        assert not experts_module._aligned(misfit)
+        assert not rows.aligned(misfit)
 
 
 @pytest.mark.parametrize("backend", list(experts_module._BACKENDS))
