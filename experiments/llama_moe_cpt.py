@@ -69,6 +69,7 @@ class Config:
     tokens: int = 200_000_000_000
     minutes: float | None = None  # for each training: fewer steps where these do not fit, decided once from a measured step
     dense_control: bool = False  # also train the dense model on the same tokens, in the same run
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of what stays float32: conversion and gates; see llama_moe_convert
     sample_tokens: int = 48
     prompts: list[str] = field(default_factory=lambda: ["The most important thing about", "def read_lines(path):\n"])
     model: ModelConfig = field(default_factory=ModelConfig)

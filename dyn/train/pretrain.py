@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from transformers import AutoTokenizer
 from dyn import env, figures
 from dyn.data.filters import FILTERS, WEB, Fluency
 from dyn.data.mixture import MixtureLoader, domain_weights, validation_batches
+from dyn.data.teacher import fingerprint
 from dyn.data.tiny import tiny_corpus, tiny_tokenizer
 from dyn.data.tokens import Tokens, shard
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, prune_dense
@@ -31,7 +34,7 @@ from dyn.models.llama_moe_convert import fresh, load_dense, read_config
 from dyn.models.packaged import PACKAGED, cache_folder, dense_config, packaged
 from dyn.nn.surgery import count_parameters, flops_per_token
 from dyn.train.callbacks import ExpertLoad, Remix, Throughput
-from dyn.train.distill import taught
+from dyn.train.distill import parent_hash, taught
 from dyn.train.evaluate import domain_distances, overlaps, perplexity, sample, seconds_per_micro_batch
 from dyn.train.export import load_net
 from dyn.train.plan import shape
@@ -40,6 +43,7 @@ from dyn.train.trainer import evaluate, find_checkpoint, fit, make_trainer, worl
 
 PAPER_TOKENS = 5_000_000_000  # the shortest of its comparisons (score scales, section 2.3)
 SHOWN_LAYERS = 4  # of the overlap plot
+KEY = "conversion.sha256"  # beside a converted model: `_conversion`
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Corpus:
 
 def pretrain(cfg: Any, run: Any) -> dict[str, float]:
     """Convert, train, evaluate, export; the control too where it is asked for. Returns the metrics, fills `run.cost` and `run.notes`."""
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
     source = find_source(cfg, run, world(cfg.trainer)[0])
     tokenizer = load_tokenizer(source)
     check(cfg, run, source, tokenizer)
@@ -200,14 +205,35 @@ def _build(cfg: Any, run: Any, kind: str, source: Any, corpus: Corpus) -> nn.Mod
     folder = run.folder / "converted"
 
     def convert(part: Path) -> None:
-        began = time.monotonic()
+        began, key = time.monotonic(), _conversion(cfg, source, corpus)
+        if twin := next((f.parent for f in run.folder.parent.glob(f"*/converted/{KEY}") if f.read_text() == key), None):
+            shutil.copytree(twin, part, copy_function=_link)
+            run.log(f"converted as in {twin.parent.name}: the same settings, source and text")
+            return
         _convert(cfg, source, corpus).save_pretrained(part)
+        (part / KEY).write_text(key)
         run.log(f"converted by {model.construction if kind == 'moe' else 'prune_dense'} in {time.monotonic() - began:.0f} s")
 
     _once(folder, convert, world(cfg.trainer)[0])
     if kind == "prune":
         return _pretrained(folder, attention_dropout=model.attention_dropout)
     return LlamaMoeForCausalLM.from_pretrained(folder, attention_dropout=model.attention_dropout, dtype=torch.float32)
+
+
+def _conversion(cfg: Any, source: Any, corpus: Corpus) -> str:
+    """Names all that decides what `_convert` makes, so that rows of a sweep that train one start differently convert once."""
+    facts = env.facts()
+    about = [dataclasses.asdict(cfg.model), cfg.seed, cfg.matmul_precision, corpus.weights, cfg.data.block_size, cfg.data.batch_size, parent_hash(source),
+             {d: fingerprint(t) for d, t in corpus.train.items()}, facts["versions"], facts["device"], facts["threads"]]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _link(old: str, new: str) -> None:
+    """The same file by another name (nobody writes into a model's files), or a copy where the disk knows no such thing."""
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copyfile(old, new)
 
 
 def _once(folder: Path, make: Callable[[Path], None], rank: int) -> None:

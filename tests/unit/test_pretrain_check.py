@@ -6,7 +6,8 @@ import types
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from dyn import config
 from dyn.data.tiny import tiny_corpus, tiny_documents, tiny_tokenizer
@@ -105,6 +106,26 @@ def test_the_fluency_filter_scores_with_the_dense_model(tmp_path):
         counts.append(corpus(cfg, tmp_path).train["red"].num_documents)
     assert counts[0] == 32 and 8 < counts[1] < 24
     assert corpus(cfg, tmp_path).train["green"].num_documents == 32
+
+
+def test_rows_that_start_alike_convert_once(tmp_path):
+    cfg, lines = settings(num_experts=4, num_experts_per_tok=2), []
+    text = corpus(cfg, tmp_path)
+    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=259)).save_pretrained(tmp_path / "dense")
+
+    def build(name):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        run = types.SimpleNamespace(folder=tmp_path / "runs" / name, log=lines.append)
+        return pretrain._build(cfg, run, "moe", tmp_path / "dense", text).state_dict()
+
+    first = build("first")
+    cfg.distill.weight = 0.5
+    second = build("second")
+    assert lines[0].startswith("converted by random") and lines[1].startswith("converted as in first")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    cfg.seed += 1
+    build("third")
+    assert lines[2].startswith("converted by random")
 
 
 @pytest.mark.parametrize("sweep", EXPERIMENT.SWEEPS)
