@@ -1,14 +1,195 @@
-"""Saliency: how much the loss would change without a unit. Scores are additive over batches: sum them, then divide.
+"""Saliency: how much the loss would change without a position. `score` scores the entries of parameters, `taylor` whole neurons.
 
 Shapes: T tokens, N neurons of the feed-forward network (inputs of its down projection).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Loss = Callable[[nn.Module, Any], Tensor]  # loss_fn(model, batch) -> scalar
+Named = Mapping[str, Tensor]  # parameters by name
+
+
+def score(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, method: str = "snip", params: str | Sequence[str] | None = None, *, seed: int = 0,
+          flow: Callable[[nn.Module], Tensor] | None = None) -> dict[str, Tensor]:
+    """Importance of every entry of the chosen parameters, float32; larger is kept.
+
+    random: uniform. magnitude: |w|. snip: |w dL/dw|, gradients summed over batches before the absolute value (Lee et al., ICLR 2019; the gradient of a mask of
+    ones). grasp: w (H g), H g the Hessian of the summed loss times its gradient (Wang et al., ICLR 2020). synflow: |w dR/dw| with every weight replaced by its
+    absolute value, R = the network's output on ones, summed (Tanaka et al., NeurIPS 2020).
+
+    Everything is computed in float32 (float64 stays), in evaluation mode, under a seed of its own. Weights, buffers, gradients of others, modes and the random
+    state are as before afterwards, and the scored parameters have no gradient. With torch.distributed initialised, gradients are summed over
+    processes, each with its own batches, so that all get the same scores.
+
+    Args:
+        model: any; the scored parameters are leaves of it.
+        batches: what `loss_fn` takes; read once into a list. Sums of losses make batches of unequal size count by their size. random and magnitude need none.
+        loss_fn: (model, batch) -> scalar.
+        method: one of `METHODS`.
+        params: a regular expression that finds names, or names; None: all trainable matrices and kernels (two axes or more).
+        seed: of random scores and of whatever the loss draws.
+        flow: synflow only: model -> R, where ones through the whole network make no sense (adapters). None: the network on ones in the shape of the first
+            batch, a tensor, or of its first element.
+
+    Raises:
+        ValueError: an unknown method, no such parameter, no batch for a method that needs one, a loss that is no finite scalar, one that does not depend on
+            any scored parameter.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; allowed: {', '.join(METHODS)}")
+    names = list(select(model, params))
+    batches = list(batches) if batches is not None else []
+    if not batches and (method in ("snip", "grasp") or (method == "synflow" and flow is None)):
+        raise ValueError(f"method={method!r} looks at data, and there are no batches")
+    with _undisturbed(model, seed):
+        named = {name: p.requires_grad_(True) for name, p in model.named_parameters(remove_duplicate=False) if name in names}
+        found = METHODS[method](model, named, batches, loss_fn, flow)
+        return {name: found[name].detach().to(torch.promote_types(found[name].dtype, torch.float32)) for name in names}
+
+
+def select(model: nn.Module, params: str | Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """Parameters by a regular expression that their names hold, by names, or (None) all trainable ones of two axes or more; tied ones once.
+
+    Raises:
+        ValueError: none found, or a name that the model does not have.
+    """
+    named = dict(model.named_parameters())
+    if isinstance(params, str):
+        chosen = {name: p for name, p in named.items() if re.search(params, name)}
+    elif params is None:
+        chosen = {name: p for name, p in named.items() if p.requires_grad and p.ndim >= 2}
+    else:
+        if unknown := [name for name in params if name not in named]:
+            raise ValueError(f"{type(model).__name__} has no parameter {unknown[0]!r}; it has {', '.join(list(named)[:8])}, ...")
+        chosen = {name: named[name] for name in params}
+    if not chosen:
+        raise ValueError(f"params={params!r} finds no parameter of {type(model).__name__}; it has {', '.join(list(named)[:8])}, ...")
+    return chosen
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
+    """Evaluation mode, float32, no autocast, a seed of its own; all as before afterwards, gradients of what is scored gone."""
+    training = [m for m in model.modules() if m.training]
+    wanted = {p: p.requires_grad for p in model.parameters()}
+    gradients = {p: p.grad for p in model.parameters()}
+    short = {t: t.data for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.dtype.itemsize < 4}
+    buffers = {b: b.clone() for b in model.buffers()}
+    devices = sorted({t.device.index or 0 for t in (*wanted, *buffers) if t.is_cuda})
+    try:
+        for t in short:
+            t.data = t.data.float()
+        for p in wanted:
+            p.requires_grad_(False)
+            p.grad = None
+        model.eval()
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda") if devices else ("cpu",):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(torch.random.fork_rng(devices))
+            stack.enter_context(torch.enable_grad())
+            torch.manual_seed(seed)
+            yield
+    finally:
+        scored = {p for p in wanted if p.requires_grad}
+        for t, data in short.items():
+            t.data = data
+        for b, value in buffers.items():
+            if b not in short:
+                b.copy_(value)
+        for p, trainable in wanted.items():
+            p.requires_grad_(trainable)
+            p.grad = None if p in scored else gradients[p]
+        for m in training:
+            m.training = True
+
+
+def _loss(model: nn.Module, batch: Any, loss_fn: Loss) -> Tensor:
+    loss = loss_fn(model, batch)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.isfinite():
+        raise ValueError(f"loss_fn must return a finite scalar tensor, got {loss if not isinstance(loss, Tensor) or loss.numel() == 1 else list(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError("the loss of loss_fn does not depend on any scored parameter")
+    return loss.squeeze()
+
+
+def _gradients(loss: Tensor, named: Named, **kwargs: bool) -> list[Tensor]:
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, **kwargs)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), found, strict=True)]
+
+
+def _over_processes(tensors: list[Tensor]) -> list[Tensor]:
+    if dist.is_available() and dist.is_initialized():
+        for t in tensors:
+            dist.all_reduce(t)
+    return tensors
+
+
+def _summed(model: nn.Module, named: Named, batches: Sequence[Any], loss_fn: Loss) -> list[Tensor]:
+    """dL/dw of the losses' sum over batches and processes."""
+    sums = [torch.zeros_like(p) for p in named.values()]
+    for batch in batches:
+        for total, g in zip(sums, _gradients(_loss(model, batch, loss_fn), named), strict=True):
+            total += g
+    return _over_processes(sums)
+
+
+def _random(model: nn.Module, named: Named, *_: Any) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(torch.initial_seed())  # on the CPU, so that every device gets the same
+    return {name: torch.rand(p.shape, generator=generator).to(p.device) for name, p in named.items()}
+
+
+def _magnitude(model: nn.Module, named: Named, *_: Any) -> dict[str, Tensor]:
+    return {name: p.detach().abs() for name, p in named.items()}
+
+
+def _snip(model: nn.Module, named: Named, batches: Sequence[Any], loss_fn: Loss, _: Any) -> dict[str, Tensor]:
+    return {name: (p.detach() * g).abs() for (name, p), g in zip(named.items(), _summed(model, named, batches, loss_fn), strict=True)}
+
+
+def _grasp(model: nn.Module, named: Named, batches: Sequence[Any], loss_fn: Loss, _: Any) -> dict[str, Tensor]:
+    products = [torch.zeros_like(p) for p in named.values()]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the fused kernels have no second derivative
+        fixed = _summed(model, named, batches, loss_fn)
+        for batch in batches:
+            gradients = _gradients(_loss(model, batch, loss_fn), named, create_graph=True)
+            along = sum((g * f).sum() for g, f in zip(gradients, fixed, strict=True) if g.requires_grad)
+            if isinstance(along, Tensor):
+                for total, product in zip(products, _gradients(along, named), strict=True):
+                    total += product
+    return {name: p.detach() * product for (name, p), product in zip(named.items(), _over_processes(products), strict=True)}
+
+
+def _synflow(model: nn.Module, named: Named, batches: Sequence[Any], _: Any, flow: Callable[[nn.Module], Tensor] | None) -> dict[str, Tensor]:
+    kept = {t: t.data for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+    try:
+        for t, data in kept.items():
+            t.data = data.abs()  # another memory: signs come back bit for bit
+        gradients = _gradients((flow or (lambda m: _of_ones(m, batches[0])))(model), named)
+        return {name: (p.detach() * g).abs() for (name, p), g in zip(named.items(), gradients, strict=True)}
+    finally:
+        for t, data in kept.items():
+            t.data = data
+
+
+def _of_ones(model: nn.Module, batch: Any) -> Tensor:
+    x = batch if isinstance(batch, Tensor) else next(iter(batch.values() if isinstance(batch, Mapping) else batch))
+    if not x.is_floating_point():
+        raise ValueError(f"synflow sends ones through the network, whose input is {x.dtype}; give flow=... for networks over ids")
+    return model(torch.ones_like(x, dtype=torch.promote_types(x.dtype, torch.float32))).sum()
+
+
+METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {"random": _random, "magnitude": _magnitude, "snip": _snip, "grasp": _grasp, "synflow": _synflow}
+DATA_DRIVEN = ("snip", "grasp", "synflow")  # whose scores can say nothing, and are refused then
 
 KERNELS = {"plain": lambda x: x, "l1": torch.abs, "l2": torch.square}
 
