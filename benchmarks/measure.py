@@ -51,9 +51,9 @@ def attempt(make: Callable[[], object]) -> tuple[object, str | None]:
 
 
 def free() -> None:
-    """Return what nobody holds any more, before the next allocations."""
-    gc.collect()
+    """Return device memory that nobody holds any more, before the next allocations."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -191,12 +191,16 @@ def tabulate(table: dict, first: str, columns: dict[str, Callable[[dict], str]])
     return [*lines, ""]
 
 
-def save(result: dict, markdown: str, metrics: dict[str, str], folder: Path) -> None:
-    """Write WHAT.json, WHAT.md and WHAT.png: a panel for each table with bars of the first of `metrics` (metric: its label) that the table has."""
+def save(result: dict, markdown: str, folder: Path) -> None:
+    """Write WHAT.json and WHAT.md."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / result["what"]
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     stem.with_suffix(".md").write_text(markdown)
+
+
+def plot(result: dict, metrics: dict[str, str], folder: Path) -> None:
+    """Draw WHAT.png: a panel for each table, with bars of the first of `metrics` (metric: its label) that the table has."""
     heights = [0.9 + 0.22 * len(table["rows"]) for table in result["tables"]]
     fig, axes = plt.subplots(len(heights), 1, figsize=(8, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained")
     for axis, table in zip(axes[:, 0], result["tables"], strict=True):
@@ -213,5 +217,5 @@ def save(result: dict, markdown: str, metrics: dict[str, str], folder: Path) -> 
         axis.set_title(table["name"], fontsize=8)
         axis.set_xlabel(metrics[metric], fontsize=7)
         axis.tick_params(labelsize=7)
-    fig.savefig(stem.with_suffix(".png"), dpi=110)
+    fig.savefig(folder / f"{result['what']}.png", dpi=110)
     plt.close(fig)

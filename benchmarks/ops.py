@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.layer import TOLERANCE, Case, Layer, Reference, Variant
-from benchmarks.measure import attempt, cell, free, heading, interleave, peak_bytes, runnable, save, saved_bytes, summarise, tabulate, timer
+from benchmarks.measure import attempt, cell, free, heading, interleave, peak_bytes, plot, runnable, save, saved_bytes, summarise, tabulate, timer
 from benchmarks.peers import PEERS, dense
 from dyn.ops import experts as experts_module
 from dyn.ops.experts import experts
@@ -143,7 +143,8 @@ def run(env: dict, size: str, out: Path, rounds: int, clock: Callable[[], float]
         print(f"timing {title(case, mode, routing)}", flush=True)
         result["tables"].append(measure(Layer(case, mode, routing, device), routing, rounds, clock, errors, missing))
         free()
-        save(result, markdown(result), METRICS, out)
+        save(result, markdown(result), out)
+    plot(result, METRICS, out)
     return result
 
 

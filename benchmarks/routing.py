@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.layer import choose
-from benchmarks.measure import attempt, cell, heading, interleave, runnable, save, summarise, tabulate, timer
+from benchmarks.measure import attempt, cell, heading, interleave, plot, runnable, save, summarise, tabulate, timer
 from benchmarks.peers import CHOOSERS, INDEXERS
 from dyn.ops import route as route_module
 from dyn.ops import rows as rows_module
@@ -102,7 +102,8 @@ def run(env: dict, size: str, out: Path, rounds: int, clock: Callable[[], float]
     for shape in SHAPES[size]:
         print("routing T={} E={} K={}".format(*shape), flush=True)
         result["tables"] += measure(*shape, env["kind"], rounds, clock)
-    save(result, markdown(result), METRICS, out)
+    save(result, markdown(result), out)
+    plot(result, METRICS, out)
     return result
 
 

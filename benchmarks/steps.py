@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measure import cell, free, heading, interleave, peak_bytes, save, saved_bytes, summarise, tabulate, timer
+from benchmarks.measure import cell, free, heading, interleave, peak_bytes, plot, save, saved_bytes, summarise, tabulate, timer
 from dyn.models.llama_moe import from_dense
 from dyn.models.llama_moe_prune import kept_neurons
 from dyn.nn.surgery import count_parameters
@@ -155,7 +155,8 @@ def run(env: dict, size: str, out: Path, rounds: int, clock: Callable[[], float]
                                       calls, batch * what.new_tokens, rounds, clock))
         del calls
         free()
-    save(result, markdown(result), METRICS, out)
+    save(result, markdown(result), out)
+    plot(result, METRICS, out)
     return result
 
 
