@@ -52,7 +52,12 @@ def indexing(idx: Tensor, num_experts: int) -> dict[str, Callable[[], object]]:
         expert, slot = idx.flatten().sort(stable=True)
         return rows_module.pad(rows_module.ends_of(expert, weights), slot, rows_module.row_block(idx, num_experts))
 
-    return {"torch": torch_index, "torch: sort": lambda: idx.flatten().sort(stable=True), f"{OURS}torch": ours}
+    calls = {"torch": torch_index, "torch: sort": lambda: idx.flatten().sort(stable=True), f"{OURS}torch": ours}
+    if "triton" in runnable(route_module._BACKENDS, idx.device.type):
+        from dyn.ops.triton_order import order_rows
+
+        calls[f"{OURS}triton"] = lambda: order_rows(idx, num_experts, 64)
+    return calls
 
 
 def same_choice(have: object, want: tuple[Tensor, Tensor]) -> bool:

@@ -48,15 +48,14 @@ PART = SMOLLM2 | dict(num_hidden_layers=8, vocab_size=49152 * 8 // 30)
 TINY = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 
 
-def size_of(size: str, device: str) -> Size:
-    """What is run: "full" for the device, "quick" or "tiny"."""
+def sizes(size: str, device: str) -> list[Size]:
+    """What is run: "full" for the device (on a CPU with what "quick" has, so that they compare), "quick" or "tiny"."""
     if size == "tiny":
-        return Size("tiny", TINY, (1, 16), (1, 2), 8, 2)
-    if size == "quick":
-        return Size("SmolLM2-135M, 8 layers", PART, (2, 512), (1, 8, 64), 32, 4)
-    if device == "cuda":
-        return Size("SmolLM2-135M", SMOLLM2, (16, 1024), (1, 8, 64), 512, 16)
-    return Size("SmolLM2-135M", SMOLLM2, (2, 512), (1, 8, 64), 128, 8)
+        return [Size("tiny", TINY, (1, 16), (1, 2), 8, 2)]
+    if device == "cuda" and size == "full":
+        return [Size("SmolLM2-135M", SMOLLM2, (16, 1024), (1, 8, 64), 512, 16)]
+    quick = Size("SmolLM2-135M, 8 layers", PART, (2, 512), (1, 8, 64), 32, 4)
+    return [quick] if size == "quick" else [quick, Size("SmolLM2-135M", SMOLLM2, (2, 512), (1, 8, 64), 128, 8)]
 
 
 def build(shape: dict[str, int], device: str) -> dict[str, nn.Module]:
@@ -116,46 +115,55 @@ def table(name: str, about: str, calls: dict[str, Callable[[], object]], tokens:
             "missing": {}}
 
 
-def run(env: dict, size: str, out: Path, rounds: int, clock: Callable[[], float]) -> dict:
-    """Training with all models in float32, then prefill and decoding with all in bfloat16."""
-    device, what = env["kind"], size_of(size, env["kind"])
+def measure(what: Size, device: str, rounds: int, clock: Callable[[], float]) -> tuple[dict, list[dict]]:
+    """Sizes of the models, and tables: training with all models in float32, then prefill and decoding with all in bfloat16."""
     nets = build(what.shape, device)
     g = torch.Generator().manual_seed(0)
 
     def tokens(sequences: int, length: int) -> Tensor:
         return torch.randint(3, what.shape["vocab_size"], (sequences, length), generator=g).to(device)
 
-    result: dict = {"what": "steps", "env": env, "size": size, "models": {}, "tables": []}
     ids = tokens(*what.train)
     print(f"training {what.name}", flush=True)
     steps = {name: training_step(net, ids) for name, net in nets.items()}
-    result["tables"].append(table(f"training, {what.name}, {what.train[0]} x {what.train[1]} tokens", "forward, loss, backward and AdamW",
-                                  steps, ids.numel(), rounds, clock))
+    tables = [table(f"training, {what.name}, {what.train[0]} x {what.train[1]} tokens", "forward, loss, backward and AdamW", steps, ids.numel(), rounds, clock)]
+    models = {}
     for name, net in nets.items():
         counts = count_parameters(net)
-        result["models"][name] = {"parameters": counts["total"], "active_parameters": counts["active"],
-                                  "parameter_bytes": sum(p.numel() * p.element_size() for p in net.parameters()),
-                                  "saved_bytes": saved_bytes(lambda net=net: loss(net, ids), net.parameters())}
+        models[f"{what.name}: {name}"] = model = {
+            "parameters": counts["total"], "active_parameters": counts["active"],
+            "parameter_bytes": sum(p.numel() * p.element_size() for p in net.parameters()),
+            "saved_bytes": saved_bytes(lambda net=net: loss(net, ids), net.parameters())}
         if device == "cuda":
-            result["models"][name]["training_peak_bytes"] = peak_bytes(steps[name])
+            model["training_peak_bytes"] = peak_bytes(steps[name])
     del steps
     nets = {name: net.to(torch.bfloat16).eval() for name, net in nets.items()}
     free()
     for batch in what.batches:
         ids = tokens(batch, what.prompt)
         print(f"inference {what.name}, batch {batch}", flush=True)
-        calls = {name: lambda net=net, ids=ids: prefill(net, ids) for name, net in nets.items()}
-        result["tables"].append(table(f"prefill, {what.name}, batch {batch} x {what.prompt} tokens", "the prompt at once, logits of its last token",
-                                      calls, ids.numel(), rounds, clock))
+        prefills = {name: lambda net=net, ids=ids: prefill(net, ids) for name, net in nets.items()}
+        decodes = {name: decode(net, ids, what.new_tokens) for name, net in nets.items()}
+        tables.append(table(f"prefill, {what.name}, batch {batch} x {what.prompt} tokens", "the prompt at once, logits of its last token",
+                            prefills, ids.numel(), rounds, clock))
         if device == "cuda":
-            for name, call in calls.items():
-                result["tables"][-1]["rows"][name]["peak_bytes"] = peak_bytes(call)
-        calls = {name: decode(net, ids, what.new_tokens) for name, net in nets.items()}
-        result["tables"].append(table(f"decode, {what.name}, batch {batch} after {what.prompt} tokens", "one token at a time, with a cache",
-                                      calls, batch * what.new_tokens, rounds, clock))
-        del calls
+            for name, call in prefills.items():
+                tables[-1]["rows"][name]["peak_bytes"] = peak_bytes(call)
+        tables.append(table(f"decode, {what.name}, batch {batch} after {what.prompt} tokens", "one token at a time, with a cache",
+                            decodes, batch * what.new_tokens, rounds, clock))
+        del decodes
         free()
-    save(result, markdown(result), out)
+    return models, tables
+
+
+def run(env: dict, size: str, out: Path, rounds: int, clock: Callable[[], float]) -> dict:
+    """All models of a size."""
+    result: dict = {"what": "steps", "env": env, "size": size, "models": {}, "tables": []}
+    for what in sizes(size, env["kind"]):
+        models, tables = measure(what, env["kind"], rounds, clock)
+        result["models"] |= models
+        result["tables"] += tables
+        save(result, markdown(result), out)
     plot(result, METRICS, out)
     return result
 
