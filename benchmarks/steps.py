@@ -173,8 +173,8 @@ def markdown(result: dict) -> str:
     lines = heading(
         result, "Training, prefill and decoding",
         "Random weights. Medians with quartiles; ratios are to the dense model in the same round, below 1 is faster. Active: parameters that a token passes",
-        "through, gates apart. Kept: for backward in the training step, beside parameters. Parameters are float32 in training.", "",
-        "| model | parameters | active | parameters MB | kept MB | training peak MB |", "|---|---|---|---|---|---|")
+        "through, gates apart. Kept: for backward in the training step, beside parameters. Parameters are float32 in training.")
+    lines += ["| model | parameters | active | parameters MB | kept MB | training peak MB |", "|---|---|---|---|---|---|"]
     for name, model in result["models"].items():
         lines.append(f"| {name} | {model['parameters']:,} | {model['active_parameters']:,} | {model['parameter_bytes'] / 1e6:.1f} | "
                      f"{model['saved_bytes'] / 1e6:.1f} | {cell(model.get('training_peak_bytes'), 1e-6, 1)} |")
