@@ -1,4 +1,4 @@
-# Everything that a user runs. `make help` lists it. A first call of exp, test, bench or report sets the environment up in .venv.
+# Everything that a user runs. `make help` lists it. A first call of exp, test, bench, bench-gpu or report sets the environment up in .venv.
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.ready
@@ -12,10 +12,10 @@ DRY     ?=
 ARGS    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup exp test lint bench report clean
+.PHONY: help setup exp test lint bench bench-gpu report clean
 
 help:   ## this list
-	@grep -E '^[a-z]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1	/' | while IFS='	' read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
+	@grep -E '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1	/' | while IFS='	' read -r target text; do printf '  make %-9s %s\n' "$$target" "$$text"; done
 
 setup: $(STAMP)   ## make .venv and install what the lock files pin (nothing to do when they did not change)
 
@@ -40,9 +40,11 @@ test: $(STAMP)   ## the tests, on two processes
 lint: $(STAMP)   ## ruff
 	@$(BIN)/ruff check .
 
-bench: $(STAMP)   ## quick benchmarks on this machine: benchmarks/out/*.md, .json, .png
-	@$(BIN)/python -m benchmarks.ops --quick --out benchmarks/out
-	@$(BIN)/python -m benchmarks.steps --quick --out benchmarks/out
+bench: $(STAMP)   ## quick benchmarks on this CPU, compared with results/benchmarks: benchmarks/out/*.md, .json, .png [ARGS="--save"]
+	@$(BIN)/python -m benchmarks --quick --device cpu --out benchmarks/out $(ARGS)
+
+bench-gpu: $(STAMP)   ## all benchmarks on this GPU, correctness first: benchmarks/out/*.md, .json, .png [ARGS="--only Mixtral"]
+	@$(BIN)/python -m benchmarks --device cuda --out benchmarks/out $(ARGS)
 
 report: $(STAMP)   ## one HTML and Markdown report of all results: report/
 	@$(BIN)/python -m dyn.report --out report $(ARGS)

@@ -1,349 +1,169 @@
-"""Time the routed experts against the dense feed-forward network and against transformers' own implementations.
+"""Time the routed experts against dense networks of the same operations and against other people's experts.
 
-    python -m benchmarks.ops [--quick] [--out FOLDER] [--rounds N] [--threads N] [--cpu-time]
+    python -m benchmarks --parts ops [--quick] [--only TEXT]
 
-Writes ops.md, ops.json and ops.png. Every variant first has to agree with the eager reference in float64. Then all
-variants run once a round, in a shuffled order, in one process: the figures are medians over rounds with quartiles, and
-ratios are medians of (variant / dense in the same round), since other load on the machine moves all of a round together.
-`--cpu-time --threads 1` counts the process's own time instead, for a machine that is busy.
+Writes ops.md, ops.json and ops.png. Every variant of every table first has to agree with float64; one of ours that does not ends the run before
+anything is timed, a peer's stands in the table with its error. Then all variants of a table run once a round, in a shuffled order, in one process,
+on the same tensors and the same routing. Ratios are to "dense K*F", the network without routing that does as many operations.
 
-T tokens, D hidden size, F expert width, E experts, K experts a token, N neurons of the dense network.
+T tokens, D hidden size, F expert width, E experts, K experts a token, N = E*F neurons of the dense network.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
-import os
-import platform
-import random
-import statistics
-import subprocess
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import matplotlib
-import torch
-import torch.nn.functional as F
-import transformers
-from torch import Tensor
-from transformers import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-
+from benchmarks.layer import TOLERANCE, Case, Layer, Reference, Variant
+from benchmarks.measure import attempt, cell, free, heading, interleave, peak_bytes, plot, runnable, save, saved_bytes, summarise, tabulate, timer
+from benchmarks.peers import PEERS, dense
 from dyn.ops import experts as experts_module
 from dyn.ops.experts import experts
-from dyn.ops.route import route
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+REFERENCE = "dense K*F"
+OURS = "dyn "
+TITLE = "Routed experts: time and memory"
+METRICS = {"both_ratio": "time forward+backward / dense K*F", "forward_ratio": "time forward / dense K*F"}
 
-DENSE = "dense N"
-TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "autocast": 3e-2}  # of the norm, against float64
-
-
-@dataclass(frozen=True)
-class Case:
-    """One shape; N = E * F unless given (the dense network that the experts were cut from)."""
-
-    name: str
-    T: int
-    D: int
-    F: int
-    E: int
-    K: int
-    modes: tuple[str, ...] = ("bf16", "fp32", "autocast")
-
-    @property
-    def N(self) -> int:
-        return self.E * self.F
-
-
-QUICK = [Case("SmolLM2-135M, 4 of 8", 1024, 576, 192, 8, 4), Case("small odd experts, 4 of 16", 512, 512, 86, 16, 4, ("bf16",))]
-FULL = [
-    Case("SmolLM2-135M, 4 of 8", 1024, 576, 192, 8, 4),
-    Case("SmolLM2-135M, 4 of 8, T=2048", 2048, 576, 192, 8, 4),
-    Case("SmolLM2-135M, 4 of 16", 2048, 576, 96, 16, 4),
-    Case("small odd experts, 4 of 16", 2048, 512, 86, 16, 4, ("bf16", "fp32")),
-    Case("large experts, 2 of 8", 2048, 1024, 1408, 8, 2, ("bf16", "fp32")),
+SMOLLM2 = Case("SmolLM2-135M 4 of 8", 1024, 576, 192, 8, 4)
+SMOLLM2_SMALL = Case("SmolLM2-135M 16 of 32", 1024, 576, 48, 32, 16)
+ODD = Case("small odd experts 4 of 16", 2048, 512, 86, 16, 4, ("bf16", "fp32"))
+LARGE = [
+    Case("LLaMA-MoE-3.5B 4 of 16", 32768, 4096, 688, 16, 4),
+    Case("LLaMA-MoE-3.5B 2 of 8", 32768, 4096, 1376, 8, 2),
+    Case("LLaMA-MoE-3.0B 2 of 16", 32768, 4096, 688, 16, 2),
+    Case("Mixtral-8x7B 2 of 8", 16384, 4096, 14336, 8, 2),
+    Case("OLMoE 8 of 64", 32768, 2048, 1024, 64, 8),
+    Case("Qwen3-30B-A3B 8 of 128", 32768, 2048, 768, 128, 8),
 ]
 
 
-class Layer:
-    """The tensors of one case and mode, and its variants: names to functions of no argument that return y."""
-
-    def __init__(self, case: Case, mode: str, device: str) -> None:
-        self.case, self.mode, self.device = case, mode, device
-        g = torch.Generator().manual_seed(0)
-        dtype = torch.bfloat16 if mode == "bf16" else torch.float32
-
-        def leaf(*shape: int) -> Tensor:
-            fan_in = shape[-1] if len(shape) > 2 else 1
-            return (torch.randn(*shape, generator=g) / fan_in**0.5).to(device, dtype).requires_grad_()
-
-        self.x = leaf(case.T, case.D)
-        self.router = (torch.randn(case.E, case.D, generator=g) / case.D**0.5).to(device, dtype).requires_grad_()
-        self.gate_up, self.down = leaf(case.E, 2 * case.F, case.D), leaf(case.E, case.D, case.F)
-        self.dy = torch.randn(case.T, case.D, generator=g).to(device)
-        self.leaves = (self.x, self.router, self.gate_up, self.down)
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device, torch.bfloat16) if self.mode == "autocast" else contextlib.nullcontext()
-
-    def routed(self, run: Callable[..., Tensor]) -> Callable[[], Tensor]:
-        """Gate, top-k and experts, as one layer of a model."""
-
-        def forward() -> Tensor:
-            idx, weight = route(F.linear(self.x, self.router), self.case.K)
-            return run(self.x, self.gate_up, self.down, idx, weight)
-
-        return forward
-
-    def dense(self, width: int) -> Callable[[], Tensor]:
-        """A dense network on the first `width` of the experts' neurons, with parameters of its own."""
-        gate, up = (w.flatten(0, 1)[:width].detach().clone().requires_grad_() for w in self.gate_up.chunk(2, dim=1))
-        down = self.down.detach().transpose(0, 1).flatten(1)[:, :width].clone().requires_grad_()
-        return lambda: F.linear(F.silu(F.linear(self.x, gate)) * F.linear(self.x, up), down)
-
-    def transformers(self, implementation: str) -> Callable[..., Tensor]:
-        c = self.case
-        config = MixtralConfig(hidden_size=c.D, intermediate_size=c.F, num_local_experts=c.E, num_experts_per_tok=c.K)
-        config._experts_implementation = implementation
-        with torch.device("meta"):
-            module = MixtralExperts(config)
-        module.gate_up_proj, module.down_proj = torch.nn.Parameter(self.gate_up), torch.nn.Parameter(self.down)
-
-        def run(x: Tensor, gate_up: Tensor, down: Tensor, idx: Tensor, weight: Tensor) -> Tensor:
-            # Leaves of ours in place of its parameters, so that gradients arrive where they are compared.
-            module.__dict__.update(gate_up_proj=gate_up, down_proj=down)
-            return module(x, idx, weight)
-
-        module._parameters.clear()
-        return run
-
-    def variants(self) -> dict[str, Callable[[], Tensor]]:
-        out = {DENSE: self.dense(self.case.N), "dense K*F": self.dense(self.case.K * self.case.F)}
-        for name in experts_module._BACKENDS:
-            out[f"ours: {name}"] = self.routed(lambda *a, name=name: experts(*a, backend=name))
-        out["ours: torch, recompute"] = self.routed(lambda *a: experts(*a, backend="torch", recompute=True))
-        for name in ("eager", "grouped_mm"):
-            out[f"transformers: {name}"] = self.routed(self.transformers(name))
-        return out
-
-    def results(self, forward: Callable[[], Tensor]) -> list[Tensor]:
-        with self.autocast():
-            y = forward()
-        return [y.detach(), *torch.autograd.grad(y, self.leaves, self.dy.to(y.dtype))]
+def few(case: Case, *tokens: int) -> list[Case]:
+    """The case as in decoding: few tokens, forward only."""
+    return [replace(case, T=T, modes=case.modes[:1], routings=("uniform",), train=False) for T in tokens]
 
 
-def check(layer: Layer, variants: dict[str, Callable[[], Tensor]]) -> dict[str, float | str]:
-    """Largest relative error of output and gradients against the float64 reference on the same routing; a text if it fails."""
-    with layer.autocast(), torch.no_grad():
-        idx, weight = route(F.linear(layer.x, layer.router), layer.case.K)
-    x, gate_up, down = (t.detach().double().requires_grad_() for t in (layer.x, layer.gate_up, layer.down))
-    y = experts(x, gate_up, down, idx, weight.double(), backend="eager")
-    # The gradient of x through the gate is left out on both sides by comparing the experts' own gradients.
-    want = [y, *torch.autograd.grad(y, (gate_up, down), layer.dy.double())]
-    out: dict[str, float | str] = {}
-    for name, forward in variants.items():
-        if name.startswith("dense"):
-            continue
-        try:
-            y, _, _, dgate_up, ddown = layer.results(forward)
-        except RuntimeError as error:
-            out[name] = f"raises: {str(error).splitlines()[0][:110]}"
-            continue
-        error = max(((a.double() - b).norm() / b.norm()).item() for a, b in zip((y, dgate_up, ddown), want, strict=True))
-        if error > TOLERANCE[layer.mode]:
-            raise SystemExit(f"{layer.case.name} {layer.mode}: {name} differs from the reference by {error:.2g}")
-        out[name] = error
-    return out
+def cases(size: str, device: str) -> list[Case]:
+    """The shapes of a run: "full" for the device, "quick" (a part of the full ones, so that they compare), or "tiny" (the whole path in seconds)."""
+    if size == "tiny":  # float32 without CUDA, since Triton's interpreter computes bfloat16 wrongly
+        tiny = Case("tiny 2 of 4", 24, 32, 24, 4, 2, ("bf16",) if device == "cuda" else ("fp32",))
+        return [tiny, *few(replace(tiny, name="tiny odd 2 of 4", D=24, F=10), 3)]
+    if size == "quick":
+        return [replace(SMOLLM2, modes=("bf16", "fp32")), replace(ODD, T=512, modes=("bf16",)), *few(SMOLLM2, 1, 64)]
+    if device == "cuda":
+        smollm2 = [replace(c, T=32768) for c in (SMOLLM2, SMOLLM2_SMALL)]
+        return LARGE + smollm2 + [f for c in (LARGE[0], LARGE[-1], SMOLLM2) for f in few(c, 1, 8, 64, 512)]
+    return [
+        replace(SMOLLM2, modes=("bf16", "fp32", "autocast")), SMOLLM2_SMALL, ODD, replace(ODD, T=512, modes=("bf16",)),
+        Case("large experts 2 of 8", 4096, 1024, 1408, 8, 2, ("bf16", "fp32")), *few(SMOLLM2, 1, 8, 64, 512),
+    ]
 
 
-def saved_bytes(layer: Layer, forward: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps for backward, beside the inputs and parameters, each storage once."""
-    given = {t.untyped_storage().data_ptr() for t in layer.leaves}
-    kept: dict[int, int] = {}
+def variants(layer: Layer) -> dict[str, Callable[[], Variant]]:
+    """Makers of everything that is compared; they raise where a variant cannot be. Back ends of ours come from the op's own list."""
 
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if not (t.is_leaf and t.requires_grad) and storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
+    def ours(backend: str, recompute: bool = False) -> Callable[[], Variant]:
+        return lambda: layer.variant(lambda: experts(layer.x, layer.gate_up, layer.down, layer.idx, layer.weight, backend=backend, recompute=recompute))
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), layer.autocast():
-        y = forward()  # held until the count is taken, so that no address is used twice
-    size = sum(kept.values())
-    del y
-    return size
+    backends = runnable(experts_module._BACKENDS, layer.device)
+    out = {REFERENCE: lambda: dense(layer, layer.case.K * layer.case.F), "dense N": lambda: dense(layer, layer.case.N)}
+    out |= {f"{OURS}{name}": ours(name) for name in backends}
+    if layer.case.train:
+        out |= {f"{OURS}{name}, recompute": ours(name, recompute=True) for name in backends if name != "eager"}
+    return out | {name: lambda adapt=adapt: adapt(layer) for name, adapt in PEERS.items()}
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": middle, "low": low, "high": high}
+def title(case: Case, mode: str, routing: str) -> str:
+    """The name of a table."""
+    return f"{case.name}, T={case.T}, {mode}, {routing}"
 
 
-def make_clock(device: str, cpu_time: bool) -> Callable[[], float]:
-    """Seconds: of this process with `cpu_time`, else on the wall, after the device has finished what it was given."""
-    if cpu_time:
-        return time.process_time
-    return time.perf_counter if device == "cpu" else lambda: (torch.cuda.synchronize(), time.perf_counter())[1]
+def check(layer: Layer) -> tuple[dict[str, float], dict[str, str]]:
+    """Relative errors of the variants against float64, and reasons of those that cannot run or are wrong. SystemExit for a wrong one of ours."""
+    reference = Reference(layer)
+    errors, missing = {}, {}
+    for name, make in variants(layer).items():
+        variant, why = attempt(make)
+        if variant is not None and variant.gradients is not None:
+            errors[name], why = attempt(lambda v=variant: reference.error(layer, v))
+            if why is None and not errors[name] <= TOLERANCE[layer.mode]:  # not <=: NaN is wrong
+                why = f"wrong: differs from float64 by {errors[name]:.2g}"
+        if why is not None:
+            errors.pop(name, None)
+            missing[name] = why
+            if name.startswith(OURS):
+                raise SystemExit(f"{layer.case.name} {layer.mode}: {name} {why}")
+    return errors, missing
 
 
-def time_rounds(run: dict[str, Callable[[], dict[str, float]]], rounds: int) -> list[dict[str, dict[str, float]]]:
-    """Run every variant once a round in a shuffled order; the first round warms up and is dropped."""
-    out, order = [], random.Random(0)
-    for _ in range(rounds + 1):
-        names = list(run)
-        order.shuffle(names)
-        out.append({name: run[name]() for name in names})
-    return out[1:]
+def measure(layer: Layer, routing: str, rounds: int, clock: Callable[[], float], errors: dict[str, float], missing: dict[str, str]) -> dict:
+    """One table: seconds, operations a second, bytes kept for backward and at the peak, and ratios to the reference in the same round."""
+    case, made, missing = layer.case, {}, dict(missing)
+    for name, make in variants(layer).items():
+        if name not in missing:
+            made[name] = make()
+
+    def timers(variant: Variant) -> dict[str, Callable[[], float]]:
+        out = {"forward": timer(lambda: layer.forward(variant), clock)}
+        return out | ({"both": timer(lambda: layer.backward(variant), clock)} if case.train else {})
+
+    timed = {}
+    for name, variant in made.items():
+        timed[name], why = attempt(lambda v=variant: timers(v))
+        if why is not None:
+            del timed[name]
+            missing[name] = why
+    rows = summarise(interleave(timed, rounds), REFERENCE)
+    for name, row in rows.items():
+        variant = made[name]
+        row["error"] = errors.get(name)
+        row["teraflops"] = {metric: case.flops(variant.width, metric == "both") / row[metric]["median"] / 1e12 for metric in timed[name]}
+        if case.train:
+            with layer.autocast():
+                row["saved_bytes"] = saved_bytes(variant.run, (*variant.leaves, layer.idx, layer.idx32))
+        if layer.device == "cuda":
+            row["peak_bytes"] = peak_bytes(lambda v=variant: layer.backward(v) if case.train else layer.forward(v))
+    about = f"D={case.D} F={case.F} E={case.E} K={case.K} N={case.N}, hottest expert {layer.hottest():.1f} times the mean load"
+    return {"name": title(case, layer.mode, routing), "about": about, "case": asdict(case), "reference": REFERENCE,
+            "ours": [name for name in rows if name.startswith(OURS)], "rounds": rounds, "rows": rows, "missing": missing}
 
 
-def measure(layer: Layer, rounds: int, clock: Callable[[], float]) -> dict:
-    """One row a variant: errors, bytes kept, seconds forward and forward+backward, ratios to the dense network."""
-    variants = layer.variants()
-    errors = check(layer, variants)
-    variants = {name: f for name, f in variants.items() if not isinstance(errors.get(name), str)}
-
-    def once(forward: Callable[[], Tensor]) -> dict[str, float]:
-        start = clock()
-        with layer.autocast():
-            y = forward()
-        middle = clock()
-        y.backward(layer.dy.to(y.dtype))
-        end = clock()
-        for leaf in layer.leaves:
-            leaf.grad = None
-        return {"forward": middle - start, "both": end - start}
-
-    timed = time_rounds({name: lambda f=f: once(f) for name, f in variants.items()}, rounds)
-    rows = {}
-    for name, forward in variants.items():
-        rows[name] = {"error": errors.get(name), "saved_bytes": saved_bytes(layer, forward)}
-        for part in ("forward", "both"):
-            rows[name][part] = spread([r[name][part] for r in timed])
-            rows[name][f"{part}_ratio"] = spread([r[name][part] / r[DENSE][part] for r in timed])
-    failed = {name: why for name, why in errors.items() if isinstance(why, str)}
-    return {"case": asdict(layer.case) | {"N": layer.case.N}, "mode": layer.mode, "rounds": rounds, "rows": rows, "failed": failed}
-
-
-def measure_route(device: str, rounds: int, quick: bool, clock: Callable[[], float]) -> list[dict]:
-    """`route` and its parts, and the sort that orders the rows by expert."""
-    out = []
-    for T, E, K in [(2048, 8, 4), (2048, 64, 8)] + ([] if quick else [(32768, 16, 4), (32768, 128, 8)]):
-        logits = torch.randn(T, E, generator=torch.Generator().manual_seed(0)).to(device)
-        idx = route(logits, K)[0]
-        parts = {
-            "route": lambda a=logits, k=K: route(a, k),
-            "top-k": lambda a=logits, k=K: a.topk(k),
-            "softmax": lambda a=logits: a.softmax(-1),
-            "sort index": lambda a=idx: a.flatten().sort(stable=True),
-        }
-
-        def once(f: Callable[[], object]) -> dict[str, float]:
-            start = clock()
-            f()
-            return {"time": clock() - start}
-
-        timed = time_rounds({name: lambda f=f: once(f) for name, f in parts.items()}, 2 * rounds)
-        out.append({"T": T, "E": E, "K": K, "rows": {name: spread([r[name]["time"] for r in timed]) for name in parts}})
-    return out
-
-
-def environment(device: str) -> dict:
-    """Device, versions, commit and load, as they stand beside every table."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "threads": torch.get_num_threads(), "cores": os.cpu_count(), "load": os.getloadavg()[0],
-        "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-        "commit": git.stdout.strip() if git.returncode == 0 else "unknown", "date": time.strftime("%Y-%m-%d %H:%M"),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
-def markdown(result: dict) -> str:
-    """The report: one table a case and mode, one for routing."""
-    def cell(s: dict[str, float], unit: float = 1.0, digits: int = 2) -> str:
-        return f"{s['median'] * unit:.{digits}f} ({s['low'] * unit:.{digits}f}-{s['high'] * unit:.{digits}f})"
-
-    env = result["env"]
-    lines = ["# Routed experts: time and memory", "", ", ".join(f"{k} {v}" for k, v in env.items()), ""]
-    lines += ["Medians with quartiles. A layer is gate, top-k and experts; dense N is the network that the experts were cut from, dense K*F",
-              "one of the width that a token uses. Ratios are to dense N in the same round: below 1 is faster.", ""]
-    for table in result["layers"]:
-        c = table["case"]
-        lines += [f"## {c['name']}, {table['mode']}", "", f"T={c['T']} D={c['D']} F={c['F']} E={c['E']} K={c['K']} N={c['N']}, {table['rounds']} rounds", "",
-                  "| variant | forward ms | ratio | forward+backward ms | ratio | kept for backward MB | error |", "|---|---|---|---|---|---|---|"]
-        for name, row in table["rows"].items():
-            error = "" if row["error"] is None else f"{row['error']:.1e}"
-            lines.append(f"| {name} | {cell(row['forward'], 1e3, 1)} | {cell(row['forward_ratio'])} | {cell(row['both'], 1e3, 1)} | "
-                         f"{cell(row['both_ratio'])} | {row['saved_bytes'] / 1e6:.1f} | {error} |")
-        lines += [f"| {name} | {why} | | | | | |" for name, why in table["failed"].items()] + [""]
-    lines += ["## Routing alone, microseconds", "", "| T | E | K | route | top-k | softmax | sort index |", "|---|---|---|---|---|---|---|"]
-    for row in result["route"]:
-        lines.append(f"| {row['T']} | {row['E']} | {row['K']} | " + " | ".join(cell(s, 1e6, 0) for s in row["rows"].values()) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(result: dict, path: Path) -> None:
-    """Forward+backward against the dense network, a panel for each case and mode; bars are medians, lines quartiles."""
-    tables = result["layers"]
-    fig, axes = plt.subplots(len(tables), 1, figsize=(8, 2.2 * len(tables)), squeeze=False, layout="constrained")
-    for axis, table in zip(axes[:, 0], tables, strict=True):
-        names = [name for name in table["rows"] if name != DENSE]
-        ratios = [table["rows"][name]["both_ratio"] for name in names]
-        middle = [r["median"] for r in ratios]
-        axis.barh(names, middle, color=["C1" if n.startswith("ours") else "C0" for n in names],
-                  xerr=[[m - r["low"] for m, r in zip(middle, ratios, strict=True)], [r["high"] - m for m, r in zip(middle, ratios, strict=True)]])
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.invert_yaxis()
-        axis.set_title(f"{table['case']['name']}, {table['mode']}", fontsize=9)
-        axis.tick_params(labelsize=8)
-    axes[-1, 0].set_xlabel("time forward+backward / dense network of full width")
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
-
-
-def main(argv: list[str] | None = None) -> dict:
-    """See the module."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two shapes, fewer rounds: under two minutes on two cores")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for ops.md, ops.json, ops.png")
-    parser.add_argument("--rounds", type=int, help="rounds of each table (default 21, quick 5)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--cpu-time", action="store_true", help="the process's own time, not the wall's (CPU only)")
-    args = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rounds = args.rounds or (5 if args.quick else 21)
-    if rounds < 2:
-        parser.error("--rounds must be 2 or more: quartiles need them")
-    if args.cpu_time and device == "cuda":
-        parser.error("--cpu-time would leave out the device's time")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    clock = make_clock(device, args.cpu_time)
-    result: dict = {"env": environment(device) | {"clock": "process" if args.cpu_time else "wall"}, "layers": []}
-    for case in QUICK if args.quick else FULL:
-        for mode in case.modes:
-            print(f"{case.name}, {mode} ...", flush=True)
-            result["layers"].append(measure(Layer(case, mode, device), rounds, clock))
-    result["route"] = measure_route(device, rounds, args.quick, clock)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "ops.json").write_text(json.dumps(result, indent=1))
-    (args.out / "ops.md").write_text(markdown(result))
-    plot(result, args.out / "ops.png")
-    print(markdown(result))
+def run(env: dict, size: str, out: Path, rounds: int, clock: Callable[[], float], only: str = "") -> dict:
+    """Check everything, then time everything; the reports are written after every table, so that a run that is cut off leaves what it has."""
+    device = env["kind"]
+    todo = [(case, mode, routing) for case in cases(size, device) for mode in case.modes for routing in case.routings if only in title(case, mode, routing)]
+    checked = []
+    for each in todo:
+        print(f"checking {title(*each)}", flush=True)
+        checked.append(check(Layer(*each, device)))
+        free()
+    result: dict = {"what": "ops", "env": env, "size": size, "tables": []}
+    for (case, mode, routing), (errors, missing) in zip(todo, checked, strict=True):
+        print(f"timing {title(case, mode, routing)}", flush=True)
+        result["tables"].append(measure(Layer(case, mode, routing, device), routing, rounds, clock, errors, missing))
+        free()
+        save(result, markdown(result), out)
+    plot(result, METRICS, out)
     return result
 
 
-if __name__ == "__main__":
-    main()
+def markdown(result: dict) -> str:
+    """One table a case, precision and routing."""
+    lines = heading(
+        result, TITLE,
+        "Medians with quartiles over rounds in which every variant runs once, on the same tensors and the same routing. The experts alone: routing has",
+        "tables of its own. Forward keeps nothing for backward. dense K*F: a network without routing of the width that a token uses; dense N: of all",
+        "neurons. Ratios are to dense K*F in the same round, below 1 is faster. TFLOP/s count 6 T K D F forward and 18 T K D F forward and backward",
+        "(dense N: its own width). Kept: for backward, beside inputs and weights. Error: the largest relative one of output and gradients, to float64.")
+    for table in result["tables"]:
+        columns = {"forward ms": lambda r: cell(r["forward"], 1e3), "/ dense K*F": lambda r: cell(r["forward_ratio"]),
+                   "TFLOP/s": lambda r: f"{r['teraflops']['forward']:.3g}"}
+        if table["case"]["train"]:
+            columns |= {"forward+backward ms": lambda r: cell(r["both"], 1e3), "/ dense K*F, f+b": lambda r: cell(r["both_ratio"]),
+                        "TFLOP/s, f+b": lambda r: f"{r['teraflops']['both']:.3g}", "kept MB": lambda r: cell(r["saved_bytes"], 1e-6, 1)}
+        if result["env"]["kind"] == "cuda":
+            columns["peak MB"] = lambda r: cell(r["peak_bytes"], 1e-6, 1)
+        columns["error"] = lambda r: "" if r["error"] is None else f"{r['error']:.1e}"
+        lines += tabulate(table, "variant", columns)
+    return "\n".join(lines)

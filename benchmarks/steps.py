@@ -1,127 +1,188 @@
-"""Time whole training and inference steps: the converted mixture against the dense model that it came from.
+"""Time whole models: training steps, prefill and decoding of converted mixtures against the dense model that they came from.
 
-    python -m benchmarks.steps [--quick] [--out FOLDER] [--rounds N] [--precision bf16|fp32]
+    python -m benchmarks --parts steps [--quick]
 
-Writes steps.md, steps.json and steps.png. Random weights in the shape of SmolLM2-135M (quick: 8 of its 30 layers and as much of its
-vocabulary, so that head and layers keep their proportion), one model of each kind in one process, interleaved in a shuffled order; ratios are
-medians over rounds of (variant / dense in the same round). A training step is forward, loss, backward and AdamW.
+Writes steps.md, steps.json and steps.png. Random weights in the shape of SmolLM2-135M (quick: 8 of its 30 layers and as much of its vocabulary, so
+that head and layers keep their proportion), one model of each kind in one process, interleaved in a shuffled order; ratios are to the dense model in
+the same round. The mixtures and the pruned control have the same active width, half of the dense one's. A training step is forward, loss, backward
+and AdamW, on float32 weights under autocast to bfloat16; prefill and decoding run on bfloat16 weights, with a key-value cache and through the
+model's forward, since `generate` adds work of its own to every token.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.ops import environment, spread, time_rounds
+from benchmarks.measure import cell, free, heading, interleave, peak_bytes, plot, save, saved_bytes, summarise, tabulate, timer
 from dyn.models.llama_moe import from_dense
+from dyn.models.llama_moe_prune import kept_neurons
 from dyn.nn.surgery import count_parameters
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+REFERENCE = "dense"
+METRICS = {"seconds_ratio": "time / dense model"}
+MIXTURES = {"4 of 8 experts": (8, 4), "16 of 32 experts": (32, 16)}  # name: E, K
+PRUNED = "pruned to half"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's shape, and how much of it is run."""
+
+    name: str
+    shape: dict[str, int]
+    train: tuple[int, int]  # sequences, tokens of each
+    batches: tuple[int, ...]
+    prompt: int
+    new_tokens: int
+
 
 SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-               max_position_embeddings=8192, tie_word_embeddings=True)
-VARIANTS = {"4 of 8": (8, 4), "8 of 16": (16, 8), "4 of 16": (16, 4)}  # name: E, K
-DENSE = "dense"
+               max_position_embeddings=8192)
+PART = SMOLLM2 | dict(num_hidden_layers=8, vocab_size=49152 * 8 // 30)
+TINY = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 
 
-def build(quick: bool) -> dict[str, torch.nn.Module]:
-    """The dense model and the mixtures made from it."""
+def sizes(size: str, device: str) -> list[Size]:
+    """What is run: "full" for the device (on a CPU with what "quick" has, so that they compare), "quick" or "tiny"."""
+    if size == "tiny":
+        return [Size("tiny", TINY, (1, 16), (1, 2), 8, 2)]
+    if device == "cuda" and size == "full":
+        return [Size("SmolLM2-135M", SMOLLM2, (16, 1024), (1, 8, 64), 512, 16)]
+    quick = Size("SmolLM2-135M, 8 layers", PART, (2, 512), (1, 8, 64), 32, 4)
+    return [quick] if size == "quick" else [quick, Size("SmolLM2-135M", SMOLLM2, (2, 512), (1, 8, 64), 128, 8)]
+
+
+def build(shape: dict[str, int], device: str) -> dict[str, nn.Module]:
+    """The dense model, the mixtures made from it, and a dense model as `prune_dense(keep=0.5)` returns it, all with random weights."""
     torch.manual_seed(0)
-    shape = SMOLLM2 | (dict(num_hidden_layers=8, vocab_size=49152 * 8 // 30) if quick else {})
-    dense = LlamaForCausalLM(LlamaConfig(**shape))
-    names = list(VARIANTS)[:1] if quick else list(VARIANTS)
-    return {DENSE: dense} | {name: from_dense(dense, num_experts=VARIANTS[name][0], num_experts_per_tok=VARIANTS[name][1], gate_noise=True) for name in names}
+    dense = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
+    nets = {REFERENCE: dense} | {name: from_dense(dense, num_experts=E, num_experts_per_tok=K, gate_noise=True) for name, (E, K) in MIXTURES.items()}
+    narrow = shape | dict(intermediate_size=kept_neurons(0.5, shape["intermediate_size"]))
+    nets[PRUNED] = LlamaForCausalLM(LlamaConfig(**narrow, tie_word_embeddings=True))
+    return {name: net.to(device) for name, net in nets.items()}
 
 
-def step(net: torch.nn.Module, ids: torch.Tensor, precision: str) -> Callable[[], dict[str, float]]:
-    """One measured round of a model: seconds of an inference pass and of a training step."""
+def loss(net: nn.Module, ids: Tensor) -> Tensor:
+    """Of a training step."""
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        return net(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def training_step(net: nn.Module, ids: Tensor) -> Callable[[], None]:
+    """Forward, loss, backward, AdamW."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
-    cast = torch.autocast(ids.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-    wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
+    net.train()
 
-    def run() -> dict[str, float]:
-        wait()
-        began = time.perf_counter()
-        with torch.no_grad(), cast:
-            net.eval()(input_ids=ids, use_cache=False)
-        wait()
-        middle = time.perf_counter()
-        with cast:
-            loss = net.train()(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
+    def step() -> None:
+        loss(net, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
-        wait()
-        return {"inference": middle - began, "training": time.perf_counter() - middle}
+
+    return step
+
+
+@torch.no_grad()
+def prefill(net: nn.Module, ids: Tensor) -> DynamicCache:
+    """The cache behind a prompt, with the logits of its last token."""
+    return net(input_ids=ids, past_key_values=DynamicCache(config=net.config), use_cache=True, logits_to_keep=1).past_key_values
+
+
+def decode(net: nn.Module, ids: Tensor, new_tokens: int) -> Callable[[], None]:
+    """A function that goes on behind a prompt for some tokens, one at a time, and forgets them again."""
+    cache = prefill(net, ids)
+
+    @torch.no_grad()
+    def run() -> None:
+        for _ in range(new_tokens):
+            net(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.crop(-new_tokens)
 
     return run
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """See the module."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a part of the layers and vocabulary, fewer rounds")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
-    parser.add_argument("--rounds", type=int, help="default 11, quick 7")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    args = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    nets = {name: net.to(device) for name, net in build(args.quick).items()}
-    ids = torch.randint(3, nets[DENSE].config.vocab_size, (2, 512), device=device)
-    rounds = time_rounds({name: step(net, ids, args.precision) for name, net in nets.items()}, args.rounds or (7 if args.quick else 11))
-    rows = {name: {"active_parameters": count_parameters(net)["active"]} | {
-        phase: {"seconds": spread([r[name][phase] for r in rounds]), "ratio": spread([r[name][phase] / r[DENSE][phase] for r in rounds])}
-        for phase in ("inference", "training")} for name, net in nets.items()}
-    env = environment(device)
-    result = {"env": env, "quick": args.quick, "precision": args.precision, "tokens": ids.numel(), "rounds": len(rounds), "rows": rows}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "steps.json").write_text(json.dumps(result, indent=1))
-    (args.out / "steps.md").write_text(markdown(result))
-    plot(result, args.out / "steps.png")
-    print(markdown(result))
+def table(name: str, about: str, calls: dict[str, Callable[[], object]], tokens: int, rounds: int, clock: Callable[[], float]) -> dict:
+    """Seconds of every model's call, and tokens a second."""
+    rows = summarise(interleave({model: {"seconds": timer(call, clock)} for model, call in calls.items()}, rounds), REFERENCE)
+    for row in rows.values():
+        row["tokens_per_second"] = tokens / row["seconds"]["median"]
+    return {"name": name, "about": about, "reference": REFERENCE, "ours": list(MIXTURES), "rounds": rounds, "tokens": tokens, "rows": rows,
+            "missing": {}}
+
+
+def measure(what: Size, device: str, rounds: int, clock: Callable[[], float]) -> tuple[dict, list[dict]]:
+    """Sizes of the models, and tables: training with all models in float32, then prefill and decoding with all in bfloat16."""
+    nets = build(what.shape, device)
+    g = torch.Generator().manual_seed(0)
+
+    def tokens(sequences: int, length: int) -> Tensor:
+        return torch.randint(3, what.shape["vocab_size"], (sequences, length), generator=g).to(device)
+
+    ids = tokens(*what.train)
+    print(f"training {what.name}", flush=True)
+    steps = {name: training_step(net, ids) for name, net in nets.items()}
+    tables = [table(f"training, {what.name}, {what.train[0]} x {what.train[1]} tokens", "forward, loss, backward and AdamW", steps, ids.numel(), rounds, clock)]
+    models = {}
+    for name, net in nets.items():
+        counts = count_parameters(net)
+        models[f"{what.name}: {name}"] = model = {
+            "parameters": counts["total"], "active_parameters": counts["active"],
+            "parameter_bytes": sum(p.numel() * p.element_size() for p in net.parameters()),
+            "saved_bytes": saved_bytes(lambda net=net: loss(net, ids), net.parameters())}
+        if device == "cuda":
+            model["training_peak_bytes"] = peak_bytes(steps[name])
+    del steps
+    nets = {name: net.to(torch.bfloat16).eval() for name, net in nets.items()}
+    free()
+    for batch in what.batches:
+        ids = tokens(batch, what.prompt)
+        print(f"inference {what.name}, batch {batch}", flush=True)
+        prefills = {name: lambda net=net, ids=ids: prefill(net, ids) for name, net in nets.items()}
+        decodes = {name: decode(net, ids, what.new_tokens) for name, net in nets.items()}
+        tables.append(table(f"prefill, {what.name}, batch {batch} x {what.prompt} tokens", "the prompt at once, logits of its last token",
+                            prefills, ids.numel(), rounds, clock))
+        if device == "cuda":
+            for name, call in prefills.items():
+                tables[-1]["rows"][name]["peak_bytes"] = peak_bytes(call)
+        tables.append(table(f"decode, {what.name}, batch {batch} after {what.prompt} tokens", "one token at a time, with a cache",
+                            decodes, batch * what.new_tokens, rounds, clock))
+        del decodes
+        free()
+    return models, tables
+
+
+def run(env: dict, size: str, out: Path, rounds: int, clock: Callable[[], float]) -> dict:
+    """All models of a size."""
+    result: dict = {"what": "steps", "env": env, "size": size, "models": {}, "tables": []}
+    for what in sizes(size, env["kind"]):
+        models, tables = measure(what, env["kind"], rounds, clock)
+        result["models"] |= models
+        result["tables"] += tables
+        save(result, markdown(result), out)
+    plot(result, METRICS, out)
     return result
 
 
 def markdown(result: dict) -> str:
-    """One row a model."""
-    shape = "8 of 30 layers and as much of the vocabulary" if result["quick"] else "all layers"
-    lines = ["# Training and inference steps", "", ", ".join(f"{k} {v}" for k, v in result["env"].items()), "",
-             f"SmolLM2-135M's shape ({shape}), random weights, {result['precision']}, {result['tokens']} tokens a step, {result['rounds']} rounds.",
-             "Medians with quartiles; ratios are to the dense model in the same round, below 1 is faster.", "",
-             "| model | activated parameters | training tokens/s | time / dense | inference tokens/s | time / dense |", "|---|---|---|---|---|---|"]
-    for name, row in result["rows"].items():
-        cells = [f"{row['active_parameters']:,}"]
-        for phase in ("training", "inference"):
-            ratio = row[phase]["ratio"]
-            cells += [f"{result['tokens'] / row[phase]['seconds']['median']:.0f}", f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(result: dict, path: Path) -> None:
-    """Ratios to the dense model; bars are medians, lines quartiles."""
-    names = [n for n in result["rows"] if n != DENSE]
-    fig, ax = plt.subplots(figsize=(6, 1.2 + 0.6 * len(names)), layout="constrained")
-    for shift, phase in ((-0.2, "training"), (0.2, "inference")):
-        ratios = [result["rows"][n][phase]["ratio"] for n in names]
-        ax.barh([i + shift for i in range(len(names))], [r["median"] for r in ratios], 0.38, label=phase,
-                xerr=[[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]])
-    ax.axvline(1, color="black", linewidth=0.8)
-    ax.set_yticks(range(len(names)), names)
-    ax.set_xlabel("time / dense model")
-    ax.legend(fontsize=8)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
-
-
-if __name__ == "__main__":
-    main()
+    """One table of sizes, then one a phase."""
+    lines = heading(
+        result, "Training, prefill and decoding",
+        "Random weights. Medians with quartiles; ratios are to the dense model in the same round, below 1 is faster. Active: parameters that a token passes",
+        "through, gates apart. Kept: for backward in the training step, beside parameters. Parameters are float32 in training.")
+    lines += ["| model | parameters | active | parameters MB | kept MB | training peak MB |", "|---|---|---|---|---|---|"]
+    for name, model in result["models"].items():
+        lines.append(f"| {name} | {model['parameters']:,} | {model['active_parameters']:,} | {model['parameter_bytes'] / 1e6:.1f} | "
+                     f"{model['saved_bytes'] / 1e6:.1f} | {cell(model.get('training_peak_bytes'), 1e-6, 1)} |")
+    lines.append("")
+    for each in result["tables"]:
+        columns = {"ms": lambda r: cell(r["seconds"], 1e3, 1), "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}",
+                   "/ dense": lambda r: cell(r["seconds_ratio"])}
+        if any("peak_bytes" in row for row in each["rows"].values()):
+            columns["peak MB"] = lambda r: cell(r["peak_bytes"], 1e-6, 1)
+        lines += tabulate(each, "model", columns)
+    return "\n".join(lines)

@@ -1,0 +1,112 @@
+"""Compare new results with the committed ones of the same device, and say what became slower.
+
+    python -m benchmarks.compare FOLDER [--save]
+
+What is compared are the ratios to a table's reference row (dense network, plain torch), which other load on the machine moves little. A ratio of
+ours that is a quarter worse is said, one twice as bad is an error; peers' and improvements are only said. Another device has nothing to compare with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+COMMITTED = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
+WORSE, BAD = 1.25, 2.0
+
+
+@dataclass(frozen=True)
+class Change:
+    """One ratio then and now."""
+
+    table: str
+    row: str
+    metric: str
+    before: float
+    now: float
+    ours: bool
+
+    @property
+    def factor(self) -> float:
+        return self.now / self.before
+
+    @property
+    def bad(self) -> bool:
+        return self.ours and self.factor >= BAD
+
+    def __str__(self) -> str:
+        word = "worse" if self.factor > 1 else "better"
+        return f"{self.table}: {self.row}, {self.metric}: {self.before:.2f} -> {self.now:.2f}, {max(self.factor, 1 / self.factor):.2f} times {word}"
+
+
+def device_kind(env: dict) -> str:
+    """What must be equal for times to be comparable: the GPU, or the CPU model and the number of threads."""
+    return env["device"] if env["kind"] == "cuda" else f"{env['device']}, {env['threads']} threads"
+
+
+def ratios(result: dict) -> Iterator[tuple[tuple[str, str, str], float, bool]]:
+    """((table, row, metric), median, is it ours) of every ratio but the reference's own, which is 1."""
+    for table in result["tables"]:
+        for name, row in table["rows"].items():
+            for metric, value in row.items():
+                if metric.endswith("_ratio") and name != table["reference"]:
+                    yield (table["name"], name, metric), value["median"], name in table["ours"]
+
+
+def compare(new: dict, old: dict) -> list[Change]:
+    """Ratios that both results have and that moved by a quarter or more, the worst first. ValueError for results of two devices or of two kinds."""
+    if new["what"] != old["what"] or device_kind(new["env"]) != device_kind(old["env"]):
+        raise ValueError(f"{new['what']} on {device_kind(new['env'])} does not compare with {old['what']} on {device_kind(old['env'])}")
+    before = {key: value for key, value, _ in ratios(old)}
+    changes = [Change(*key, before[key], value, ours) for key, value, ours in ratios(new) if key in before]
+    return sorted((c for c in changes if c.factor >= WORSE or c.factor <= 1 / WORSE), key=lambda c: -c.factor)
+
+
+def reference_path(new: dict, folder: Path) -> Path:
+    """Where the committed result of this kind and device is: one file for CPUs, one for GPUs."""
+    return folder / f"{new['what']}{'-gpu' if new['env']['kind'] == 'cuda' else ''}.json"
+
+
+def guard(out: Path, committed: Path, store: bool = False) -> int:
+    """Compare every JSON in `out`, print and write compare.md; the number of ratios of ours that are twice as bad. `store` commits `out` instead."""
+    lines, bad = ["# Against the committed results", ""], 0
+    for path in sorted(out.glob("*.json")):
+        new = json.loads(path.read_text())
+        reference = reference_path(new, committed)
+        if store:
+            committed.mkdir(parents=True, exist_ok=True)
+            for suffix in (".json", ".md"):
+                reference.with_suffix(suffix).write_text(path.with_suffix(suffix).read_text())
+            lines.append(f"- {new['what']}: saved as {reference.name}")
+            continue
+        old = json.loads(reference.read_text()) if reference.is_file() else None
+        if old is None or device_kind(old["env"]) != device_kind(new["env"]):
+            known = "no result is committed" if old is None else f"the committed result is of {device_kind(old['env'])}"
+            lines.append(f"- {new['what']}: nothing to compare with on {device_kind(new['env'])} ({known})")
+            continue
+        changes = compare(new, old)
+        shared = len({key for key, *_ in ratios(new)} & {key for key, *_ in ratios(old)})
+        lines.append(f"- {new['what']}: {shared} ratios compared with commit {old['env']['commit']}, {len(changes)} moved by a quarter or more")
+        lines += [f"  - {'**twice as bad** ' if c.bad else '' if c.ours else '(not ours) '}{c}" for c in changes]
+        bad += sum(c.bad for c in changes)
+    text = "\n".join(lines) + "\n"
+    (out / "compare.md").write_text(text)
+    print(text, end="")
+    return bad
+
+
+def main(argv: list[str] | None = None) -> None:
+    """See the module. Exit status 1 where a ratio of ours is twice as bad."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder with new results")
+    parser.add_argument("--save", action="store_true", help="make them the committed results instead")
+    args = parser.parse_args(argv)
+    if guard(args.out, COMMITTED, store=args.save):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

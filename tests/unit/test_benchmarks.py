@@ -1,0 +1,148 @@
+"""The pieces of the benchmarks: comparison with committed results, routings, the sampled reference, spreads, peers that cannot run."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from benchmarks import compare, measure
+from benchmarks.layer import Case, Layer, Reference, choose
+from benchmarks.measure import Refused, attempt, spread, summarise
+from benchmarks.ops import check, variants
+from benchmarks.peers import PEERS
+
+CASE = Case("tiny", T=24, D=16, F=12, E=4, K=2)
+
+
+def result(ratio: float, device: str = "a CPU", threads: int = 2) -> dict:
+    row = {"both": {"median": 1.0}, "both_ratio": {"median": ratio, "low": ratio, "high": ratio}}
+    dense = {"both": {"median": 1.0}, "both_ratio": {"median": 1.0, "low": 1.0, "high": 1.0}}
+    table = {"name": "a", "about": "", "reference": "dense", "ours": ["dyn torch"], "rounds": 5, "missing": {}}
+    rows = {"dense": dense, "dyn torch": row, "peer": copy.deepcopy(row)}
+    env = {"device": device, "kind": "cpu", "threads": threads, "commit": "abc"}
+    return {"what": "ops", "env": env, "tables": [table | {"rows": rows}]}
+
+
+@pytest.mark.parametrize(("now", "said", "bad"), [(1.0, 0, 0), (1.2, 0, 0), (1.3, 2, 0), (1.99, 2, 0), (2.0, 2, 1), (0.5, 2, 0)])
+def test_compare(now, said, bad):
+    changes = compare.compare(result(now), result(1.0))
+    assert (len(changes), sum(c.bad for c in changes)) == (said, bad)
+    assert all(c.factor == now for c in changes)
+
+
+def test_compare_takes_what_both_have_and_refuses_other_devices():
+    new, old = result(3.0), result(1.0)
+    new["tables"].append(new["tables"][0] | {"name": "new"})
+    del old["tables"][0]["rows"]["peer"]
+    assert [(c.table, c.row) for c in compare.compare(new, old)] == [("a", "dyn torch")]
+    with pytest.raises(ValueError, match=r"another CPU, 2 threads does not compare with ops on a CPU, 2 threads"):
+        compare.compare(result(1.0, "another CPU"), old)
+    with pytest.raises(ValueError, match=r"4 threads does not compare"):
+        compare.compare(result(1.0, threads=4), old)
+
+
+@pytest.mark.parametrize(
+    ("new", "bad", "says"),
+    [
+        (result(1.0), 0, "2 ratios compared with commit abc, 0 moved"),
+        (result(1.5), 0, "dyn torch, both_ratio: 1.00 -> 1.50, 1.50 times worse"),
+        (result(2.5), 1, "**twice as bad** a: dyn torch, both_ratio: 1.00 -> 2.50"),
+        (result(2.5, "another CPU"), 0, "nothing to compare with on another CPU, 2 threads (the committed result is of a CPU, 2 threads)"),
+    ],
+)
+def test_guard(tmp_path, new, bad, says):
+    out, committed = tmp_path / "out", tmp_path / "committed"
+    out.mkdir()
+    (out / "ops.json").write_text(json.dumps(new))
+    (out / "ops.md").write_text("report")
+    assert compare.guard(out, committed) == 0
+    assert "no result is committed" in (out / "compare.md").read_text()
+    committed.mkdir()
+    (committed / "ops.json").write_text(json.dumps(result(1.0)))
+    assert compare.guard(out, committed) == bad
+    assert says in (out / "compare.md").read_text()
+    assert compare.guard(out, committed, store=True) == 0
+    assert compare.guard(out, committed) == 0
+    assert json.loads((committed / "ops.json").read_text()) == new
+
+
+def test_committed_results_have_the_form():
+    for path in compare.COMMITTED.glob("*.json"):
+        committed = json.loads(path.read_text())
+        assert compare.reference_path(committed, compare.COMMITTED) == path
+        assert compare.compare(committed, committed) == [] and list(compare.ratios(committed))
+
+
+@pytest.mark.parametrize(("E", "K", "load"), [(16, 2, 4.0), (16, 4, 4.0), (8, 4, 2.0), (64, 8, 4.0)])
+def test_routings(E, K, load):
+    for routing in ("uniform", "skewed"):
+        idx = choose(512, E, K, routing, "cpu", torch.Generator().manual_seed(0))
+        assert all(len(set(row)) == K for row in idx.tolist())
+        counts = torch.bincount(idx.flatten(), minlength=E) / (512 * K / E)
+        assert counts.max() == load if routing == "skewed" else counts.max() < 1.5
+
+
+@pytest.mark.parametrize("routing", ["uniform", "skewed"])
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
+def test_every_variant_agrees_with_float64(mode, routing):
+    """Peers that need no other package have to be right on every shape that they accept."""
+    errors, missing = check(Layer(CASE, mode, routing, "cpu"))
+    assert {"dyn eager", "dyn torch", "loop over experts", "LLaMA-MoE's own", "transformers eager", "transformers batched_mm"} <= errors.keys()
+    assert not [why for why in missing.values() if why.startswith("wrong")]
+
+
+def test_the_reference_sees_a_wrong_gradient():
+    layer = Layer(CASE, "fp32", "uniform", "cpu")
+    variant = variants(layer)["dyn torch"]()
+    reference = Reference(layer)
+    assert reference.error(layer, variant) < 1e-5
+    for i in range(4):
+        variant.gradients = lambda grads, i=i: [g * (1.1 if j == i else 1) for j, g in enumerate(grads)]
+        assert reference.error(layer, variant) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_a_peer_that_cannot_run_is_a_reason(monkeypatch):
+    def broken(layer):
+        return layer.variant(lambda: layer.x[:, :3])
+
+    def refuses(layer):
+        raise Refused("not this width")
+
+    def missing(layer):
+        import a_package_that_nobody_has as there
+
+        return there
+
+    def wrong(layer):
+        return layer.variant(lambda: layer.x * layer.weight.sum() + 0 * (layer.gate_up.sum() + layer.down.sum()))
+
+    for adapt in (broken, refuses, missing, wrong):
+        monkeypatch.setitem(PEERS, adapt.__name__, adapt)
+    _, reasons = check(Layer(CASE, "fp32", "uniform", "cpu"))
+    assert reasons["refuses"] == "not this width" and reasons["missing"].startswith("not installed")
+    assert reasons["broken"].startswith("raises: ") and reasons["wrong"].startswith("wrong: differs from float64 by")
+
+
+def test_batched_mm_is_left_out_where_its_copies_are_large():
+    layer = Layer(Case("wide", T=512, D=256, F=256, E=4, K=4), "fp32", "uniform", "cpu")
+    assert attempt(lambda: PEERS["transformers batched_mm"](layer)) == (None, "would copy 1.6 GB of weights, a set for each routed row")
+
+
+def test_spreads_and_ratios_are_of_the_same_round():
+    assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.5, "high": 2.5}
+    rounds = [{"a": {"t": 1.0}, "ref": {"t": 2.0}}, {"a": {"t": 10.0}, "ref": {"t": 20.0}}, {"a": {"t": 2.0}, "ref": {"t": 4.0}}]
+    assert summarise(rounds, "ref")["a"]["t_ratio"] == {"median": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_saved_bytes_counts_what_backward_needs():
+    x, w = torch.randn(8, 4), torch.randn(4, 4, requires_grad=True)
+    assert measure.saved_bytes(lambda: (x @ w).exp(), (x, w)) == 8 * 4 * 4
+
+
+def test_triton_only_where_it_can_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert measure.runnable(["eager", "triton"], "cpu") == ["eager"]
+    assert measure.runnable(["eager", "triton"], "cuda") == ["eager", "triton"]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert measure.runnable(["eager", "triton"], "cpu") == ["eager", "triton"]
