@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyn.ops.arguments import autocast, check_dtypes, check_routing, pick, refuse_negative
+from dyn.ops.linear import routed_linear as routed_linear
 from dyn.ops.rows import arrange, arranged, clear_skipped, gather_sum, outer_products, places, products, row_weights, rows_needed, segments
 
 _log = logging.getLogger(__name__)
