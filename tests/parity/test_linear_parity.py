@@ -79,8 +79,9 @@ def test_partial_against_dense_masks(mask, form, bias):
     g = torch.Generator().manual_seed(2)
     static, phi = torch.randn(7, 9, generator=g, dtype=torch.float64, requires_grad=True), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     M = MASKS[mask](g, 7, 9)
+    masked = 2 * phi.sigmoid() * M * dynamic + 2 * (-phi).sigmoid() * ~M * static
+    want = routed_linear(x, masked, idx, scores, b if bias else None, "eager")
     on, off = 2 * phi.sigmoid(), 2 * (-phi).sigmoid()
-    want = routed_linear(x, on * M * dynamic + off * ~M * static, idx, scores, b if bias else None, "eager")
     got = partial_routed_linear(x, dynamic, static, M, idx, scores, b if bias else None, dynamic_scale=on, static_scale=off, form=form)
     leaves = [x, dynamic, static, phi, scores] + ([b] if bias else [])
     for a, c in zip((got, *torch.autograd.grad(got.sin().sum(), leaves)), (want, *torch.autograd.grad(want.sin().sum(), leaves)), strict=True):
