@@ -19,7 +19,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -98,26 +97,6 @@ class LlamaMoeConfig(LlamaConfig):
     def active_width(self, layer: int) -> int:
         """Neurons that a token passes through in a layer: of its chosen experts and of the shared ones."""
         return self.of_layer("num_experts_per_tok", layer) * self.of_layer("moe_intermediate_size", layer) + self.shared_width(layer)
-
-
-def dyn_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """`experts_implementation="dyn"`: transformers' MoE models in the default layout on `dyn.ops.experts`.
-
-    Raises:
-        ValueError: a layout that the op does not know, naming the flag of `use_experts_implementation` that differs.
-    """
-    wanted = {"is_transposed": False, "has_bias": False, "has_gate": True, "is_concatenated": True, "has_post_expert_norm": False}
-    for flag, value in wanted.items():
-        if getattr(module, flag, value) is not value:
-            raise ValueError(f"experts_implementation='dyn' needs {flag}={value}; {type(module).__name__} has {flag}={getattr(module, flag)}")
-    if not isinstance(module.act_fn, nn.SiLU) and getattr(module.act_fn, "__name__", type(module.act_fn).__name__) not in ("silu", "SiLUActivation"):
-        raise ValueError(f"experts_implementation='dyn' needs act_fn=silu; {type(module).__name__} has {module.act_fn}")
-    if "_default_apply_gate" not in getattr(type(module)._apply_gate, "__name__", ""):
-        raise ValueError(f"experts_implementation='dyn' needs the default _apply_gate; {type(module).__name__} has its own")
-    return experts_op(hidden_states, module.gate_up_proj, module.down_proj, top_k_index, top_k_weights)
-
-
-ALL_EXPERTS_FUNCTIONS.register("dyn", dyn_experts)
 
 
 @use_experts_implementation

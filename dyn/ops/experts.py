@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyn.ops.rows import clear_skipped, ends_of, gather_sum, outer_products, pad, places, products, row_block, segments
+from dyn.ops.arguments import autocast, check_dtypes, check_routing, pick, refuse_negative
+from dyn.ops.linear import routed_linear as routed_linear
+from dyn.ops.rows import arrange, arranged, clear_skipped, gather_sum, outer_products, places, products, row_weights, rows_needed, segments
 
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
-
 
 
 def experts(
@@ -45,18 +46,9 @@ def experts(
 
     Raises ValueError for shapes or dtypes that do not fit and for an unknown backend.
     """
-    device = x_TD.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and x_TD.dtype != torch.float64:  # meta has no autocast state
-        dtype = torch.get_autocast_dtype(device)
-        x_TD, gate_up_E2FD, down_EDF = x_TD.to(dtype), gate_up_E2FD.to(dtype), down_EDF.to(dtype)
+    x_TD, gate_up_E2FD, down_EDF = autocast(x_TD, gate_up_E2FD, down_EDF)
     _check(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK)
-    if backend != "auto" and backend not in _BACKENDS:
-        raise ValueError(f"backend={backend!r} of experts is unknown; allowed: auto, {', '.join(_BACKENDS)}")
-    if backend == "auto":
-        backend = "torch"
-        if not torch.compiler.is_compiling() and device not in _logged:
-            _logged.add(device)
-            _log.info("experts: backend=auto picked %s on %s", backend, device)
+    backend = pick("experts", backend, _BACKENDS, "torch", x_TD.device.type, _log, _logged)
     return _BACKENDS[backend](x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, recompute)
 
 
@@ -67,22 +59,8 @@ def _check(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor,
     E, D, width = down_EDF.shape
     if gate_up_E2FD.shape != (E, 2 * width, D) or x_TD.shape[1] != D:
         raise ValueError(f"experts: beside this down, gate_up must be [{E}, {2 * width}, {D}] and x [T, {D}]; {shapes}")
-    T, (_, K) = len(x_TD), idx_TK.shape if idx_TK.dim() == 2 else (0, 0)
-    if K < 1 or idx_TK.shape != (T, K) or weight_TK.shape != (T, K):
-        given = f"{list(idx_TK.shape)} and {list(weight_TK.shape)}"
-        raise ValueError(f"experts needs idx and weight of one shape [T, K] with T={T} and K >= 1; got {given}")
-    if idx_TK.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"experts: idx has dtype {idx_TK.dtype}; allowed: torch.int32, torch.int64")
-    if not (x_TD.is_floating_point() and weight_TK.is_floating_point()):
-        raise ValueError(f"experts: x and weight must be floating point; got {x_TD.dtype} and {weight_TK.dtype}")
-    if not x_TD.dtype == gate_up_E2FD.dtype == down_EDF.dtype:
-        given = f"{x_TD.dtype}, {gate_up_E2FD.dtype}, {down_EDF.dtype}"
-        raise ValueError(f"experts: x, gate_up and down must share a dtype; got {given}")
-
-
-def _refuse_negative(smallest: Tensor) -> None:
-    if smallest.device.type == "cpu" and smallest < 0:
-        raise ValueError(f"experts: idx holds {int(smallest)}; ids are >= 0, and ids >= E stand for no expert")
+    check_routing("experts", len(x_TD), idx_TK, weight_TK)
+    check_dtypes("experts", x_TD, weight_TK, {"gate_up": gate_up_E2FD, "down": down_EDF})
 
 
 # eager: the specification ---------------------------------------------------------------------------------------------
@@ -90,7 +68,7 @@ def _refuse_negative(smallest: Tensor) -> None:
 
 def _eager(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, _: bool) -> Tensor:
     if idx_TK.numel():
-        _refuse_negative(idx_TK.min())
+        refuse_negative("experts", idx_TK.min())
     sum_dtype = torch.promote_types(x_TD.dtype, weight_TK.dtype)
     y_TD = torch.zeros_like(x_TD, dtype=sum_dtype)
     for e in range(down_EDF.shape[0]):
@@ -115,10 +93,7 @@ def _forward(
     x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y_TD, the pre-activations [S, 2F] in expert order (no rows unless `keep`), and the slot t * K + k of every row [S] (-1: padding)."""
-    sorted_S, slot_S = idx_TK.flatten().sort(stable=True)
-    if sorted_S.numel():
-        _refuse_negative(sorted_S[0])
-    ends, slot_S = pad(ends_of(sorted_S, gate_up_E2FD, down_EDF), slot_S, row_block(idx_TK, down_EDF.shape[0]))
+    ends, slot_S = arrange("experts", idx_TK, gate_up_E2FD, down_EDF)
     token_S = slot_S.clamp(min=0) // idx_TK.shape[1]
     num_rows, double_width = slot_S.numel(), gate_up_E2FD.shape[1]
     y_SD = x_TD.new_empty(num_rows, x_TD.shape[1])
@@ -138,12 +113,9 @@ def _backward(
     kept_S2F: Tensor, slot_S: Tensor, need_x: bool, need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down, weight; without elements where they are not needed."""
-    block = row_block(idx_TK, down_EDF.shape[0])
-    ids_S = idx_TK.flatten()[slot_S] if block == 1 else idx_TK.flatten().sort().values
-    ends, _ = pad(ends_of(ids_S, gate_up_E2FD, down_EDF), None, block)
-    real_S = slot_S.clamp(min=0)
-    token_S = real_S // idx_TK.shape[1]
-    weight_S1 = weight_TK.flatten()[real_S].mul_(slot_S >= 0)[:, None].to(x_TD.dtype)
+    ends = arranged(idx_TK, slot_S, gate_up_E2FD, down_EDF)
+    token_S = slot_S.clamp(min=0) // idx_TK.shape[1]
+    weight_S1 = row_weights(slot_S, weight_TK)[:, None].to(x_TD.dtype)
     num_rows, width = slot_S.numel(), down_EDF.shape[2]
     sum_dtype = torch.promote_types(x_TD.dtype, torch.float32)
     dx_SD = x_TD.new_empty(num_rows if need_x else 0, x_TD.shape[1])
@@ -182,7 +154,7 @@ def _backward(
 
 @_forward.register_fake
 def _(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, keep):
-    num_rows = idx_TK.shape[0] * idx_TK.shape[1] + down_EDF.shape[0] * (row_block(idx_TK, down_EDF.shape[0]) - 1)
+    num_rows = rows_needed(idx_TK, down_EDF.shape[0])
     kept_S2F = x_TD.new_empty(num_rows if keep else 0, gate_up_E2FD.shape[1])
     return x_TD.new_empty(x_TD.shape), kept_S2F, idx_TK.new_empty(num_rows, dtype=torch.int64)
 

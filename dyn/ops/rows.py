@@ -5,12 +5,17 @@ T tokens, K experts a token, S = T*K rows in expert order (more with padding), E
 
 from __future__ import annotations
 
+import functools
 import itertools
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dyn.ops.arguments import refuse_negative
 
 # Elementwise work runs on as many experts at once as have pre-activations of this size together. One expert at a time is
 # slower by a tenth or more where experts are many and small, all at once by as much where rows are many: they leave the
@@ -22,6 +27,31 @@ _SEGMENT_BYTES = 4 << 20
 _ROW_BLOCK = 32
 
 Ends = list[int] | Tensor  # where each expert's rows end: numbers on the host, or int32 [E] on the device
+
+
+def arrange(op: str, idx_TK: Tensor, *weights: Tensor) -> tuple[Ends, Tensor]:
+    """Where each expert's rows end, and the slot t * K + k of every row [S], -1 for padding. ValueError on CPU for negative ids, in the name of `op`."""
+    sorted_S, slot_S = idx_TK.flatten().sort(stable=True)
+    if sorted_S.numel():
+        refuse_negative(op, sorted_S[0])
+    return pad(ends_of(sorted_S, *weights), slot_S, row_block(idx_TK, weights[0].shape[0]))
+
+
+def arranged(idx_TK: Tensor, slot_S: Tensor, *weights: Tensor) -> Ends:
+    """The ends that `arrange` gave with these slots."""
+    block = row_block(idx_TK, weights[0].shape[0])
+    ids_S = idx_TK.flatten()[slot_S] if block == 1 else idx_TK.flatten().sort().values
+    return pad(ends_of(ids_S, *weights), None, block)[0]
+
+
+def rows_needed(idx_TK: Tensor, num_experts: int) -> int:
+    """How many rows `arrange` makes."""
+    return idx_TK.shape[0] * idx_TK.shape[1] + num_experts * (row_block(idx_TK, num_experts) - 1)
+
+
+def row_weights(slot_S: Tensor, weight_TK: Tensor) -> Tensor:
+    """The weight of every row [S]; 0 for padding."""
+    return weight_TK.flatten()[slot_S.clamp(min=0)].mul_(slot_S >= 0)
 
 
 def ends_of(sorted_S: Tensor, *weights: Tensor) -> Ends:
@@ -65,7 +95,7 @@ def products(rows_SI: Tensor, weight_EIO: Tensor, ends: Ends, out_SO: Tensor) ->
         return
     for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
         if end > start:
-            torch.mm(rows_SI[start:end], weight_EIO[e], out=out_SO[start:end])
+            _product(rows_SI[start:end], weight_EIO[e], end - start, out_SO[start:end])
 
 
 def outer_products(left_SI: Tensor, right_SO: Tensor, ends: Ends, out_EIO: Tensor) -> None:
@@ -77,9 +107,38 @@ def outer_products(left_SI: Tensor, right_SO: Tensor, ends: Ends, out_EIO: Tenso
         return
     for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
         if end > start:
-            torch.mm(left_SI[start:end].t(), right_SO[start:end], out=out_EIO[e])
+            _product(left_SI[start:end].t(), right_SO[start:end], end - start, out_EIO[e])
         else:
             out_EIO[e].zero_()
+
+
+def _product(left_MN: Tensor, right_NO: Tensor, num_rows: int, out_MO: Tensor) -> None:
+    """out = left @ right, by oneDNN where it pays. It compiles a kernel for every number of an expert's rows, so only the padded numbers go there."""
+    if left_MN.dtype == torch.float32 and left_MN.is_cpu and num_rows % _ROW_BLOCK == 0 and torch.backends.mkldnn.enabled and _onednn_pays():
+        out_MO.copy_(_onednn(left_MN, right_NO))
+    else:
+        torch.mm(left_MN, right_NO, out=out_MO)
+
+
+def _onednn(left_MN: Tensor, right_NO: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(left_MN, right_NO.t(), None, "none", [], "")
+
+
+@functools.cache
+def _onednn_pays() -> bool:
+    """Whether float32 products go to oneDNN: where torch.mm is MKL's, which takes AVX2 on CPUs other than Intel's and reaches half of oneDNN's rate. The op is
+    private to torch, so it has to give the right values here first. The choice is not timed, since two runs of one machine must make the same."""
+    info = Path("/proc/cpuinfo")
+    cpu = platform.processor() + (info.read_text() if info.exists() else "")
+    if not torch.backends.mkl.is_available() or "Intel" in cpu or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    g = torch.Generator().manual_seed(0)
+    left_MN, right_NO = torch.randn(_ROW_BLOCK, 17, generator=g), torch.randn(17, 5, generator=g)
+    try:
+        found = [_onednn(left_MN, right_NO), _onednn(left_MN, right_NO.t().contiguous().t()), _onednn(left_MN.t().contiguous().t(), right_NO)]
+    except (RuntimeError, TypeError):
+        return False
+    return all(torch.allclose(product, left_MN @ right_NO, rtol=1e-4, atol=1e-4) for product in found)
 
 
 def clear_skipped(ends: Ends, *tensors: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dyn.ops import experts as experts_module
+from dyn.ops import rows
 from dyn.ops.experts import experts
 from dyn.ops.route import route
 
@@ -205,7 +206,7 @@ def test_segments_do_not_change_results(monkeypatch):
     """However many experts the elementwise work takes at once."""
     results = []
     for size in (0, 300, 1 << 30):
-        monkeypatch.setattr(experts_module, "_SEGMENT_BYTES", size)
+        monkeypatch.setattr(rows, "_SEGMENT_BYTES", size)
         args = problem(T=60, ids=7, dtype=torch.float64)
         y = experts(*args)
         results.append((y, *torch.autograd.grad(y.sin().sum(), floating(args))))

@@ -1,0 +1,58 @@
+"""What every op over routed tokens asks of its arguments, does to them under autocast, and how its backend is chosen.
+
+T tokens, K experts a token, E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the autocast dtype where autocast is on for the device of the first and that is not float64; else as they are."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:  # meta has no autocast state
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+
+
+def check_routing(op: str, num_tokens: int, idx_TK: Tensor, weight_TK: Tensor) -> None:
+    """ValueError unless ids are int32 or int64 [T, K] with K >= 1 and the scores are as many."""
+    K = idx_TK.shape[1] if idx_TK.dim() == 2 else 0
+    if K < 1 or idx_TK.shape != (num_tokens, K) or weight_TK.shape != (num_tokens, K):
+        given = f"{list(idx_TK.shape)} and {list(weight_TK.shape)}"
+        raise ValueError(f"{op} needs idx and weight of one shape [T, K] with T={num_tokens} and K >= 1; got {given}")
+    if idx_TK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: idx has dtype {idx_TK.dtype}; allowed: torch.int32, torch.int64")
+
+
+def check_dtypes(op: str, x: Tensor, weight_TK: Tensor, parameters: Mapping[str, Tensor]) -> None:
+    """ValueError unless all are floating and the named parameters have x's dtype."""
+    if not (x.is_floating_point() and weight_TK.is_floating_point()):
+        raise ValueError(f"{op}: x and weight must be floating point; got {x.dtype} and {weight_TK.dtype}")
+    if any(p.dtype != x.dtype for p in parameters.values()):
+        *others, last = ["x", *parameters]
+        given = ", ".join(str(t.dtype) for t in (x, *parameters.values()))
+        raise ValueError(f"{op}: {', '.join(others)} and {last} must share a dtype; got {given}")
+
+
+def refuse_negative(op: str, smallest: Tensor) -> None:
+    """ValueError for an id below 0, on CPU: elsewhere the check would wait for the device."""
+    if smallest.device.type == "cpu" and smallest < 0:
+        raise ValueError(f"{op}: idx holds {int(smallest)}; ids are >= 0, and ids >= E stand for no expert")
+
+
+def pick(op: str, backend: str, backends: Mapping[str, Callable[..., Tensor]], best: str, device: str, log: logging.Logger, logged: set[str]) -> str:
+    """The backend to run: `best` for "auto", which the log says once a device. ValueError for a name that is not in `backends`."""
+    if backend == "auto":
+        if not torch.compiler.is_compiling() and device not in logged:
+            logged.add(device)
+            log.info("%s: backend=auto picked %s on %s", op, best, device)
+        return best
+    if backend not in backends:
+        raise ValueError(f"backend={backend!r} of {op} is unknown; allowed: auto, {', '.join(backends)}")
+    return backend
