@@ -7,7 +7,8 @@ in the shape of its tensor: `gate_up_E2FD` is [E, 2F, D], the gate's F rows befo
 
 `_eager` is the specification. `_torch` sorts the (token, expert) pairs once, runs one matrix product an expert on
 slices of the sorted rows, and has its own backward. What backward keeps is x, the pre-activations [S, 2F] and the order
-of the rows: the weights' gradient is <dL/d(activation), activation>, so the experts' outputs are never kept.
+of the rows: the weights' gradient is <dL/d(activation), activation>, so the experts' outputs are never kept. `_triton`
+does the same in kernels of its own (triton_experts).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dyn.ops import triton_experts, triton_launch
 from dyn.ops.rows import clear_skipped, ends_of, gather_sum, outer_products, pad, places, products, row_block, segments
 
 _log = logging.getLogger(__name__)
@@ -27,23 +29,26 @@ _logged: set[str] = set()
 
 
 def experts(
-    x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, backend: str = "auto", recompute: bool = False
+    x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, backend: str = "auto", recompute: bool = False,
+    debug: bool = False,
 ) -> Tensor:
     """Weighted sum of the chosen experts' outputs for every token (llama_moe section 2.2, without the score scale).
 
     Args:
         x_TD: tokens, floating; float64 works throughout.
         gate_up_E2FD, down_EDF: stacked expert weights in x's dtype, any strides; gate rows first, then up rows.
-        idx_TK: expert ids, int32 or int64. An id >= E means "no expert" and adds nothing. Negative ids raise on CPU
-            (elsewhere the check would wait for the device, and they are undefined).
-        weight_TK: floating, often float32. The weights enter in x's precision; their gradient is summed in float32.
-        backend: "eager" (a loop over experts under autograd: the reference), "torch", or "auto" (today "torch").
+        idx_TK: expert ids, int32 or int64. An id >= E means "no expert" and adds nothing. Negative ids raise on CPU;
+            elsewhere the check would wait for the device, so they are undefined there unless `debug`.
+        weight_TK: floating, often float32. The weights enter in x's precision or better; their gradient is summed in float32.
+        backend: "eager" (a loop over experts under autograd: the reference), "torch", "triton" (float32 and 16-bit on a
+            CUDA device, or in Triton's interpreter), or "auto": "triton" where it can run on CUDA, else "torch".
         recompute: keep no pre-activations and compute them again in backward (bitwise the same gradients).
+        debug: look for negative ids on every device, at the price of waiting for it.
 
     Returns y_TD in x's dtype. Under autocast x and the expert weights are cast first, as a linear layer would, and y
-    has the autocast dtype. Results are deterministic. The "torch" backend has no second derivative.
+    has the autocast dtype. Results are deterministic. Only "eager" has a second derivative.
 
-    Raises ValueError for shapes or dtypes that do not fit and for an unknown backend.
+    Raises ValueError for shapes or dtypes that do not fit, for an unknown backend and for one that cannot run here.
     """
     device = x_TD.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x_TD.dtype != torch.float64:  # meta has no autocast state
@@ -52,11 +57,14 @@ def experts(
     _check(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK)
     if backend != "auto" and backend not in _BACKENDS:
         raise ValueError(f"backend={backend!r} of experts is unknown; allowed: auto, {', '.join(_BACKENDS)}")
+    if debug and idx_TK.numel() and device != "meta":
+        _refuse_negative(idx_TK.min().cpu())
     if backend == "auto":
-        backend = "torch"
+        backend = "triton" if device == "cuda" and x_TD.dtype in triton_experts.DTYPES and triton_launch.HAS_TRITON else "torch"
         if not torch.compiler.is_compiling() and device not in _logged:
             _logged.add(device)
-            _log.info("experts: backend=auto picked %s on %s", backend, device)
+            why = "" if device != "cuda" or triton_launch.HAS_TRITON else ", since the package triton is not installed"
+            _log.info("experts: backend=auto picked %s on %s%s", backend, device, why)
     return _BACKENDS[backend](x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, recompute)
 
 
@@ -213,4 +221,13 @@ def _differentiate(ctx, dy_TD, _dkept, _dslot):
 _forward.register_autograd(_differentiate, setup_context=_setup)
 
 
-_BACKENDS: dict[str, Callable[..., Tensor]] = {"eager": _eager, "torch": _torch}
+# triton: kernels for the whole of it --------------------------------------------------------------------------------
+
+
+def _triton(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, recompute: bool) -> Tensor:
+    if idx_TK.device.type == "cpu" and idx_TK.numel() and not torch.compiler.is_compiling():
+        _refuse_negative(idx_TK.min())
+    return triton_experts.experts_triton(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, recompute)
+
+
+_BACKENDS: dict[str, Callable[..., Tensor]] = {"eager": _eager, "torch": _torch, "triton": _triton}

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from dyn.ops.triton_config import Config, choose
-from dyn.ops.triton_launch import Kernel, blocks, describable, descriptor, power_of_two, precision, programs
+from dyn.ops.triton_launch import Kernel, blocks, describable, descriptor, precision, programs
 from dyn.ops.triton_order import Order
-from dyn.ops.triton_products import tile_at
+from dyn.ops.triton_products import quarters, rows_of, tile_at
 
 tl: Any = None  # triton.language, once a kernel has been launched
 
 
 def down_backward(
-    dy_TD: Tensor, down_EDF: Tensor, pre_S2F: Tensor, weight_TK: Tensor, order: Order, block_m: int, need_pre: bool, need_act: bool
+    dy_TD: Tensor, down_EDF: Tensor, pre_S2F: Tensor, weight_TK: Tensor, order: Order, row_tile: int, need_pre: bool, need_act: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of the pre-activations dpre_S2F, the weighted activations act_SF, and the float32 gradient of the weights [T, K].
 
@@ -41,12 +41,13 @@ def down_backward(
         weight = descriptor(down_EDF, 1, c.block_k, c.block_n) if described else down_EDF
         down_backward_kernel[(programs(dy_TD.device, c.each),)](
             dy_TD, weight, pre_S2F, weight_TK, dpre_S2F, act_SF, parts_NS, *order.tensors, D, width, num_rows, *dy_TD.stride(), *down_EDF.stride(),
-            TOPK=weight_TK.shape[1], DESCRIBED=described, NEED_PRE=need_pre, NEED_ACT=need_act, PRECISION=precision(dy_TD.dtype),
-            **c.blocks(block_m), EVEN=D % c.block_k == 0, num_warps=c.warps, num_stages=c.stages,
+            TOPK=weight_TK.shape[1], DESCRIBED=described, NEED_PRE=need_pre, NEED_ACT=need_act, QUARTERS=c.block_n >= 64,
+            PRECISION=precision(dy_TD.dtype),
+            **c.blocks, CUTS=row_tile // c.block_m, EVEN=D % c.block_k == 0, num_warps=c.warps, num_stages=c.stages,
         )
         part_sum_kernel[(blocks(num_rows, 1024),)](parts_NS, order.place_S, dweight_TK, num_rows, parts_NS.shape[0], BLOCK=1024, num_warps=4)
 
-    choose("down_backward", dy_TD, (E, D, width, num_rows), block_m, run)
+    choose("down_backward", dy_TD, (E, D, width, num_rows), row_tile, run)
     return dpre_S2F, act_SF, dweight_TK
 
 
@@ -63,7 +64,7 @@ def weight_gradient(left: Tensor, right: Tensor, gathered: str, out_EMN: Tensor,
         weight_gradient_kernel[(E * blocks(M, c.block_m) * blocks(N, c.block_n),)](
             left, right, out_EMN, order.slot_S, order.start_E, M, N, *left.stride(), *right.stride(),
             TOPK=topk, GATHER_LEFT=gathered == "left", PRECISION=precision(left.dtype),
-            **c.blocks(c.block_m), num_warps=c.warps, num_stages=c.stages,
+            **c.blocks, num_warps=c.warps, num_stages=c.stages,
         )
 
     choose(name, left, (E, M, N, num_rows), 0, run)
@@ -73,23 +74,24 @@ def weight_gradient(left: Tensor, right: Tensor, gathered: str, out_EMN: Tensor,
 def down_backward_kernel(
     dy_ptr, weight, pre_ptr, weight_ptr, dpre_ptr, act_ptr, parts_ptr, slot_ptr, start_ptr, num_tiles_ptr, expert_ptr, row_ptr,
     D, F, num_rows, stride_yt, stride_yd, stride_we, stride_wd, stride_wf,
-    TOPK: tl.constexpr, DESCRIBED: tl.constexpr, NEED_PRE: tl.constexpr, NEED_ACT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN: tl.constexpr,
+    TOPK: tl.constexpr, DESCRIBED: tl.constexpr, NEED_PRE: tl.constexpr, NEED_ACT: tl.constexpr, QUARTERS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    CUTS: tl.constexpr, EVEN: tl.constexpr,
 ):
     """Gathers tokens' gradients, multiplies them with BLOCK_N columns of the down projection, and ends in SwiGLU's derivative."""
-    num_m, num_n = tl.load(num_tiles_ptr), tl.cdiv(F, BLOCK_N)
+    num_m, num_n = tl.load(num_tiles_ptr) * CUTS, tl.cdiv(F, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
     within = tl.arange(0, BLOCK_M)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         m, n = tile_at(tile, num_m, num_n, GROUP_M)
-        expert, first = tl.load(expert_ptr + m), tl.load(row_ptr + m)
-        is_row = first + within < tl.load(start_ptr + expert + 1)
+        expert, first, end = rows_of(m, start_ptr, expert_ptr, row_ptr, BLOCK_M, CUTS)
+        is_row = first + within < end
         slot = tl.load(slot_ptr + first + within, mask=is_row, other=0)
-        cols = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        is_col = cols < F
         dy_at = dy_ptr + (slot // TOPK).to(tl.int64)[:, None] * stride_yt + ks[None, :] * stride_yd
         dact = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         if not DESCRIBED:
+            cols = n * BLOCK_N + tl.arange(0, BLOCK_N)
+            is_col = cols < F
             right_at = weight + expert.to(tl.int64) * stride_we + cols[None, :] * stride_wf + ks[:, None] * stride_wd
         for k in range(0, D, BLOCK_K):
             dy = tl.load(dy_at) if EVEN else tl.load(dy_at, mask=(ks < D - k)[None, :], other=0.0)
@@ -100,23 +102,35 @@ def down_backward_kernel(
                 right_at += BLOCK_K * stride_wd
             dact = tl.dot(dy, right, dact, input_precision=PRECISION)
             dy_at += BLOCK_K * stride_yd
-        mask = is_row[:, None] & is_col[None, :]
-        pre_at = first.to(tl.int64) * (2 * F) + within[:, None] * (2 * F) + cols[None, :]
-        gate = tl.load(pre_ptr + pre_at, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(pre_ptr + pre_at + F, mask=mask, other=0.0).to(tl.float32)
-        sigmoid = 1 / (1 + tl.exp(-gate))
-        swish = gate * sigmoid
-        part = tl.sum(dact * swish * up, 1)
+        scale = tl.load(weight_ptr + slot, mask=is_row, other=0.0).to(tl.float32)
+        # From here on pointers: an expert's rows enter in 64 bits, as one number, and places in the tile in 32.
+        pre, dpre, act = pre_ptr + first.to(tl.int64) * (2 * F), dpre_ptr + first.to(tl.int64) * (2 * F), act_ptr + first.to(tl.int64) * F
+        part = tl.zeros([BLOCK_M], dtype=tl.float32)
+        pieces = quarters(dact) if QUARTERS else (dact,)  # a wide tile at once would need more registers than there are
+        for i in tl.static_range(4 if QUARTERS else 1):
+            piece = n * BLOCK_N + i * pieces[i].shape[1] + tl.arange(0, pieces[i].shape[1])
+            part += _swiglu_backward(pieces[i], scale, pre, dpre, act, piece, is_row, F, NEED_PRE, NEED_ACT)
         tl.store(parts_ptr + n.to(tl.int64) * num_rows + first + within, part, mask=is_row)
-        scale = tl.load(weight_ptr + slot, mask=is_row, other=0.0).to(tl.float32)[:, None]
-        if NEED_ACT:
-            act_at = first.to(tl.int64) * F + within[:, None] * F + cols[None, :]
-            tl.store(act_ptr + act_at, (swish * up * scale).to(act_ptr.dtype.element_ty), mask=mask)
-        if NEED_PRE:
-            dact *= scale
-            dgate = dact * up * (sigmoid + swish * (1 - sigmoid))
-            tl.store(dpre_ptr + pre_at, dgate.to(dpre_ptr.dtype.element_ty), mask=mask)
-            tl.store(dpre_ptr + pre_at + F, (dact * swish).to(dpre_ptr.dtype.element_ty), mask=mask)
+
+
+@Kernel
+def _swiglu_backward(dact, scale, pre, dpre, act, cols, is_row, F, NEED_PRE: tl.constexpr, NEED_ACT: tl.constexpr):
+    """Columns of a tile: writes the weighted activations and the pre-activations' gradient; returns each row's <dact, activation>."""
+    within = tl.arange(0, is_row.shape[0])[:, None]
+    mask = is_row[:, None] & (cols < F)[None, :]
+    at = within * (2 * F) + cols[None, :]
+    gate = tl.load(pre + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(pre + F + at, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = 1 / (1 + tl.exp(-gate))
+    swish = gate * sigmoid
+    part = tl.sum(dact * swish * up, 1)
+    if NEED_ACT:
+        tl.store(act + within * F + cols[None, :], (swish * up * scale[:, None]).to(act.dtype.element_ty), mask=mask)
+    if NEED_PRE:
+        dact *= scale[:, None]
+        tl.store(dpre + F + at, (dact * swish).to(dpre.dtype.element_ty), mask=mask)
+        tl.store(dpre + at, (dact * up * (sigmoid + swish * (1 - sigmoid))).to(dpre.dtype.element_ty), mask=mask)
+    return part
 
 
 @Kernel

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dyn.ops.triton_launch import power_of_two
+from dyn.ops.triton_launch import power_of_two, shared_memory
 
 _log = logging.getLogger(__name__)
 _tuned: dict[str, Config] = {}
@@ -26,69 +26,114 @@ _tuned: dict[str, Config] = {}
 
 @dataclass(frozen=True)
 class Config:
-    """A tile of block_n columns, block_k deep; row tiles that share weights in L2; programs on each multiprocessor.
+    """Tiles of block_m x block_n, block_k deep; how many row tiles share weights in L2; programs on each multiprocessor."""
 
-    block_m is the weight gradients' alone: row tiles are cut once for all other products (`row_tile`).
-    """
-
+    block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
     group_m: int = 8
     each: int = 1
-    block_m: int = 128
 
-    def blocks(self, block_m: int) -> dict[str, int]:
+    @property
+    def blocks(self) -> dict[str, int]:
         """The kernels' arguments of these names."""
-        return dict(BLOCK_M=block_m, BLOCK_N=self.block_n, BLOCK_K=self.block_k, GROUP_M=self.group_m)
+        return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, BLOCK_K=self.block_k, GROUP_M=self.group_m)
 
 
-def row_tile(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
-    """Rows of a tile: what an expert has on average, within 16 and 128 (64 for float32, whose tiles are twice as large)."""
-    most = 64 if dtype == torch.float32 else 128
-    return max(16, min(most, power_of_two(num_rows // max(num_experts, 1))))
+def _padding(size: int, block: int) -> float:
+    return -(-size // block) * block / max(size, 1)
 
 
-def table(name: str, dtype: torch.dtype, outer: int, block_m: int) -> Config:
-    """The configuration of a product with `outer` columns (rows x columns for a weight gradient), for row tiles of block_m."""
+def _narrow(width: int) -> bool:
+    """Whether tiles of 128 columns would compute much more than tiles of 64: an expert of 688 is 5 of the one and 48 columns."""
+    return _padding(width, 128) > 1.05 * _padding(width, 64)
+
+
+def row_tile(num_rows: int, num_experts: int, width: int, dtype: torch.dtype) -> int:
+    """Rows of a tile of the order, which products may cut finer: what an expert has on average, within 16 and 128.
+
+    256 where experts have many rows and a width that wants narrow tiles, which must then be long; 64 at most for float32.
+    """
+    each = num_rows // max(num_experts, 1)
+    if dtype == torch.float32:
+        return max(16, min(64, power_of_two(each)))
+    return 256 if each >= 4096 and _narrow(width) else max(16, min(128, power_of_two(each)))
+
+
+def table(name: str, dtype: torch.dtype, inner: int, outer: int, tile: int) -> Config:
+    """The configuration of a product of `inner` deep and `outer` wide (rows x columns for a weight gradient), for row tiles of `tile`.
+
+    Chosen by compiling for sm_90 with Triton 3.9: matrix instructions of 128 or 256 columns, no spilled registers, at most
+    227 KiB of shared memory. Tried and left: epilogues on whole tiles (gate-up 128 x (128 + 128) spills 56 bytes, the
+    backward through SwiGLU 1200 at 128 x 128 and 128 at 128 x 64; in quarters none does); the backward at 256 x 128 and
+    128 x 256 (656 and 408 bytes even in quarters); gate and up as two products of 64 columns each, which read the rows
+    from shared memory twice. The weight gradients' loads wait for a load of indices, which takes two stages of the pipeline.
+    """
+    gradient = name in ("down_gradient", "gate_up_gradient")
     if dtype == torch.float32:  # on the ordinary units, unless tf32 is allowed: small tiles, or the sums leave the registers
-        return Config(block_n=64, block_k=32, warps=4, stages=3, each=2, block_m=64)
-    return Config(block_n=64, block_k=64, warps=4, stages=3, each=2, block_m=64)
+        columns = 32 if name == "gate_up" else 64
+        return Config(64 if gradient else tile, columns, 32, warps=4, stages=3, each=2)
+    if gradient:
+        tall = _padding(inner, 256) * _padding(outer, 128) <= _padding(inner, 128) * _padding(outer, 256)
+        return Config(256 if tall else 128, 128 if tall else 256, 64, warps=8, stages=5)
+    if tile < 128:  # few rows: reading the weights is what takes time
+        return Config(tile, 64 if name == "gate_up" else 128, 64, warps=4, stages=4, each=1 if tile == 64 else 2)
+    if name == "gate_up":
+        return Config(256, 64, 64, warps=8, stages=4) if tile == 256 else Config(128, 64 if _narrow(outer) else 128, 64, warps=8, stages=4)
+    if name == "down_backward":
+        return Config(128, 128, 64, warps=8, stages=4)
+    return Config(128, 256, 64, warps=8, stages=4)
 
 
-def choose(name: str, like: Tensor, sizes: tuple[int, int, int, int], block_m: int, run: Callable[[Config], None]) -> None:
+def fitting(config: Config, name: str, element_size: int, limit: int) -> Config:
+    """The configuration with fewer stages, then shallower tiles, where a multiprocessor has less shared memory than Hopper's."""
+    columns = config.block_n * (2 if name == "gate_up" else 1)
+
+    def size(c: Config) -> int:
+        return c.stages * (c.block_m + columns) * c.block_k * element_size
+
+    while size(config) > limit and config.stages > 2:
+        config = replace(config, stages=config.stages - 1)
+    while size(config) > limit and config.block_k > 16:
+        config = replace(config, block_k=config.block_k // 2)
+    return config
+
+
+def choose(name: str, like: Tensor, sizes: tuple[int, int, int, int], tile: int, run: Callable[[Config], None]) -> None:
     """Runs a product with the configuration for its sizes (experts, inner, outer, rows): the table's, or the tuned one."""
     experts, inner, outer, rows = sizes
-    config = table(name, like.dtype, outer, block_m)
+    config = fitting(table(name, like.dtype, inner, outer, tile), name, like.element_size(), shared_memory(like.device))
     if os.environ.get("DYN_AUTOTUNE") == "1" and like.is_cuda and not torch.cuda.is_current_stream_capturing():
         device = torch.cuda.get_device_name(like.device)
-        key = f"{device} {name} {like.dtype} E{experts} {inner}x{outer} tile {block_m} rows {power_of_two(rows)}"
-        config = _tune(key, config, run)
+        key = f"{device} {name} {like.dtype} E{experts} {inner}x{outer} tile {tile} rows {power_of_two(rows)}"
+        config = _tune(key, config, tile, run)
     run(config)
 
 
-def _tune(key: str, start: Config, run: Callable[[Config], None]) -> Config:
+def _tune(key: str, start: Config, tile: int, run: Callable[[Config], None]) -> Config:
     if not _tuned:
         _tuned.update(_read())
     if key not in _tuned:
-        times = {config: _time(functools.partial(run, config)) for config in candidates(start)}
+        times = {config: _time(functools.partial(run, config)) for config in candidates(start, tile)}
         _tuned[key] = min(times, key=times.__getitem__)
         _log.info("tuned %s: %s in %.3f ms, the table's choice takes %.3f", key, _tuned[key], times[_tuned[key]], times[start])
         _write()
     return _tuned[key]
 
 
-def candidates(start: Config) -> list[Config]:
-    """The table's choice and its neighbours."""
+def candidates(start: Config, tile: int) -> list[Config]:
+    """The table's choice and its neighbours; `tile` is what block_m must divide, 0 for a product that cuts its own rows."""
     found = [start]
-    for block_n in (start.block_n // 2, start.block_n, start.block_n * 2):
-        for warps in (4, 8):
-            for stages in (3, 4):
-                for each in (1, 2):
-                    found.append(replace(start, block_n=block_n, warps=warps, stages=stages, each=each))
-    found += [replace(start, block_k=start.block_k // 2), replace(start, group_m=4), replace(start, group_m=16)]
-    return list(dict.fromkeys(c for c in found if c.block_n >= 16))
+    for block_m in (start.block_m // 2, start.block_m, start.block_m * 2):
+        for block_n in (start.block_n // 2, start.block_n, start.block_n * 2):
+            for warps in (4, 8):
+                found += [replace(start, block_m=block_m, block_n=block_n, warps=warps, each=each) for each in (1, 2)]
+    found += [replace(start, stages=start.stages + step) for step in (-1, 1)] + [replace(start, group_m=group_m) for group_m in (4, 16)]
+    most = start.block_m * start.block_n * 2
+    fits = [c for c in found if min(c.block_m, c.block_n) >= 16 and c.block_m * c.block_n <= most and not tile % c.block_m]
+    return list(dict.fromkeys(fits))
 
 
 def _time(run: Callable[[], None]) -> float:

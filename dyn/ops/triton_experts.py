@@ -53,11 +53,11 @@ def _forward(
         order = torch.zeros(order_size(num_slots, num_experts), dtype=torch.int32, device=x_TD.device)
         return x_TD.new_zeros(x_TD.shape), x_TD.new_zeros(num_slots if keep else 0, gate_up_E2FD.shape[1]), order
     with torch.cuda.device_of(x_TD):
-        block_m = row_tile(num_slots, num_experts, x_TD.dtype)
-        buffer = order_rows(idx_TK, num_experts, block_m)
+        tile = row_tile(num_slots, num_experts, down_EDF.shape[2], x_TD.dtype)
+        buffer = order_rows(idx_TK, num_experts, tile)
         order = read_order(buffer, num_slots, num_experts)
-        act_SF, pre_S2F = gate_up(x_TD, gate_up_E2FD, order, idx_TK.shape[1], block_m, keep=keep, activate=True)
-        y_SD = row_products(act_SF, down_EDF, order, block_m, "down")
+        act_SF, pre_S2F = gate_up(x_TD, gate_up_E2FD, order, idx_TK.shape[1], tile, keep=keep, activate=True)
+        y_SD = row_products(act_SF, down_EDF, order, tile, "down")
         return token_sums(y_SD, order.place_S, weight_TK.contiguous(), weighted=True), pre_S2F, buffer
 
 
@@ -72,14 +72,14 @@ def _backward(
     if _is_empty(idx_TK, down_EDF):
         return x_TD.new_zeros(x_TD.shape if need_x else 0), dgate_up_E2FD.zero_(), ddown_EDF.zero_(), weight_TK.new_zeros(weight_TK.shape)
     with torch.cuda.device_of(x_TD):
-        block_m = row_tile(num_slots, num_experts, x_TD.dtype)
+        tile = row_tile(num_slots, num_experts, down_EDF.shape[2], x_TD.dtype)
         order = read_order(buffer, num_slots, num_experts)
         if not pre_S2F.numel():
-            _, pre_S2F = gate_up(x_TD, gate_up_E2FD, order, topk, block_m, keep=True, activate=False)
+            _, pre_S2F = gate_up(x_TD, gate_up_E2FD, order, topk, tile, keep=True, activate=False)
         if dy_TD.stride(1) != 1:  # an expanded gradient, as of .sum(), would be gathered an element at a time
             dy_TD = dy_TD.contiguous()
         dpre_S2F, act_SF, dweight_TK = down_backward(
-            dy_TD, down_EDF, pre_S2F, weight_TK.contiguous(), order, block_m, need_pre=need_x or need_gate_up, need_act=need_down
+            dy_TD, down_EDF, pre_S2F, weight_TK.contiguous(), order, tile, need_pre=need_x or need_gate_up, need_act=need_down
         )
         if need_down:
             weight_gradient(dy_TD, act_SF, "left", ddown_EDF, order, topk, "down_gradient")
@@ -87,7 +87,7 @@ def _backward(
             weight_gradient(dpre_S2F, x_TD, "right", dgate_up_E2FD, order, topk, "gate_up_gradient")
         dx_TD = x_TD.new_empty(0)
         if need_x:
-            dx_SD = row_products(dpre_S2F, gate_up_E2FD.transpose(1, 2), order, block_m, "gate_up_backward")
+            dx_SD = row_products(dpre_S2F, gate_up_E2FD.transpose(1, 2), order, tile, "gate_up_backward")
             dx_TD = token_sums(dx_SD, order.place_S, weight_TK, weighted=False)
         return dx_TD, dgate_up_E2FD, ddown_EDF, dweight_TK.to(weight_TK.dtype)
 

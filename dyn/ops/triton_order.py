@@ -21,7 +21,7 @@ from dyn.ops.triton_launch import Kernel, blocks, power_of_two
 
 tl: Any = None  # triton.language, once a kernel has been launched
 
-_SMALLEST_TILE = 16  # rows; the table in triton_config has no smaller block_m
+_SMALLEST_TILE = 16  # rows; triton_config has no smaller row_tile
 _MAP_TILES = 64  # tiles that one program of the last kernel maps
 _RANKED = 128  # slots that are compared with each other at once
 

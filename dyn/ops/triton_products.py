@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dyn.ops.triton_config import Config, choose
@@ -23,7 +22,7 @@ from dyn.ops.triton_order import Order
 tl: Any = None  # triton.language, once a kernel has been launched
 
 
-def gate_up(x_TD: Tensor, gate_up_E2FD: Tensor, order: Order, topk: int, block_m: int, keep: bool, activate: bool) -> tuple[Tensor, Tensor]:
+def gate_up(x_TD: Tensor, gate_up_E2FD: Tensor, order: Order, topk: int, row_tile: int, keep: bool, activate: bool) -> tuple[Tensor, Tensor]:
     """The activations act_SF = silu(x G^T) * (x U^T) and the pre-activations pre_S2F; no rows of what is not asked for."""
     num_rows, (E, F2, D) = order.slot_S.numel(), gate_up_E2FD.shape
     width = F2 // 2
@@ -32,18 +31,18 @@ def gate_up(x_TD: Tensor, gate_up_E2FD: Tensor, order: Order, topk: int, block_m
     described = describable(gate_up_E2FD)
 
     def run(c: Config) -> None:
-        weight = descriptor(gate_up_E2FD, 1, c.block_n, c.block_k) if described else gate_up_E2FD
+        weight = descriptor(gate_up_E2FD.unflatten(1, (2, width)), 1, 2, c.block_n, c.block_k) if described else gate_up_E2FD
         gate_up_kernel[(programs(x_TD.device, c.each),)](
             x_TD, weight, act_SF, pre_S2F, *order.tensors, D, width, *x_TD.stride(), *gate_up_E2FD.stride(),
-            TOPK=topk, DESCRIBED=described, ACTIVATE=activate, KEEP=keep, PRECISION=precision(x_TD.dtype),
-            **c.blocks(block_m), EVEN=D % c.block_k == 0, num_warps=c.warps, num_stages=c.stages,
+            TOPK=topk, DESCRIBED=described, ACTIVATE=activate, KEEP=keep, QUARTERS=c.block_n >= 128, PRECISION=precision(x_TD.dtype),
+            **c.blocks, CUTS=row_tile // c.block_m, EVEN=D % c.block_k == 0, num_warps=c.warps, num_stages=c.stages,
         )
 
-    choose("gate_up", x_TD, (E, D, width, num_rows), block_m, run)
+    choose("gate_up", x_TD, (E, D, width, num_rows), row_tile, run)
     return act_SF, pre_S2F
 
 
-def row_products(rows_SI: Tensor, weight_EOI: Tensor, order: Order, block_m: int, name: str) -> Tensor:
+def row_products(rows_SI: Tensor, weight_EOI: Tensor, order: Order, row_tile: int, name: str) -> Tensor:
     """out_SO = rows @ weight[e]^T for the rows of every expert e. `name` is the product's in the table of configurations.
 
     The weight is given as [E, O, I], a view of whatever lies in memory; either of its last two axes may be contiguous.
@@ -58,14 +57,14 @@ def row_products(rows_SI: Tensor, weight_EOI: Tensor, order: Order, block_m: int
     def run(c: Config) -> None:
         tile = (c.block_k, c.block_n) if across else (c.block_n, c.block_k)
         weight = descriptor(lying, 1, *tile) if described else weight_EOI
-        rows = descriptor(rows_SI, block_m, c.block_k) if described else rows_SI
+        rows = descriptor(rows_SI, c.block_m, c.block_k) if described else rows_SI
         row_product_kernel[(programs(rows_SI.device, c.each),)](
             rows, weight, out_SO, *order.tensors, I, O, rows_SI.stride(0), *weight_EOI.stride(),
             DESCRIBED=described, ACROSS=across, PRECISION=precision(rows_SI.dtype),
-            **c.blocks(block_m), EVEN=I % c.block_k == 0, num_warps=c.warps, num_stages=c.stages,
+            **c.blocks, CUTS=row_tile // c.block_m, EVEN=I % c.block_k == 0, num_warps=c.warps, num_stages=c.stages,
         )
 
-    choose(name, rows_SI, (E, I, O, num_rows), block_m, run)
+    choose(name, rows_SI, (E, I, O, num_rows), row_tile, run)
     return out_SO
 
 
@@ -92,52 +91,80 @@ def tile_at(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @Kernel
+def rows_of(m, start_ptr, expert_ptr, row_ptr, BLOCK_M: tl.constexpr, CUTS: tl.constexpr):
+    """The expert, the first row and the end of the expert's rows, for the m-th row tile when each tile of the order is cut in CUTS."""
+    expert = tl.load(expert_ptr + m // CUTS)
+    return expert, tl.load(row_ptr + m // CUTS) + m % CUTS * BLOCK_M, tl.load(start_ptr + expert + 1)
+
+
+@Kernel
+def halves(tile):
+    """The left and the right columns of a tile. Every thread keeps what it has: both are in its registers."""
+    return tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2]), [0, 2, 1]))
+
+
+@Kernel
+def quarters(tile):
+    """A tile's columns in four pieces, in order, so that what follows needs the registers of one at a time."""
+    left, right = halves(tile)
+    first, second = halves(left)
+    third, fourth = halves(right)
+    return first, second, third, fourth
+
+
+@Kernel
 def gate_up_kernel(
     x_ptr, weight, act_ptr, pre_ptr, slot_ptr, start_ptr, num_tiles_ptr, expert_ptr, row_ptr,
     D, F, stride_xt, stride_xd, stride_we, stride_wf, stride_wd,
-    TOPK: tl.constexpr, DESCRIBED: tl.constexpr, ACTIVATE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN: tl.constexpr,
+    TOPK: tl.constexpr, DESCRIBED: tl.constexpr, ACTIVATE: tl.constexpr, KEEP: tl.constexpr, QUARTERS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    CUTS: tl.constexpr, EVEN: tl.constexpr,
 ):
-    """Gathers tokens' rows, multiplies them with BLOCK_N gate and BLOCK_N up columns at once, and ends in SwiGLU."""
-    num_m, num_n = tl.load(num_tiles_ptr), tl.cdiv(F, BLOCK_N)
+    """Gathers tokens' rows, multiplies them with BLOCK_N gate and BLOCK_N up columns as one matrix, and ends in SwiGLU."""
+    num_m, num_n = tl.load(num_tiles_ptr) * CUTS, tl.cdiv(F, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         m, n = tile_at(tile, num_m, num_n, GROUP_M)
-        expert, first = tl.load(expert_ptr + m), tl.load(row_ptr + m)
+        expert, first, end = rows_of(m, start_ptr, expert_ptr, row_ptr, BLOCK_M, CUTS)
         rows = first + tl.arange(0, BLOCK_M)
-        is_row = rows < tl.load(start_ptr + expert + 1)
+        is_row = rows < end
         token = tl.load(slot_ptr + rows, mask=is_row, other=0) // TOPK  # rows of another expert compute token 0, and are not written
-        cols = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        is_col = cols < F
         x_at = x_ptr + token.to(tl.int64)[:, None] * stride_xt + ks[None, :] * stride_xd
-        gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], dtype=tl.float32)
         if not DESCRIBED:
-            gate_at = weight + expert.to(tl.int64) * stride_we + cols[None, :] * stride_wf + ks[:, None] * stride_wd
-            up_at = gate_at + tl.cast(F, tl.int64) * stride_wf
+            both = tl.arange(0, 2 * BLOCK_N)
+            cols = n * BLOCK_N + both % BLOCK_N
+            is_col = cols < F
+            w_at = weight + expert.to(tl.int64) * stride_we + (both // BLOCK_N * F + cols)[None, :] * stride_wf + ks[:, None] * stride_wd
         for k in range(0, D, BLOCK_K):
             x = tl.load(x_at) if EVEN else tl.load(x_at, mask=(ks < D - k)[None, :], other=0.0)
             if DESCRIBED:
-                g = tl.reshape(weight.load([expert, n * BLOCK_N, k]), [BLOCK_N, BLOCK_K]).T
-                u = tl.reshape(weight.load([expert, F + n * BLOCK_N, k]), [BLOCK_N, BLOCK_K]).T
+                w = tl.reshape(weight.load([expert, 0, n * BLOCK_N, k]), [2 * BLOCK_N, BLOCK_K]).T
             else:
-                mask = is_col[None, :] & (ks < D - k)[:, None]
-                g, u = tl.load(gate_at, mask=mask, other=0.0), tl.load(up_at, mask=mask, other=0.0)
-                gate_at += BLOCK_K * stride_wd
-                up_at += BLOCK_K * stride_wd
-            gate = tl.dot(x, g, gate, input_precision=PRECISION)
-            up = tl.dot(x, u, up, input_precision=PRECISION)
+                w = tl.load(w_at, mask=is_col[None, :] & (ks < D - k)[:, None], other=0.0)
+                w_at += BLOCK_K * stride_wd
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
             x_at += BLOCK_K * stride_xd
-        mask = is_row[:, None] & is_col[None, :]
-        offset = first.to(tl.int64) * F
-        at = tl.arange(0, BLOCK_M)[:, None] * F + cols[None, :]
-        if KEEP:
-            pre_at = pre_ptr + 2 * offset + tl.arange(0, BLOCK_M)[:, None] * (2 * F) + cols[None, :]
-            tl.store(pre_at, gate.to(pre_ptr.dtype.element_ty), mask=mask)
-            tl.store(pre_at + F, up.to(pre_ptr.dtype.element_ty), mask=mask)
-        if ACTIVATE:
-            act = gate / (1 + tl.exp(-gate)) * up
-            tl.store(act_ptr + offset + at, act.to(act_ptr.dtype.element_ty), mask=mask)
+        gate, up = halves(acc)
+        # From here on pointers: an expert's rows enter in 64 bits, as one number, and places in the tile in 32.
+        pre, act = pre_ptr + first.to(tl.int64) * (2 * F), act_ptr + first.to(tl.int64) * F
+        gates = quarters(gate) if QUARTERS else (gate,)  # a wide tile at once would need more registers than there are
+        ups = quarters(up) if QUARTERS else (up,)
+        for i in tl.static_range(4 if QUARTERS else 1):
+            piece = n * BLOCK_N + i * gates[i].shape[1] + tl.arange(0, gates[i].shape[1])
+            _swiglu(gates[i], ups[i], pre, act, piece, is_row, F, ACTIVATE, KEEP)
+
+
+@Kernel
+def _swiglu(gate, up, pre, act, cols, is_row, F, ACTIVATE: tl.constexpr, KEEP: tl.constexpr):
+    """Writes columns of a tile: the pre-activations and silu(gate) * up."""
+    within = tl.arange(0, is_row.shape[0])[:, None]
+    mask = is_row[:, None] & (cols < F)[None, :]
+    if KEEP:
+        tl.store(pre + within * (2 * F) + cols[None, :], gate.to(pre.dtype.element_ty), mask=mask)
+        tl.store(pre + F + within * (2 * F) + cols[None, :], up.to(pre.dtype.element_ty), mask=mask)
+    if ACTIVATE:
+        tl.store(act + within * F + cols[None, :], (gate / (1 + tl.exp(-gate)) * up).to(act.dtype.element_ty), mask=mask)
 
 
 @Kernel
@@ -145,16 +172,17 @@ def row_product_kernel(
     rows_in, weight, out_ptr, slot_ptr, start_ptr, num_tiles_ptr, expert_ptr, row_ptr,
     I, O, stride_rs, stride_we, stride_wo, stride_wi,
     DESCRIBED: tl.constexpr, ACROSS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    CUTS: tl.constexpr, EVEN: tl.constexpr,
 ):
     """Rows in expert order (contiguous along I) times the expert's weight, back in expert order."""
-    num_m, num_n = tl.load(num_tiles_ptr), tl.cdiv(O, BLOCK_N)
+    num_m, num_n = tl.load(num_tiles_ptr) * CUTS, tl.cdiv(O, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         m, n = tile_at(tile, num_m, num_n, GROUP_M)
-        expert, first = tl.load(expert_ptr + m), tl.load(row_ptr + m)
+        expert, first, end = rows_of(m, start_ptr, expert_ptr, row_ptr, BLOCK_M, CUTS)
         within = tl.arange(0, BLOCK_M)
-        is_row = first + within < tl.load(start_ptr + expert + 1)
+        is_row = first + within < end
         cols = n * BLOCK_N + tl.arange(0, BLOCK_N)
         is_col = cols < O
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
