@@ -22,6 +22,7 @@ from dyn.ops.triton_launch import power_of_two, shared_memory
 
 _log = logging.getLogger(__name__)
 _tuned: dict[str, Config] = {}
+_GRADIENTS = ("down_gradient", "gate_up_gradient")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def table(name: str, dtype: torch.dtype, inner: int, outer: int, tile: int) -> C
     128 x 256 (656 and 408 bytes even in quarters); gate and up as two products of 64 columns each, which read the rows
     from shared memory twice. The weight gradients' loads wait for a load of indices, which takes two stages of the pipeline.
     """
-    gradient = name in ("down_gradient", "gate_up_gradient")
+    gradient = name in _GRADIENTS
     if dtype == torch.float32:  # on the ordinary units, unless tf32 is allowed: small tiles, or the sums leave the registers
         columns = 32 if name == "gate_up" else 64
         return Config(64 if gradient else tile, columns, 32, warps=4, stages=3, each=2)
@@ -92,7 +93,8 @@ def fitting(config: Config, name: str, element_size: int, limit: int) -> Config:
     columns = config.block_n * (2 if name == "gate_up" else 1)
 
     def size(c: Config) -> int:
-        return c.stages * (c.block_m + columns) * c.block_k * element_size
+        held = (c.stages + 1) // 2 if name in _GRADIENTS else c.stages  # behind the load of indices, a tile is held every other stage
+        return held * (c.block_m + columns) * c.block_k * element_size
 
     while size(config) > limit and config.stages > 2:
         config = replace(config, stages=config.stages - 1)

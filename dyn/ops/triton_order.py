@@ -22,8 +22,8 @@ from dyn.ops.triton_launch import Kernel, blocks, power_of_two
 tl: Any = None  # triton.language, once a kernel has been launched
 
 _SMALLEST_TILE = 16  # rows; triton_config has no smaller row_tile
-_MAP_TILES = 64  # tiles that one program of the last kernel maps
-_RANKED = 128  # slots that are compared with each other at once
+_MAP_CELLS = 8192  # tiles x experts that one program of the last kernel compares
+_RANKED, _AGAINST = 128, 32  # slots that are ranked at once, and those that they are compared with at once
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,11 @@ def order_rows(idx_TK: Tensor, num_experts: int, block_m: int) -> Tensor:
         counts_BE, order.start_E, order.num_tiles_1, num_blocks, num_experts,
         BLOCK_M=block_m, CHUNK=max(1, min(8192 // bins, power_of_two(num_blocks))), BINS=bins, num_warps=8,
     )
-    num_maps = blocks(tiles_at_most(num_slots, num_experts, block_m), _MAP_TILES)
+    map_tiles = max(1, min(64, _MAP_CELLS // bins))
+    num_maps = blocks(tiles_at_most(num_slots, num_experts, block_m), map_tiles)
     scatter_kernel[(num_blocks + num_maps,)](
         idx_S, counts_BE, order.start_E, order.slot_S, order.place_S, order.expert_N, order.row_N, num_slots, num_experts, num_blocks,
-        BLOCK_M=block_m, BLOCK=block, RANKED=_RANKED, TILES=_MAP_TILES, BINS=bins, num_warps=4,
+        BLOCK_M=block_m, BLOCK=block, RANKED=_RANKED, AGAINST=_AGAINST, TILES=map_tiles, BINS=bins, num_warps=4,
     )
     return buffer
 
@@ -122,12 +123,12 @@ def scan_kernel(counts_ptr, start_ptr, num_tiles_ptr, num_blocks, num_experts, B
 @Kernel
 def scatter_kernel(
     idx_ptr, before_ptr, start_ptr, slot_ptr, place_ptr, expert_ptr, row_ptr, num_slots, num_experts, num_blocks,
-    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, RANKED: tl.constexpr, TILES: tl.constexpr, BINS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, RANKED: tl.constexpr, AGAINST: tl.constexpr, TILES: tl.constexpr, BINS: tl.constexpr,
 ):
     """Every slot to its row and every row to its slot; the programs after the blocks of slots map tiles to experts instead.
 
     A slot's row is its expert's start, plus the slots of earlier blocks with that expert, plus those before it in its own
-    block. The last are found by comparing ids, RANKED x RANKED at a time: cheaper than a sort, and free of E.
+    block. The last are found by comparing ids, RANKED x AGAINST at a time: cheaper than a sort, and free of E.
     """
     block = tl.program_id(0)
     if block >= num_blocks:
@@ -137,8 +138,8 @@ def scatter_kernel(
             slots = block * BLOCK + mine + tl.arange(0, RANKED)
             ids = tl.load(idx_ptr + slots, mask=slots < num_slots, other=-1)
             rank = tl.zeros([RANKED], dtype=tl.int32)
-            for other in range(0, mine + RANKED, RANKED):
-                others = block * BLOCK + other + tl.arange(0, RANKED)
+            for other in range(0, mine + RANKED, AGAINST):
+                others = block * BLOCK + other + tl.arange(0, AGAINST)
                 other_ids = tl.load(idx_ptr + others, mask=others < num_slots, other=-1)
                 earlier = (other_ids[None, :] == ids[:, None]) & (others[None, :] < slots[:, None])
                 rank += tl.sum(earlier.to(tl.int32), 1)

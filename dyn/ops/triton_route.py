@@ -27,7 +27,8 @@ def route_triton(
     """
     if logits_TE.dtype == torch.float64:
         raise ValueError("backend='triton' of route computes in float32; for float64 logits use backend='eager'")
-    return _route(logits_TE, bias_E, k, renormalise, float(scale), score == "sigmoid")
+    weight_TK, idx_TK = _route(logits_TE, bias_E, k, renormalise, float(scale), score == "sigmoid")
+    return idx_TK, weight_TK
 
 
 @torch.library.custom_op("dyn::route_triton", mutates_args=())
@@ -45,23 +46,22 @@ def _route(logits_TE: Tensor, bias_E: Tensor | None, k: int, renormalise: bool, 
                 K=k, SLOTS=power_of_two(k), BIASED=bias_E is not None, SIGMOID=sigmoid, RENORMALISE=renormalise,
                 TOKENS=tokens, BINS=bins, num_warps=4,
             )
-    return idx_TK, weight_TK
+    return weight_TK, idx_TK
 
 
 @_route.register_fake
 def _(logits_TE, bias_E, k, renormalise, scale, sigmoid):
     shape = (logits_TE.shape[0], k)
-    return logits_TE.new_empty(shape, dtype=torch.int64), logits_TE.new_empty(shape, dtype=torch.float32)
+    return logits_TE.new_empty(shape, dtype=torch.float32), logits_TE.new_empty(shape, dtype=torch.int64)
 
 
 def _setup(ctx, inputs, output) -> None:
     logits_TE, _, _, ctx.renormalise, ctx.scale, ctx.sigmoid = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[0])
-    ctx.save_for_backward(logits_TE, output[0])
+    ctx.save_for_backward(logits_TE, output[1])
 
 
-def _differentiate(ctx, _didx, dweight_TK):
+def _differentiate(ctx, dweight_TK, _didx):
     if dweight_TK is None:
         return (None,) * 6
     logits_TE, idx_TK = ctx.saved_tensors

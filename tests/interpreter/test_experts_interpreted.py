@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not triton_launch.interpreted(), reason="needs T
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}  # relative, by norm
 NAMES = ("y", "dx", "dgate_up", "ddown", "dweight")
 # T, D, F, E, K. Multiples of 8 let weights be read by descriptor in either dtype; odd sizes go through pointers.
-SHAPES = [(33, 13, 7, 5, 3), (40, 24, 16, 4, 2), (7, 6, 5, 1, 1), (20, 8, 86, 3, 2), (18, 16, 8, 12, 12)]
+SHAPES = [(33, 13, 7, 5, 3), (20, 24, 16, 4, 2), (7, 6, 5, 1, 1), (12, 8, 86, 3, 2), (4, 16, 8, 9, 9)]
 
 
 def problem(T, D, F, E, K, dtype=torch.float32, routing="uniform"):
@@ -69,20 +69,20 @@ def test_both_ways_to_read_weights(described, dtype, monkeypatch):
 
     made = tensor_descriptor.TensorDescriptor
     monkeypatch.setattr(tensor_descriptor, "TensorDescriptor", lambda *a: (used.append(a), made(*a))[1])
-    leaves, idx = problem(30, 40, 24, 3, 2, dtype)
+    leaves, idx = problem(16, 40, 24, 2, 2, dtype)
     assert_near(outputs_and_gradients(leaves, idx), reference(leaves, idx), TOLERANCE[dtype])
     assert len(used) == (6 if described else 0)  # gate-up, down and its rows, the down projection's backward, gate-up's and its rows
 
 
 # block_m, block_n, block_k, warps, stages; the table's 16-bit tiles are too large for the interpreter to be quick.
 @pytest.mark.parametrize("tile, config", [
-    (32, triton_config.Config(16, 16, 16, 4, 2, group_m=2)), (32, triton_config.Config(32, 64, 16, 4, 2)), (64, triton_config.Config(32, 128, 32, 4, 2)),
+    (32, triton_config.Config(16, 32, 16, 4, 2, group_m=2)), (32, triton_config.Config(32, 64, 16, 4, 2)), (64, triton_config.Config(32, 128, 32, 4, 2)),
 ], ids=str)
 def test_tiles(tile, config, monkeypatch):
     """Row tiles that products cut, groups of tiles that do not divide, epilogues on the whole tile and in quarters."""
     monkeypatch.setattr(triton_config, "table", lambda *a: config)
     monkeypatch.setattr(triton_experts, "row_tile", lambda *a: tile)
-    leaves, idx = problem(50, 24, 40, 3, 2)
+    leaves, idx = problem(34, 24, 40, 2, 2)
     assert_near(outputs_and_gradients(leaves, idx), reference(leaves, idx), TOLERANCE[torch.float32])
 
 
@@ -93,8 +93,8 @@ def test_the_table_s_own_tiles_for_16_bit():
 
 
 def test_many_blocks_of_slots():
-    """More slots than one program counts, ranks and maps."""
-    leaves, idx = problem(200, 8, 4, 70, 2, routing="skewed")
+    """More slots than one program counts and ranks."""
+    leaves, idx = problem(140, 8, 4, 6, 2, routing="skewed")
     assert_near(outputs_and_gradients(leaves, idx), reference(leaves, idx), TOLERANCE[torch.float32])
 
 
@@ -124,10 +124,10 @@ def test_infinite_rows_stay_with_their_expert():
 
 @pytest.mark.parametrize("D, F", [(24, 16), (13, 7)])
 def test_strided_views_and_int32_ids(D, F):
-    leaves, idx = problem(20, D, F, 4, 2)
+    leaves, idx = problem(14, D, F, 2, 2)
     x, gate_up, down, weight = (t.detach() for t in leaves)
     views = [t.transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for t in (x, gate_up, down)] + [weight.t().contiguous().t().requires_grad_()]
-    parts = torch.zeros(4, D, 2 * F + 8), torch.zeros(4, 2 * F + 3, D + 8)
+    parts = torch.zeros(2, D, 2 * F + 8), torch.zeros(2, 2 * F + 3, D + 8)
     padded = [x.requires_grad_(), parts[1][:, 3:, :D].copy_(gate_up).requires_grad_(), parts[0][:, :, 8 : F + 8].copy_(down).requires_grad_(), weight]
     assert not any(t.is_contiguous() for t in views)
     want = reference(leaves, idx)
@@ -149,7 +149,7 @@ def test_an_expanded_gradient():
 def test_recompute_is_bitwise_the_same_and_keeps_less(dtype):
     kept, results = {}, {}
     for recompute in (False, True):
-        leaves, idx = problem(40, 12, 8, 4, 2, dtype, "sentinels")
+        leaves, idx = problem(15, 12, 8, 3, 2, dtype, "sentinels")
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t):
             x, gate_up, down, weight = leaves
@@ -157,7 +157,7 @@ def test_recompute_is_bitwise_the_same_and_keeps_less(dtype):
         kept[recompute] = sum(sizes)
         results[recompute] = y, *torch.autograd.grad(y.float().sin().sum(), leaves)
     assert all(torch.equal(a, b) for a, b in zip(results[False], results[True], strict=True))
-    assert kept[False] - kept[True] == 40 * 2 * 2 * 8  # the pre-activations [S, 2F] and nothing else
+    assert kept[False] - kept[True] == 15 * 2 * 2 * 8  # the pre-activations [S, 2F] and nothing else
 
 
 def test_what_backward_keeps():
@@ -171,13 +171,13 @@ def test_what_backward_keeps():
 
 
 def test_results_are_bitwise_repeatable():
-    runs = [outputs_and_gradients(*problem(45, 12, 20, 3, 2, torch.float16)) for _ in range(2)]
+    runs = [outputs_and_gradients(*problem(25, 12, 20, 2, 2, torch.float16)) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (1, 3), (0, 2)])
 def test_only_what_requires_grad_gets_one(wanted):
-    leaves, idx = problem(10, 8, 4, 3, 2)
+    leaves, idx = problem(6, 8, 4, 2, 2)
     want = outputs_and_gradients(leaves, idx)
     leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(leaves)]
     got = outputs_and_gradients(leaves, idx, wanted=[leaves[i] for i in wanted])
@@ -188,14 +188,14 @@ def test_only_what_requires_grad_gets_one(wanted):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_opcheck_forward(keep):
-    leaves, idx = problem(8, 6, 4, 3, 2)
+    leaves, idx = problem(5, 6, 4, 2, 2)
     args = (*leaves[:3], idx, leaves[3], keep)
     torch.library.opcheck(torch.ops.dyn.experts_triton.default, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
-@pytest.mark.parametrize("need_x, need_gate_up, need_down", [(True, True, True), (False, True, False), (False, False, False)])
+@pytest.mark.parametrize("need_x, need_gate_up, need_down", [(True, True, True), (False, False, False)])
 def test_opcheck_backward(need_x, need_gate_up, need_down):
-    leaves, idx = problem(8, 6, 4, 3, 2)
+    leaves, idx = problem(5, 6, 4, 2, 2)
     args = [t.detach() for t in (*leaves[:3], idx, leaves[3])]
     y, pre, order = torch.ops.dyn.experts_triton(*args, True)
     torch.library.opcheck(torch.ops.dyn.experts_triton_backward.default, (torch.ones_like(y), *args, pre, order, need_x, need_gate_up, need_down))
@@ -209,9 +209,9 @@ def test_compiles_into_one_graph():
         return experts(x, gate_up, down, *route(logits, 2, backend="triton"), backend="triton")
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for T in (10, 17):
-        (x, gate_up, down, _), _ = problem(T, 6, 4, 5, 2)
-        logits = torch.randn(T, 5, generator=torch.Generator().manual_seed(T), requires_grad=True)
+    for T in (6, 9):
+        (x, gate_up, down, _), _ = problem(T, 6, 4, 3, 2)
+        logits = torch.randn(T, 3, generator=torch.Generator().manual_seed(T), requires_grad=True)
         leaves = (x, gate_up, down, logits)
         y, z = layer(*leaves), compiled(*leaves)
         torch.testing.assert_close(y, z)
