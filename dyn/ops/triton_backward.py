@@ -47,7 +47,7 @@ def down_backward(
         )
         part_sum_kernel[(blocks(num_rows, 1024),)](parts_NS, order.place_S, dweight_TK, num_rows, parts_NS.shape[0], BLOCK=1024, num_warps=4)
 
-    choose("down_backward", dy_TD, (E, D, width, num_rows), row_tile, run)
+    choose("down_backward", dy_TD, (E, D, width, num_rows), row_tile, not (described and describable(pre_S2F)), run)
     return dpre_S2F, act_SF, dweight_TK
 
 
@@ -67,7 +67,7 @@ def weight_gradient(left: Tensor, right: Tensor, gathered: str, out_EMN: Tensor,
             **c.blocks, num_warps=c.warps, num_stages=c.stages,
         )
 
-    choose(name, left, (E, M, N, num_rows), 0, run)
+    choose(name, left, (E, M, N, num_rows), 0, not (describable(left) and describable(right)), run)
 
 
 @Kernel

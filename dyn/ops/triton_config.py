@@ -22,6 +22,7 @@ from dyn.ops.triton_launch import power_of_two, shared_memory
 
 _log = logging.getLogger(__name__)
 _tuned: dict[str, Config] = {}
+_HOPPER = 220 << 10  # bytes of shared memory; multiprocessors of other generations have less
 _GRADIENTS = ("down_gradient", "gate_up_gradient")
 
 
@@ -75,7 +76,7 @@ def table(name: str, dtype: torch.dtype, inner: int, outer: int, tile: int) -> C
     gradient = name in _GRADIENTS
     if dtype == torch.float32:  # on the ordinary units, unless tf32 is allowed: small tiles, or the sums leave the registers
         columns = 32 if name == "gate_up" else 64
-        return Config(64 if gradient else tile, columns, 32, warps=4, stages=3, each=2)
+        return Config(64 if gradient else tile, columns, 32, warps=8, stages=3, each=2)
     if gradient:
         tall = _padding(inner, 256) * _padding(outer, 128) <= _padding(inner, 128) * _padding(outer, 256)
         return Config(256 if tall else 128, 128 if tall else 256, 64, warps=8, stages=5)
@@ -88,14 +89,23 @@ def table(name: str, dtype: torch.dtype, inner: int, outer: int, tile: int) -> C
     return Config(128, 256, 64, warps=8, stages=4)
 
 
-def fitting(config: Config, name: str, element_size: int, limit: int) -> Config:
-    """The configuration with fewer stages, then shallower tiles, where a multiprocessor has less shared memory than Hopper's."""
-    columns = config.block_n * (2 if name == "gate_up" else 1)
+def fitting(config: Config, name: str, element_size: int, limit: int, by_pointer: bool) -> Config:
+    """The configuration for a device whose multiprocessors have `limit` bytes of shared memory for tiles.
+
+    Tiles are cut to 128 x 128 (128 x 64 for the backward through SwiGLU) before Hopper, whose matrix instructions alone
+    take both operands from shared memory, and where pointers to rows that start anywhere fill the registers: 128 x 256 would
+    spill 32 and 1328 bytes. Then stages, then depth are cut until the tiles fit.
+    """
+    wide = 2 if name == "gate_up" else 1
 
     def size(c: Config) -> int:
         held = (c.stages + 1) // 2 if name in _GRADIENTS else c.stages  # behind the load of indices, a tile is held every other stage
-        return held * (c.block_m + columns) * c.block_k * element_size
+        return held * (c.block_m + wide * c.block_n) * c.block_k * element_size
 
+    most = 128 * (64 if name == "down_backward" else 128)
+    while (limit < _HOPPER or by_pointer) and config.block_m * config.block_n * wide > most:
+        taller = config.block_m > config.block_n * wide
+        config = replace(config, block_m=config.block_m // 2) if taller else replace(config, block_n=config.block_n // 2)
     while size(config) > limit and config.stages > 2:
         config = replace(config, stages=config.stages - 1)
     while size(config) > limit and config.block_k > 16:
@@ -103,13 +113,16 @@ def fitting(config: Config, name: str, element_size: int, limit: int) -> Config:
     return config
 
 
-def choose(name: str, like: Tensor, sizes: tuple[int, int, int, int], tile: int, run: Callable[[Config], None]) -> None:
-    """Runs a product with the configuration for its sizes (experts, inner, outer, rows): the table's, or the tuned one."""
+def choose(name: str, like: Tensor, sizes: tuple[int, int, int, int], tile: int, by_pointer: bool, run: Callable[[Config], None]) -> None:
+    """Runs a product with the configuration for its sizes (experts, inner, outer, rows): the table's, or the tuned one.
+
+    `by_pointer`: a weight is read through pointers, or rows do not start at multiples of 16 bytes.
+    """
     experts, inner, outer, rows = sizes
-    config = fitting(table(name, like.dtype, inner, outer, tile), name, like.element_size(), shared_memory(like.device))
+    config = fitting(table(name, like.dtype, inner, outer, tile), name, like.element_size(), shared_memory(like.device), by_pointer)
     if os.environ.get("DYN_AUTOTUNE") == "1" and like.is_cuda and not torch.cuda.is_current_stream_capturing():
         device = torch.cuda.get_device_name(like.device)
-        key = f"{device} {name} {like.dtype} E{experts} {inner}x{outer} tile {tile} rows {power_of_two(rows)}"
+        key = f"{device} {name} {like.dtype} E{experts} {inner}x{outer} tile {tile} rows {power_of_two(rows)}{' by pointer' if by_pointer else ''}"
         config = _tune(key, config, tile, run)
     run(config)
 

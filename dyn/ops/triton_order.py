@@ -22,6 +22,7 @@ from dyn.ops.triton_launch import Kernel, blocks, power_of_two
 tl: Any = None  # triton.language, once a kernel has been launched
 
 _SMALLEST_TILE = 16  # rows; triton_config has no smaller row_tile
+_MANY = 1 << 15  # slots from which on blocks are larger: less to do for the one program of the second kernel, more for those of the third
 _MAP_CELLS = 8192  # tiles x experts that one program of the last kernel compares
 _RANKED, _AGAINST = 128, 32  # slots that are ranked at once, and those that they are compared with at once
 
@@ -74,8 +75,7 @@ def order_rows(idx_TK: Tensor, num_experts: int, block_m: int) -> Tensor:
     idx_S = idx_TK.reshape(-1)
     buffer = torch.empty(order_size(num_slots, num_experts), dtype=torch.int32, device=idx_TK.device)
     order = read_order(buffer, num_slots, num_experts)
-    # Larger blocks leave the one program of the second kernel less to do, and every block of the third more.
-    block = 512 if num_slots > 1 << 15 else _RANKED
+    block = 4 * _RANKED if num_slots > _MANY else _RANKED
     num_blocks, bins = blocks(num_slots, block), power_of_two(num_experts)
     counts_BE = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=idx_TK.device)
     count_kernel[(num_blocks,)](idx_S, counts_BE, num_slots, num_experts, BLOCK=block, BINS=bins, num_warps=4)

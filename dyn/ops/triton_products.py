@@ -34,11 +34,11 @@ def gate_up(x_TD: Tensor, gate_up_E2FD: Tensor, order: Order, topk: int, row_til
         weight = descriptor(gate_up_E2FD.unflatten(1, (2, width)), 1, 2, c.block_n, c.block_k) if described else gate_up_E2FD
         gate_up_kernel[(programs(x_TD.device, c.each),)](
             x_TD, weight, act_SF, pre_S2F, *order.tensors, D, width, *x_TD.stride(), *gate_up_E2FD.stride(),
-            TOPK=topk, DESCRIBED=described, ACTIVATE=activate, KEEP=keep, QUARTERS=c.block_m * c.block_n >= 128 * 128, PRECISION=precision(x_TD.dtype),
+            TOPK=topk, DESCRIBED=described, ACTIVATE=activate, KEEP=keep, QUARTERS=c.block_n >= 64, PRECISION=precision(x_TD.dtype),
             **c.blocks, CUTS=row_tile // c.block_m, EVEN=D % c.block_k == 0, num_warps=c.warps, num_stages=c.stages,
         )
 
-    choose("gate_up", x_TD, (E, D, width, num_rows), row_tile, run)
+    choose("gate_up", x_TD, (E, D, width, num_rows), row_tile, not (described and describable(pre_S2F if keep else act_SF)), run)
     return act_SF, pre_S2F
 
 
@@ -64,7 +64,7 @@ def row_products(rows_SI: Tensor, weight_EOI: Tensor, order: Order, row_tile: in
             **c.blocks, CUTS=row_tile // c.block_m, EVEN=I % c.block_k == 0, num_warps=c.warps, num_stages=c.stages,
         )
 
-    choose(name, rows_SI, (E, I, O, num_rows), row_tile, run)
+    choose(name, rows_SI, (E, I, O, num_rows), row_tile, not described, run)
     return out_SO
 
 

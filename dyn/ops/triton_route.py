@@ -34,18 +34,23 @@ def route_triton(
 @torch.library.custom_op("dyn::route_triton", mutates_args=())
 def _route(logits_TE: Tensor, bias_E: Tensor | None, k: int, renormalise: bool, scale: float, sigmoid: bool) -> tuple[Tensor, Tensor]:
     require("route", logits_TE.device)
+    with torch.cuda.device_of(logits_TE):
+        return launch_router(logits_TE, bias_E, k, renormalise, scale, sigmoid)
+
+
+def launch_router(logits_TE: Tensor, bias_E: Tensor | None, k: int, renormalise: bool, scale: float, sigmoid: bool) -> tuple[Tensor, Tensor]:
+    """Float32 weights and int64 ids [T, k] of the chosen experts."""
     T, E = logits_TE.shape
-    idx_TK = torch.empty(T, k, dtype=torch.int64, device=logits_TE.device)
     weight_TK = torch.empty(T, k, dtype=torch.float32, device=logits_TE.device)
+    idx_TK = torch.empty(T, k, dtype=torch.int64, device=logits_TE.device)
     bins = power_of_two(E)
     tokens = max(1, min(_LOGITS // bins, power_of_two(T)))
     if T:
-        with torch.cuda.device_of(logits_TE):
-            router_kernel[(blocks(T, tokens),)](
-                logits_TE, logits_TE if bias_E is None else bias_E.contiguous(), idx_TK, weight_TK, T, E, *logits_TE.stride(), scale,
-                K=k, SLOTS=power_of_two(k), BIASED=bias_E is not None, SIGMOID=sigmoid, RENORMALISE=renormalise,
-                TOKENS=tokens, BINS=bins, num_warps=4,
-            )
+        router_kernel[(blocks(T, tokens),)](
+            logits_TE, logits_TE if bias_E is None else bias_E.contiguous(), idx_TK, weight_TK, T, E, *logits_TE.stride(), scale,
+            K=k, SLOTS=power_of_two(k), BIASED=bias_E is not None, SIGMOID=sigmoid, RENORMALISE=renormalise,
+            TOKENS=tokens, BINS=bins, num_warps=4,
+        )
     return weight_TK, idx_TK
 
 

@@ -222,7 +222,7 @@ def test_compiles_into_one_graph():
 def test_refusals():
     leaves, idx = problem(4, 6, 4, 3, 2)
     x, gate_up, down, weight = (t.detach() for t in leaves)
-    with pytest.raises(ValueError, match="takes torch.float32, torch.bfloat16, torch.float16; got torch.float64"):
+    with pytest.raises(ValueError, match=r"got torch\.float64"):
         experts(x.double(), gate_up.double(), down.double(), idx, weight, "triton")
     idx[2, 1] = -3
     with pytest.raises(ValueError, match="idx holds -3"):

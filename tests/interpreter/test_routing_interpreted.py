@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dyn.ops import triton_launch
+from dyn.ops import triton_launch, triton_order
 from dyn.ops.route import route
 from dyn.ops.triton_order import order_rows, read_order, tiles_at_most
 
@@ -38,8 +38,9 @@ def test_order_is_a_stable_sort(T, K, E, tile, beyond, seed, narrow):
     check_order(idx.int() if narrow else idx, E, tile)
 
 
-@pytest.mark.parametrize("T, K, E", [(700, 1, 3), (130, 5, 130), (1, 1, 1), (40000, 1, 6)])
-def test_order_over_several_blocks(T, K, E):
+@pytest.mark.parametrize("T, K, E, many", [(300, 1, 3, 1 << 15), (130, 2, 130, 1 << 15), (1, 1, 1, 1 << 15), (1100, 1, 6, 1000)])
+def test_order_over_several_blocks(T, K, E, many, monkeypatch):
+    monkeypatch.setattr(triton_order, "_MANY", many)
     g = torch.Generator().manual_seed(T)
     check_order((torch.rand(T, K, generator=g) ** 3 * E).long(), E, 128)
 
