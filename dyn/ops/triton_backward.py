@@ -92,7 +92,7 @@ def down_backward_kernel(
         if not DESCRIBED:
             cols = n * BLOCK_N + tl.arange(0, BLOCK_N)
             is_col = cols < F
-            right_at = weight + expert.to(tl.int64) * stride_we + cols[None, :] * stride_wf + ks[:, None] * stride_wd
+            right_at = weight + expert.to(tl.int64) * stride_we + cols.to(tl.int64)[None, :] * stride_wf + ks[:, None] * stride_wd
         for k in range(0, D, BLOCK_K):
             dy = tl.load(dy_at) if EVEN else tl.load(dy_at, mask=(ks < D - k)[None, :], other=0.0)
             if DESCRIBED:

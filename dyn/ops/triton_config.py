@@ -67,8 +67,8 @@ def row_tile(num_rows: int, num_experts: int, width: int, dtype: torch.dtype) ->
 def table(name: str, dtype: torch.dtype, inner: int, outer: int, tile: int) -> Config:
     """The configuration of a product of `inner` deep and `outer` wide (rows x columns for a weight gradient), for row tiles of `tile`.
 
-    Chosen by compiling for sm_90 with Triton 3.9: matrix instructions of 128 or 256 columns, no spilled registers, at most
-    227 KiB of shared memory. Tried and left: epilogues on whole tiles (gate-up 128 x (128 + 128) spills 56 bytes, the
+    Chosen by compiling for sm_90 with Triton 3.9, without a device to time them on: matrix instructions of 128 or 256
+    columns, no spilled registers, at most 227 KiB of shared memory. Tried and left: epilogues on whole tiles (gate-up 128 x (128 + 128) spills 56 bytes, the
     backward through SwiGLU 1200 at 128 x 128 and 128 at 128 x 64; in quarters none does); the backward at 256 x 128 and
     128 x 256 (656 and 408 bytes even in quarters); gate and up as two products of 64 columns each, which read the rows
     from shared memory twice. The weight gradients' loads wait for a load of indices, which takes two stages of the pipeline.

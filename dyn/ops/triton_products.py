@@ -5,8 +5,8 @@ of its tensor. `Order` of triton_order says which rows a tile has and whose they
 
 The grids are persistent: every program walks over tiles of rows x columns, the columns' weights shared by a group of row
 tiles so that they stay in the L2 cache. Weights come by tensor descriptor (TMA) where the device and the weight's strides
-allow it, else through pointers: one kernel, a constexpr apart. An expert's offset and the row of a token enter addresses in
-64 bits, all else in 32, which is faster.
+allow it, else through pointers: one kernel, a constexpr apart. An expert's offset, the row of a token and, through pointers, a
+weight's column enter addresses in 64 bits, once a tile; what steps along them in 32, which is faster.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def gate_up_kernel(
             both = tl.arange(0, 2 * BLOCK_N)
             cols = n * BLOCK_N + both % BLOCK_N
             is_col = cols < F
-            w_at = weight + expert.to(tl.int64) * stride_we + (both // BLOCK_N * F + cols)[None, :] * stride_wf + ks[:, None] * stride_wd
+            w_at = weight + expert.to(tl.int64) * stride_we + (both // BLOCK_N * F + cols).to(tl.int64)[None, :] * stride_wf + ks[:, None] * stride_wd
         for k in range(0, D, BLOCK_K):
             x = tl.load(x_at) if EVEN else tl.load(x_at, mask=(ks < D - k)[None, :], other=0.0)
             if DESCRIBED:
@@ -188,7 +188,7 @@ def row_product_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         if not DESCRIBED:
             left_at = rows_in + first.to(tl.int64) * stride_rs + within[:, None] * stride_rs + ks[None, :]
-            right_at = weight + expert.to(tl.int64) * stride_we + cols[None, :] * stride_wo + ks[:, None] * stride_wi
+            right_at = weight + expert.to(tl.int64) * stride_we + cols.to(tl.int64)[None, :] * stride_wo + ks[:, None] * stride_wi
         for k in range(0, I, BLOCK_K):
             if DESCRIBED:  # rows of the next expert, and columns past the end, are computed and not written
                 left = rows_in.load([first, k])
