@@ -46,12 +46,13 @@ def refuse_negative(op: str, smallest: Tensor) -> None:
         raise ValueError(f"{op}: idx holds {int(smallest)}; ids are >= 0, and ids >= E stand for no expert")
 
 
-def pick(op: str, backend: str, backends: Mapping[str, Callable[..., Tensor]], best: str, device: str, log: logging.Logger, logged: set[str]) -> str:
-    """The backend to run: `best` for "auto", which the log says once a device. ValueError for a name that is not in `backends`."""
+def pick(op: str, backend: str, backends: Mapping[str, Callable[..., Tensor]], best: str, device: str, log: logging.Logger, logged: set[str],
+         why: str = "") -> str:
+    """The backend to run: `best` for "auto", which the log says once a device, with `why` behind it. ValueError for a name that is not in `backends`."""
     if backend == "auto":
         if not torch.compiler.is_compiling() and device not in logged:
             logged.add(device)
-            log.info("%s: backend=auto picked %s on %s", op, best, device)
+            log.info("%s: backend=auto picked %s on %s%s", op, best, device, why)
         return best
     if backend not in backends:
         raise ValueError(f"backend={backend!r} of {op} is unknown; allowed: auto, {', '.join(backends)}")

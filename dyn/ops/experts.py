@@ -7,7 +7,8 @@ in the shape of its tensor: `gate_up_E2FD` is [E, 2F, D], the gate's F rows befo
 
 `_eager` is the specification. `_torch` sorts the (token, expert) pairs once, runs one matrix product an expert on
 slices of the sorted rows, and has its own backward. What backward keeps is x, the pre-activations [S, 2F] and the order
-of the rows: the weights' gradient is <dL/d(activation), activation>, so the experts' outputs are never kept.
+of the rows: the weights' gradient is <dL/d(activation), activation>, so the experts' outputs are never kept. `_triton`
+does the same in kernels of its own (triton_experts).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dyn.ops import triton_experts, triton_launch
 from dyn.ops.arguments import autocast, check_dtypes, check_routing, pick, refuse_negative
 from dyn.ops.linear import routed_linear as routed_linear
 from dyn.ops.rows import arrange, arranged, clear_skipped, gather_sum, outer_products, places, products, row_weights, rows_needed, segments
@@ -28,27 +30,35 @@ _logged: set[str] = set()
 
 
 def experts(
-    x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, backend: str = "auto", recompute: bool = False
+    x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, backend: str = "auto", recompute: bool = False,
+    debug: bool = False,
 ) -> Tensor:
     """Weighted sum of the chosen experts' outputs for every token (llama_moe section 2.2, without the score scale).
 
     Args:
         x_TD: tokens, floating; float64 works throughout.
         gate_up_E2FD, down_EDF: stacked expert weights in x's dtype, any strides; gate rows first, then up rows.
-        idx_TK: expert ids, int32 or int64. An id >= E means "no expert" and adds nothing. Negative ids raise on CPU
-            (elsewhere the check would wait for the device, and they are undefined).
-        weight_TK: floating, often float32. The weights enter in x's precision; their gradient is summed in float32.
-        backend: "eager" (a loop over experts under autograd: the reference), "torch", or "auto" (today "torch").
+        idx_TK: expert ids, int32 or int64. An id >= E means "no expert" and adds nothing. Negative ids raise on CPU;
+            elsewhere the check would wait for the device, so they are undefined there unless `debug`.
+        weight_TK: floating, often float32. The weights enter in x's precision or better; their gradient is summed in float32.
+        backend: "eager" (a loop over experts under autograd: the reference), "torch", "triton" (float32 and 16-bit on a
+            CUDA device, or in Triton's interpreter), or "auto": "triton" where it can run on CUDA, else "torch".
         recompute: keep no pre-activations and compute them again in backward (bitwise the same gradients).
+        debug: look for negative ids on every device, at the price of waiting for it.
 
     Returns y_TD in x's dtype. Under autocast x and the expert weights are cast first, as a linear layer would, and y
-    has the autocast dtype. Results are deterministic. The "torch" backend has no second derivative.
+    has the autocast dtype. Results are deterministic. Only "eager" has a second derivative.
 
-    Raises ValueError for shapes or dtypes that do not fit and for an unknown backend.
+    Raises ValueError for shapes or dtypes that do not fit, for an unknown backend and for one that cannot run here.
     """
     x_TD, gate_up_E2FD, down_EDF = autocast(x_TD, gate_up_E2FD, down_EDF)
     _check(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK)
-    backend = pick("experts", backend, _BACKENDS, "torch", x_TD.device.type, _log, _logged)
+    device = x_TD.device.type
+    if debug and idx_TK.numel() and device != "meta":
+        refuse_negative("experts", idx_TK.min().cpu())
+    best = "triton" if device == "cuda" and x_TD.dtype in triton_experts.DTYPES and triton_launch.HAS_TRITON else "torch"
+    missing = ", since the package triton is not installed" if device == "cuda" and not triton_launch.HAS_TRITON else ""
+    backend = pick("experts", backend, _BACKENDS, best, device, _log, _logged, missing)
     return _BACKENDS[backend](x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, recompute)
 
 
@@ -185,4 +195,13 @@ def _differentiate(ctx, dy_TD, _dkept, _dslot):
 _forward.register_autograd(_differentiate, setup_context=_setup)
 
 
-_BACKENDS: dict[str, Callable[..., Tensor]] = {"eager": _eager, "torch": _torch}
+# triton: kernels for the whole of it --------------------------------------------------------------------------------
+
+
+def _triton(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, recompute: bool) -> Tensor:
+    if idx_TK.device.type == "cpu" and idx_TK.numel() and not torch.compiler.is_compiling():
+        refuse_negative("experts", idx_TK.min())
+    return triton_experts.experts_triton(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, recompute)
+
+
+_BACKENDS: dict[str, Callable[..., Tensor]] = {"eager": _eager, "torch": _torch, "triton": _triton}

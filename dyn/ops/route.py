@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dyn.ops import triton_launch, triton_route
+
 
 def route(
     logits_TE: Tensor,
@@ -30,14 +32,15 @@ def route(
         scale: factor on the weights (section 2.3).
         score: "softmax" over the experts, or "sigmoid" of each logit.
         bias_E: added to the scores for the choice alone, not for the weights (DeepSeek-V3's balancing). No gradient.
-        backend: "auto" or "eager" (today the same).
+        backend: "eager", "triton" (one kernel, on a CUDA device or in Triton's interpreter; not for float64), or "auto":
+            "triton" where it can run on CUDA, else "eager".
 
     Returns idx_TK (int64) and weight_TK (float32; float64 for float64 logits, so that exact tests stay exact), with
-    gradients from the weights to the logits. Where scores tie, torch.topk decides: the same on every run of one
-    machine, but not always the lowest id and not the same on every device.
+    gradients from the weights to the logits. Where scores tie, "triton" takes the lowest id. Elsewhere torch.topk
+    decides: the same on every run of one machine, but not always the lowest id and not the same on every device.
 
-    Raises ValueError for logits that are not a floating [T, E], k out of range, an unknown score or backend, or a bias
-    of another length.
+    Raises ValueError for logits that are not a floating [T, E], k out of range, an unknown score or backend, a backend that cannot run here,
+    or a bias of another length.
     """
     if logits_TE.dim() != 2 or not logits_TE.is_floating_point():
         raise ValueError(f"route needs floating logits [T, E]; got {logits_TE.dtype} {list(logits_TE.shape)}")
@@ -49,16 +52,16 @@ def route(
     if bias_E is not None and bias_E.shape != (num_experts,):
         raise ValueError(f"route: bias_E has shape {list(bias_E.shape)}; it must be [{num_experts}]")
     if backend == "auto":
-        backend = "eager"
+        backend = "triton" if logits_TE.is_cuda and logits_TE.dtype != torch.float64 and triton_launch.HAS_TRITON else "eager"
     if backend not in _BACKENDS:
         raise ValueError(f"backend={backend!r} of route is unknown; allowed: auto, {', '.join(_BACKENDS)}")
-    logits_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
     return _BACKENDS[backend](logits_TE, k, renormalise, scale, score, bias_E)
 
 
 def _eager(
     logits_TE: Tensor, k: int, renormalise: bool, scale: float, score: str, bias_E: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    logits_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
     scores = logits_TE.sigmoid if score == "sigmoid" else lambda: logits_TE.softmax(-1)
     # Scores rise with logits, so without a bias the logits choose: tiny scores underflow to ties, their logits do not.
     choice_TE = logits_TE if bias_E is None else scores() + bias_E.to(logits_TE.dtype)
@@ -72,4 +75,4 @@ def _eager(
     return idx_TK, weight_TK if scale == 1 else weight_TK * scale
 
 
-_BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"eager": _eager}
+_BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"eager": _eager, "triton": triton_route.route_triton}

@@ -1,0 +1,98 @@
+"""When Triton is picked, what is said where it cannot run, and how tuned tiles are kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dyn.ops import triton_config, triton_launch
+from dyn.ops.experts import experts
+from dyn.ops.route import route
+from dyn.ops.triton_config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+ARGS = (torch.ones(3, 4), torch.ones(2, 6, 4), torch.ones(2, 4, 3), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
+
+
+@pytest.mark.skipif(triton_launch.interpreted(), reason="the interpreter takes CPU tensors")
+def test_on_a_cpu_it_says_what_is_needed():
+    for op in (lambda: experts(*ARGS, backend="triton"), lambda: route(torch.zeros(2, 4), 1, backend="triton")):
+        with pytest.raises(ValueError, match="needs tensors on a CUDA device, or TRITON_INTERPRET=1 set before the first use of triton; got tensors on cpu"):
+            op()
+
+
+def test_without_triton():
+    """A forced backend says what is missing; auto works."""
+    code = (
+        "import sys\nsys.modules['triton'] = None\nimport torch\nfrom dyn.ops.experts import experts\nfrom dyn.ops.route import route\n"
+        "args = torch.ones(3, 4), torch.ones(2, 6, 4), torch.ones(2, 4, 3), *route(torch.zeros(3, 2), 1)\nexperts(*args)\n"
+        "for op in (lambda: experts(*args, backend='triton'), lambda: route(torch.zeros(2, 4), 1, backend='triton')):\n"
+        "    try:\n        op()\n    except ValueError as error:\n        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [f"backend='triton' of {op} needs the package triton, which is not installed" in done.stdout for op in ("experts", "route")] == [True, True]
+
+
+def test_debug_looks_for_negative_ids():
+    bad = (*ARGS[:3], ARGS[3] - 2, ARGS[4])
+    with pytest.raises(ValueError, match="idx holds -2"):
+        experts(*bad, debug=True)
+    assert torch.equal(experts(*ARGS, debug=True), experts(*ARGS))
+
+
+def test_row_tiles():
+    assert triton_config.row_tile(0, 8, 688, torch.bfloat16) == 16
+    assert triton_config.row_tile(8 * 40, 8, 688, torch.bfloat16) == 64
+    assert triton_config.row_tile(16 * 8192, 16, 688, torch.bfloat16) == 256  # 688 pads to 704 in tiles of 64, to 768 in tiles of 128
+    assert triton_config.row_tile(16 * 8192, 16, 1376, torch.bfloat16) == 128
+    assert triton_config.row_tile(16 * 8192, 16, 688, torch.float32) == 64
+
+
+@pytest.fixture
+def tuner(monkeypatch, tmp_path):
+    """The tuner with a clock of its own: times by block_n, 64 the fastest."""
+    monkeypatch.setenv("DYN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(triton_config, "_tuned", {})
+    timed = []
+
+    def clock(run):
+        run()
+        return abs(timed[-1].block_n - 64) + 1 + timed[-1].block_k / 1000
+
+    monkeypatch.setattr(triton_config, "_time", clock)
+    return timed
+
+
+START = Config(64, 32, 32, warps=4, stages=3)
+
+
+def test_tuning_times_the_neighbours_once_and_remembers(tuner, tmp_path, caplog, monkeypatch):
+    with caplog.at_level(logging.INFO, logger="dyn.ops.triton_config"):
+        best = triton_config._tune("key", START, 64, tuner.append)
+    assert best.block_n == 64 and len(tuner) == len(triton_config.candidates(START, 64)) == len(set(tuner)) and START in tuner
+    assert len(caplog.records) == 1 and "tuned key" in caplog.text
+    monkeypatch.setattr(triton_config, "_tuned", {})
+    assert triton_config._tune("key", START, 64, None) == best  # from the file: nothing runs
+    (path,) = (tmp_path / "cache").iterdir()
+    assert list(json.loads(path.read_text())) == ["key"]
+
+
+def test_a_broken_file_of_tuned_tiles_is_written_anew(tuner, tmp_path, caplog):
+    path = tmp_path / "cache" / "triton_tiles.json"
+    path.parent.mkdir()
+    path.write_text('{"key": {"block": 3}}')
+    triton_config._tune("key", START, 64, tuner.append)
+    assert "is not a file of tuned tiles" in caplog.text and "block_n" in path.read_text()
+
+
+@pytest.mark.parametrize("tile", [0, 64, 256])
+def test_candidates_cut_the_tile(tile):
+    found = triton_config.candidates(START, tile)
+    assert START in found and all(min(c.block_m, c.block_n) >= 16 and tile % c.block_m == 0 for c in found)
