@@ -26,6 +26,7 @@ DEFAULT = ("results", "runs")
 _BESIDE = ("metrics.jsonl", "curves.json", "samples.json")
 _COORDINATES = {"step", "epoch", "time", "tokens", "seconds"}
 _PANELS = 9
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 97.5 %, 1, 2, ... degrees of freedom; the last, too large, for more
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,6 +45,11 @@ class Group:
         """A scalar of every good result; part is "metrics" or "cost"."""
         found = (flatten(result[part]).get(key) for result in self.good)
         return [number for value in found if (number := _number(value)) is not None]
+
+    def by_seed(self, key: str) -> dict[Any, float]:
+        """A metric of every good result that has a seed."""
+        found = {r["config"]["seed"]: _number(flatten(r["metrics"]).get(key)) for r in self.good if "seed" in r["config"]}
+        return {seed: number for seed, number in found.items() if number is not None}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -200,7 +206,7 @@ def compare(group: Group, rows: Sequence[Group]) -> list[str]:
                 lines.append(f"{text}; one seed: no spread known")
             else:
                 verdict = ("lower" if a < b else "higher") if abs(a - b) > least else "no difference shown"
-                lines.append(f"{text}; smallest that the seeds could have shown {least:.2g}: {verdict}")
+                lines.append(f"{text}; smallest that the seeds could have shown {least:.2g}: {verdict}{_paired(group.by_seed(key), control.by_seed(key))}")
     return lines
 
 
@@ -211,6 +217,20 @@ def smallest_difference(a: Sequence[float], b: Sequence[float]) -> float | None:
         return None
     pooled = ((n - 1) * statistics.variance(a) + (m - 1) * statistics.variance(b)) / (n + m - 2)
     return 1.96 * math.sqrt(pooled * (1 / n + 1 / m))
+
+
+def paired_interval(a: Mapping[Any, float], b: Mapping[Any, float]) -> tuple[int, float, float] | None:
+    """Differences a - b of the seeds that both have: their number, their mean, and half the width of its 95 % t-interval; None for fewer than two."""
+    n = len(differences := [a[seed] - b[seed] for seed in a if seed in b])
+    return None if n < 2 else (n, statistics.fmean(differences), _T[min(n - 1, len(_T)) - 1] * statistics.stdev(differences) / math.sqrt(n))
+
+
+def _paired(a: Mapping[Any, float], b: Mapping[Any, float]) -> str:
+    if (found := paired_interval(a, b)) is None:
+        return ""
+    n, mean, half = found
+    verdict = ("lower" if mean < 0 else "higher") if abs(mean) > half else "no difference shown"
+    return f"; paired over {n} seeds {mean:+.3g}, 95 % interval {mean - half:+.3g} to {mean + half:+.3g}: {verdict}"
 
 
 def show(value: Any) -> str:
@@ -281,8 +301,7 @@ def _origin(group: Group) -> list[str]:
 
 def curves(path: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """The curves beside a result: panel -> line -> (step, value). "val/<domain>/loss" are lines of the panel "val loss"; where the file names
-    several stages (trainings), each has its own lines. Cut lines are skipped; of a step said twice the later counts.
-    """
+    several stages (trainings), each has its own lines. Cut lines are skipped; of a step said twice the later counts."""
     series: dict[tuple[str, str], dict[float, float]] = {}
     if (file := _beside(path, "metrics.jsonl")).is_file():
         for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -317,8 +336,7 @@ def _draw(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], pat
     from matplotlib.figure import Figure  # without pyplot there is no global state and no window
 
     shown = list(panels.items())[:_PANELS]
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
+    rows = -(-len(shown) // (columns := min(3, len(shown))))
     figure = Figure(figsize=(4.4 * columns, 3.0 * rows), layout="constrained")
     for number, (panel, lines) in enumerate(shown, 1):
         axes = figure.add_subplot(rows, columns, number)

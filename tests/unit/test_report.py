@@ -49,12 +49,33 @@ def test_smallest_difference():
     assert report.smallest_difference([1.0, 2.0], a) == pytest.approx(1.96 * math.sqrt((0.5 + 2 * 1.0) / 3 * (1 / 2 + 1 / 3)))
 
 
+def test_paired_interval():
+    assert report.paired_interval({0: 1.0, 1: 2.0}, {1: 1.0, 2: 5.0}) is None
+    n, mean, half = report.paired_interval({0: 1.0, 1: 2.0, 2: 3.0, 7: 9.0}, {0: 1.1, 1: 2.2, 2: 3.3, 8: 0.0})
+    assert (n, mean, half) == (3, pytest.approx(-0.2), pytest.approx(4.303 * 0.1 / math.sqrt(3)))
+    quantile = pytest.importorskip("scipy.stats").t.ppf
+    assert list(report._T) == pytest.approx([quantile(0.975, n) for n in range(1, 10)], abs=5e-4)
+
+
+def test_pairing_by_seed_shows_what_the_spread_of_seeds_hides():
+    """Seeds far apart, and the same small gain at each."""
+    control = [result("plain", seed, loss) for seed, loss in enumerate([2.0, 3.0, 4.0])]
+    ours = [result("distilled", seed, loss, notes={"controls": ["plain"]}) for seed, loss in enumerate([1.9, 2.89, 3.91])]
+    rows = grouped(*control, *ours)
+    [line] = report.compare(rows[1], rows)
+    assert line.endswith("shown 1.6: no difference shown; paired over 3 seeds -0.1, 95 % interval -0.125 to -0.0752: lower")
+    other = [item | {"config": {"seed": item["config"]["seed"] + 5, "row": "plain"}} for item in control]
+    rows = grouped(*other, *ours)
+    [line] = report.compare(next(group for group in rows if group.row == "distilled"), rows)
+    assert line.endswith("no difference shown") and "paired" not in line
+
+
 def test_verdicts_need_every_control_and_some_spread():
     control = [result("dense", seed, loss) for seed, loss in enumerate([2.0, 2.1, 2.2])]
     moe = [result("moe", seed, loss, notes={"controls": ["dense"]}) for seed, loss in enumerate([1.0, 1.1, 1.2])]
     rows = grouped(*control, *moe)
     [line] = report.compare(rows[1], rows)
-    assert "difference -1; smallest that the seeds could have shown 0.16: lower" in line
+    assert "difference -1; smallest that the seeds could have shown 0.16: lower" in line and "paired over 3 seeds -1, 95 % interval" in line
     assert report.compare(rows[0], rows) == []
     assert report.compare(rows[1], rows[1:]) == ["moe: control missing: dense"]
     other = [item | {"what": item["what"] | {"profile": "demo"}} for item in control]  # another profile is no control
