@@ -3,7 +3,8 @@
 A pure function of files: result.json (schema 1; in a folder of results also NAME.json) and, beside each, metrics.jsonl or curves.json, plots/*.png
 and samples.json (NAME.metrics.jsonl and so on beside NAME.json). Broken and foreign files are named and skipped.
 Runs whose configs differ only in `seed` are one row: mean ± standard error. Of several runs of one config the newest good one counts.
-`notes` in a result: `main` (metrics to show first), `controls` (rows to compare with), `compare` (metrics to compare), `not_tested` (sentences).
+`notes` in a result: `main` (metrics to show first), `controls` (rows to compare with), `same` (keys of the config that a control must share), `compare`
+(metrics to compare), `not_tested` (sentences).
 """
 
 from __future__ import annotations
@@ -15,41 +16,17 @@ import re
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dyn import page
+from dyn.verdicts import Group, compare, groups, main_keys, number_of, scalars, show, union
 
 SCHEMA = 1
 DEFAULT = ("results", "runs")
 _BESIDE = ("metrics.jsonl", "curves.json", "samples.json")
 _COORDINATES = {"step", "epoch", "time", "tokens", "seconds"}
 _PANELS = 9
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 97.5 %, 1, 2, ... degrees of freedom; the last, too large, for more
-
-
-@dataclass(kw_only=True, slots=True)
-class Group:
-    """Results that differ only in their seed, newest run of each; `values` of the good ones."""
-
-    row: str
-    profile: str
-    results: list[tuple[Path, dict[str, Any]]]
-
-    @property
-    def good(self) -> list[dict[str, Any]]:
-        return [result for _, result in self.results if result["status"] == "ok"]
-
-    def values(self, part: str, key: str) -> list[float]:
-        """A scalar of every good result; part is "metrics" or "cost"."""
-        found = (flatten(result[part]).get(key) for result in self.good)
-        return [number for value in found if (number := _number(value)) is not None]
-
-    def by_seed(self, key: str) -> dict[Any, float]:
-        """A metric of every good result that has a seed."""
-        found = {r["config"]["seed"]: _number(flatten(r["metrics"]).get(key)) for r in self.good if "seed" in r["config"]}
-        return {seed: number for seed, number in found.items() if number is not None}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,28 +103,6 @@ def read(path: Path) -> dict[str, Any]:
     return result | {"notes": result.get("notes") or {}}
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> one dict with "a/b" keys; lists are left out."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {} if isinstance(value, list) else {f"{prefix}{key}": value}
-    return flat
-
-
-def groups(results: Iterable[tuple[Path, dict[str, Any]]]) -> list[Group]:
-    """One group a config without its seed, in the order in which their first runs started; of each config the newest good run."""
-    latest: dict[str, tuple[Path, dict[str, Any]]] = {}
-    ordered = sorted(results, key=lambda item: item[1]["started"])
-    for path, result in sorted(ordered, key=lambda item: item[1]["status"] == "ok"):
-        latest[json.dumps([result["what"], result["config"]], sort_keys=True)] = (path, result)
-    found: dict[str, Group] = {}
-    for path, result in sorted(latest.values(), key=lambda item: (item[1]["started"], item[1]["config"].get("seed", 0))):
-        what, config = result["what"], {key: value for key, value in result["config"].items() if key != "seed"}
-        key = json.dumps([what["row"], what["profile"], config], sort_keys=True)
-        found.setdefault(key, Group(row=what["row"] or what["profile"], profile=what["profile"], results=[])).results.append((path, result))
-    return list(found.values())
-
-
 def _beside(path: Path, name: str) -> Path:
     return path.parent / name if path.name == "result.json" else path.with_name(f"{path.stem}.{name}")
 
@@ -162,14 +117,14 @@ def _because(skipped: list[tuple[Path, str]]) -> str:
     return "; skipped: " + "; ".join(f"{path.name} ({reason})" for path, reason in skipped) if skipped else ""
 
 
-# Tables and verdicts
+# Tables
 
 
 def _experiment(name: str, results: list[tuple[Path, dict[str, Any]]], out: Path) -> list[page.Block]:
     rows = groups(results)
-    main = _union(_main(result) for group in rows for _, result in group.results)
-    every = _union(_scalars(result["metrics"]) for group in rows for result in group.good)
-    costs = _union(_scalars(result["cost"]) for group in rows for result in group.good)
+    main = union(main_keys(result) for group in rows for _, result in group.results)
+    every = union(scalars(result["metrics"]) for group in rows for result in group.good)
+    costs = union(scalars(result["cost"]) for group in rows for result in group.good)
     head = ["row", "profile", "status", "seeds", *main, "digest", "commit", "device"]
     table = [[g.row, g.profile, _status(g), _seeds(g), *(_spread(g.values("metrics", key)) for key in main), *_origin(g)] for g in rows]
     blocks: list[page.Block] = [("h2", name), ("table", [head, *table])]
@@ -181,67 +136,9 @@ def _experiment(name: str, results: list[tuple[Path, dict[str, Any]]], out: Path
         blocks += [("h3", "All metrics"), ("table", [["metric", *(group.row for group in measured)], *lines])]
     if verdicts := [line for group in rows for line in compare(group, rows)]:
         blocks += [("h3", "Comparisons"), ("list", verdicts)]
-    if untested := _union(result["notes"].get("not_tested", []) for group in rows for _, result in group.results):
+    if untested := union(result["notes"].get("not_tested", []) for group in rows for _, result in group.results):
         blocks += [("h3", "Not tested at this scale"), ("list", untested)]
     return blocks + _pictures(name, rows, out)
-
-
-def compare(group: Group, rows: Sequence[Group]) -> list[str]:
-    """Lines on the controls that a row names: which are missing, or else each difference beside the smallest that the seeds could have shown."""
-    controls = {name: next((g for g in rows if g.row == name and g.profile == group.profile and g.good), None) for name in _controls(group)}
-    if missing := [name for name, control in controls.items() if control is None]:
-        return [f"{group.row}: control missing: {'; '.join(missing)}"]
-    lines = []
-    for key in _union(result["notes"].get("compare", _main(result)[:1]) for result in group.good):
-        for name, control in controls.items():
-            ours, theirs = group.values("metrics", key), control.values("metrics", key)
-            if not ours or not theirs:
-                lines.append(f"{group.row} against {name}, {key}: not measured in {name if ours else group.row}")
-                continue
-            a, b, least = statistics.fmean(ours), statistics.fmean(theirs), smallest_difference(ours, theirs)
-            text = f"{group.row} against {name}, {key}: {show(a)} against {show(b)}, difference {a - b:+.3g}"
-            if not math.isfinite(a - b):
-                lines.append(f"{text}; no verdict")
-            elif least is None:
-                lines.append(f"{text}; one seed: no spread known")
-            else:
-                verdict = ("lower" if a < b else "higher") if abs(a - b) > least else "no difference shown"
-                lines.append(f"{text}; smallest that the seeds could have shown {least:.2g}: {verdict}{_paired(group.by_seed(key), control.by_seed(key))}")
-    return lines
-
-
-def smallest_difference(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """1.96 sqrt(2) times the pooled standard error of two means (s sqrt(1/n + 1/m) where n differs); None where one has a single seed."""
-    n, m = len(a), len(b)
-    if min(n, m) < 2:
-        return None
-    pooled = ((n - 1) * statistics.variance(a) + (m - 1) * statistics.variance(b)) / (n + m - 2)
-    return 1.96 * math.sqrt(pooled * (1 / n + 1 / m))
-
-
-def paired_interval(a: Mapping[Any, float], b: Mapping[Any, float]) -> tuple[int, float, float] | None:
-    """Differences a - b of the seeds that both have: their number, their mean, and half the width of its 95 % t-interval; None for fewer than two."""
-    n = len(differences := [a[seed] - b[seed] for seed in a if seed in b])
-    return None if n < 2 else (n, statistics.fmean(differences), _T[min(n - 1, len(_T)) - 1] * statistics.stdev(differences) / math.sqrt(n))
-
-
-def _paired(a: Mapping[Any, float], b: Mapping[Any, float]) -> str:
-    if (found := paired_interval(a, b)) is None:
-        return ""
-    n, mean, half = found
-    verdict = ("lower" if mean < 0 else "higher") if abs(mean) > half else "no difference shown"
-    return f"; paired over {n} seeds {mean:+.3g}, 95 % interval {mean - half:+.3g} to {mean + half:+.3g}: {verdict}"
-
-
-def show(value: Any) -> str:
-    """A value as text: thousands separators, four significant digits."""
-    if value is None or isinstance(value, bool):
-        return {None: "-", True: "yes", False: "no"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
-    return ", ".join(show(inner) for inner in value) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _spread(values: list[float]) -> str:
@@ -250,29 +147,6 @@ def _spread(values: list[float]) -> str:
         return show(values[0] if values else None)
     error = statistics.stdev(values) / math.sqrt(len(values)) if all(map(math.isfinite, values)) else math.nan
     return f"{show(statistics.fmean(values))} ± {error:.2g}"
-
-
-def _number(value: Any) -> float | None:
-    """A scalar of a result; nan and infinities are strings there, since JSON has none."""
-    if value in ("nan", "inf", "-inf"):
-        return float(value)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _scalars(tree: Mapping[str, Any]) -> list[str]:
-    return [key for key, value in flatten(tree).items() if _number(value) is not None]
-
-
-def _main(result: Mapping[str, Any]) -> list[str]:
-    return result["notes"].get("main") or _scalars(result["metrics"])[:6]
-
-
-def _controls(group: Group) -> list[str]:
-    return _union(result["notes"].get("controls", []) for result in group.good)
-
-
-def _union(lists: Iterable[Iterable[str]]) -> list[str]:
-    return list(dict.fromkeys(item for items in lists for item in items))
 
 
 def _status(group: Group) -> str:
@@ -310,7 +184,7 @@ def curves(path: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
             except ValueError:
                 continue
             for key, value in line.items() if isinstance(line, dict) and "step" in line else ():
-                if key not in _COORDINATES and (number := _number(value)) is not None:
+                if key not in _COORDINATES and (number := number_of(value)) is not None:
                     series.setdefault((key, line.get("stage", "")), {})[line["step"]] = number
     elif (file := _beside(path, "curves.json")).is_file():
         series = {(key, ""): dict(points) for key, points in json.loads(file.read_text(encoding="utf-8")).items()}
@@ -383,7 +257,7 @@ def _mean(panels: Mapping[str, Mapping[str, list[tuple[float, float]]]]) -> list
 def _samples(path: Path) -> list[page.Block]:
     try:
         samples = json.loads(path.read_text(encoding="utf-8"))
-        head = _union(samples)
+        head = union(samples)
         return [("h4", "Samples"), ("table", [head, *([str(sample.get(key, "-")) for key in head] for sample in samples)])]
     except FileNotFoundError:
         return []

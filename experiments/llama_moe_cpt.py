@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
+from operator import attrgetter
 from typing import Any, Literal
 
 from dyn.data.sources import TextSource
@@ -121,6 +122,16 @@ def half(name: str, experts: int = 8, k: int = 4, **changes: Any) -> list[dict[s
     return [row(name + words, distill__weight=weight, **changes) for words, weight in (("", 0.0), (", distilled", 0.5))]
 
 
+def controls(name: str, cfg: Config) -> list[str] | None:
+    """Rows that a row of the sweep "after" is compared with: the same start without a teacher, the same size without routing by the same loss, and the dense
+    model. None: it is the dense model, or no row of that sweep (others have rows of the same names)."""
+    entry = next((entry for entry in SWEEPS["after"] if entry["row"] == name), None)
+    if cfg.model.kind == "dense" or entry is None or any(attrgetter(key)(cfg) != value for key, value in entry.items() if key != "row"):
+        return None
+    plain, distilled, _ = name.partition(", distilled")
+    return [*([plain] if distilled else []), *([f"prune{distilled}"] if plain != "prune" else []), "dense, same tokens"]
+
+
 SWEEPS: dict[str, list[dict[str, Any]]] = {
     "after": [*(made for m in ("random", "kmeans", "gradient") for made in half(m, model__construction=m)),
               *half("sharing_inter", 6, 2, model__construction="sharing_inter", model__num_shared_experts=2),
@@ -151,7 +162,10 @@ def main(cfg: Config, run: Any) -> dict[str, float]:
     """Convert, train, evaluate, export; see `dyn.train.pretrain`."""
     from dyn.train.pretrain import pretrain
 
-    return pretrain(cfg, run)
+    metrics = pretrain(cfg, run)
+    if (named := controls(run.row, cfg)) is not None:
+        run.notes["controls"] = named
+    return metrics
 
 
 def plan(cfg: Config) -> dict[str, Any]:

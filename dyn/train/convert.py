@@ -37,6 +37,8 @@ from dyn.train.distill import parent_hash
 from dyn.train.pretrain import Corpus, find_source, load_corpus, load_tokenizer
 
 PAPER_SIZE = 6_000_000_000  # parameters of the smallest model of the training-free papers (LLaMA-2-7B)
+SAME = ("model.source", "dtype", "matmul_precision", "leave_out", "calibration_tokens", "calibration_length", "texts", "data.text", "data.bos", "data.weights",
+        "data.block_size", "data.validation_tokens")  # what a row and its control share
 PATIENCE = 15.0  # seconds between lines of progress
 
 HeldOut = dict[str, list[Tensor]]  # domain -> batches of ids [B, L]
@@ -307,7 +309,7 @@ def _numbers(cfg: Any, run: Any, dense: dict, made: dict, losses: dict, speed: d
         "main": [k for k in ("loss/mean", "gap/mean", "active fraction", "time a token / dense", "calibration seconds") if k in metrics],
         "compare": ["gap/mean"] + ([f"gap/{cfg.leave_out}"] if f"gap/{cfg.leave_out}" in metrics else []),
         "text": ", ".join(text.path for text in cfg.texts) or cfg.data.text.path,
-        "controls": [cfg.control_row()] if cfg.model.kind == "moe" else [],
+        "controls": [cfg.control_row()] if cfg.model.kind == "moe" else [], "same": list(SAME),
         "not_tested": [] if large else [f"the published training-free conversions start at 7 billion parameters; this model has {dense['counts']['total']:,}"]}
     if cfg.model.kind == "oracle":
         run.notes["oracle"] = "chooses neurons by activations that it has computed all: a ceiling, whose costs are the dense model's"

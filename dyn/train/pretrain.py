@@ -42,6 +42,8 @@ from dyn.train.tasks import CausalLM
 from dyn.train.trainer import evaluate, find_checkpoint, fit, make_trainer, world
 
 PAPER_TOKENS = 5_000_000_000  # the shortest of its comparisons (score scales, section 2.3)
+SAME = ("tokens", "minutes", "optim", "model.source", "data.text", "data.bos", "data.weights", "data.dynamic", "data.filters", "data.block_size",
+        "data.batch_size", "data.validation_tokens", "trainer.accumulate", "trainer.precision")  # what a row and its control share
 SHOWN_LAYERS = 4  # of the overlap plot
 KEY = "conversion.sha256"  # beside a converted model: `_conversion`
 
@@ -382,9 +384,9 @@ def _numbers(cfg: Any, run: Any, before: dict, result: dict, control: dict | Non
     run.cost |= {f"{k}_parameters": v for k, v in result["counts"].items()} | {
         "flops_per_token": result["flops_per_token"], "steps_per_second": speed.get("steps_per_second"), "peak_flops_from": speed["peak_flops_from"],
         "seconds_training": result["seconds"]}
-    main = ("loss/dense untrained", "loss/before", "loss/after", "loss/dense, same tokens", "gap closed", "gap closed to dense, same tokens")
+    main = ("train/tokens", "loss/dense untrained", "loss/before", "loss/after", "loss/dense, same tokens", "gap closed", "gap closed to dense, same tokens")
     run.notes |= {"main": [k for k in main if k in metrics], "compare": ["loss/after"], "text": cfg.data.text.path,
-                  "controls": [] if control else ["dense, same tokens"],
+                  "controls": [] if control or cfg.model.kind == "dense" else ["dense, same tokens"], "same": list(SAME),
                   "not_tested": [] if metrics["train/tokens"] >= PAPER_TOKENS else [
                       f"the paper's findings are not tested at this scale: {metrics['train/tokens']:,} training tokens, its shortest comparison has 5 billion"],
                   "speed": f"MFU counts activated parameters against the {speed['peak_flops_from']}"}

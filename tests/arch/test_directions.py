@@ -16,13 +16,14 @@ FILES = sorted(path.relative_to(ROOT) for folder in ("dyn", "experiments", "benc
 # Rooms of ours that a room may import, itself apart. env says where a process runs; figures and page draw: the standard library and matplotlib only.
 OURS = {
     "core": set(), "ops": set(), "nn": {"core", "ops"}, "models": {"nn", "core"}, "data": set(), "train": {"nn", "core", "data", "models", "figures", "env"},
-    "config": set(), "env": set(), "figures": set(), "page": set(), "report": {"page"}, "runfolder": {"config", "env", "report"},
+    "config": set(), "env": set(), "figures": set(), "page": set(), "verdicts": set(), "report": {"page", "verdicts"}, "runfolder": {"config", "env", "report"},
     "run": {"config", "env", "report", "runfolder"}, "__init__": set(),
 }
 OPS_IN_MODELS = "dyn.ops.experts"  # models register our op with transformers, under its public name
 # Libraries that a room may import; None: any that is not said to be somebody else's below.
 THEIRS = {
-    "core": {"torch"}, "ops": {"torch", "triton"}, "nn": {"torch"}, "config": {"omegaconf", "yaml"}, "env": {"torch"}, "page": set(), "report": {"matplotlib"},
+    "core": {"torch"}, "ops": {"torch", "triton"}, "nn": {"torch"}, "config": {"omegaconf", "yaml"}, "env": {"torch"}, "page": set(), "verdicts": set(),
+    "report": {"matplotlib"},
     "figures": {"matplotlib", "numpy"}, "runfolder": {"torch"}, "run": set(), "__init__": set(), "models": None, "data": None, "train": None,
 }
 ONLY_IN = {"lightning": {"train"}, "timm": {"models"}, "triton": {"ops"}, "omegaconf": {"config"}, "matplotlib": {"report", "figures"}}

@@ -11,13 +11,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from dyn import config
 from dyn.data.tiny import tiny_corpus, tiny_documents, tiny_tokenizer
-from dyn.train import pretrain
+from dyn.train import convert, pretrain
 from dyn.train.plan import plan_pretraining
 
 ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("check_llama_moe_cpt", ROOT / "experiments" / "llama_moe_cpt.py")
 EXPERIMENT = sys.modules[SPEC.name] = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(EXPERIMENT)
+SPEC = importlib.util.spec_from_file_location("check_conversion", ROOT / "experiments" / "llama_moe_convert.py")
+CONVERSION = sys.modules[SPEC.name] = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(CONVERSION)
 SIZES = dict(hidden_size=16, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 
 
@@ -146,3 +149,27 @@ def test_every_sweep_row_is_the_network_that_its_name_says(sweep, profile, monke
 def test_settings_that_would_be_ignored_or_cannot_be(word, instead):
     with pytest.raises(ValueError, match=instead):
         config.load(EXPERIMENT.Config, "llama_moe_cpt", "smoke", [word], root=ROOT)
+
+
+def test_rows_after_training_name_their_controls():
+    def named(sweep, name):
+        entry = next(entry for entry in EXPERIMENT.SWEEPS[sweep] if entry["row"] == name)
+        cfg = config.load(EXPERIMENT.Config, "llama_moe_cpt", "small", row={k: v for k, v in entry.items() if k != "row"}, root=ROOT)
+        return EXPERIMENT.controls(name, cfg)
+
+    assert named("after", "kmeans, distilled") == ["kmeans", "prune, distilled", "dense, same tokens"]
+    assert named("after", "kmeans") == ["prune", "dense, same tokens"] and named("construction", "kmeans") is None
+    assert named("after", "prune, distilled") == ["prune", "dense, same tokens"] and named("after", "prune") == ["dense, same tokens"]
+    assert named("after", "dense, same tokens") is None
+    rows = {entry["row"] for entry in EXPERIMENT.SWEEPS["after"]}
+    assert all(set(named("after", name) or []) <= rows for name in rows)
+
+
+@pytest.mark.parametrize("make", [pretrain, convert])
+def test_what_controls_share_are_keys_of_the_config(make):
+    cfg = config.to_dict(settings() if make is pretrain else CONVERSION.Config())
+    for key in make.SAME:
+        found = cfg
+        for part in key.split("."):
+            assert part in found, key
+            found = found[part]

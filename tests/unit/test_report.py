@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from dyn import report
+from dyn import report, verdicts
 
 
 def result(row="a", seed=0, loss=1.0, status="ok", started="10:00", **more):
@@ -43,18 +43,18 @@ def test_of_one_config_the_newest_good_run_counts():
 
 
 def test_smallest_difference():
-    assert report.smallest_difference([1.0], [1.0, 2.0]) is None
+    assert verdicts.smallest_difference([1.0], [1.0, 2.0]) is None
     a, b = [1.0, 2.0, 3.0], [5.0, 7.0, 9.0]  # variances 1 and 4, pooled 2.5
-    assert report.smallest_difference(a, b) == pytest.approx(1.96 * math.sqrt(2) * math.sqrt(2.5 / 3))
-    assert report.smallest_difference([1.0, 2.0], a) == pytest.approx(1.96 * math.sqrt((0.5 + 2 * 1.0) / 3 * (1 / 2 + 1 / 3)))
+    assert verdicts.smallest_difference(a, b) == pytest.approx(1.96 * math.sqrt(2) * math.sqrt(2.5 / 3))
+    assert verdicts.smallest_difference([1.0, 2.0], a) == pytest.approx(1.96 * math.sqrt((0.5 + 2 * 1.0) / 3 * (1 / 2 + 1 / 3)))
 
 
 def test_paired_interval():
-    assert report.paired_interval({0: 1.0, 1: 2.0}, {1: 1.0, 2: 5.0}) is None
-    n, mean, half = report.paired_interval({0: 1.0, 1: 2.0, 2: 3.0, 7: 9.0}, {0: 1.1, 1: 2.2, 2: 3.3, 8: 0.0})
+    assert verdicts.paired_interval({0: 1.0, 1: 2.0}, {1: 1.0, 2: 5.0}) is None
+    n, mean, half = verdicts.paired_interval({0: 1.0, 1: 2.0, 2: 3.0, 7: 9.0}, {0: 1.1, 1: 2.2, 2: 3.3, 8: 0.0})
     assert (n, mean, half) == (3, pytest.approx(-0.2), pytest.approx(4.303 * 0.1 / math.sqrt(3)))
     quantile = pytest.importorskip("scipy.stats").t.ppf
-    assert list(report._T) == pytest.approx([quantile(0.975, n) for n in range(1, 10)], abs=5e-4)
+    assert list(verdicts._T) == pytest.approx([quantile(0.975, n) for n in range(1, 10)], abs=5e-4)
 
 
 def test_pairing_by_seed_shows_what_the_spread_of_seeds_hides():
@@ -85,6 +85,21 @@ def test_verdicts_need_every_control_and_some_spread():
     assert report.compare(rows[1], rows)[0].endswith("one seed: no spread known")
     failed = grouped(result("dense", status="failed"), moe[0])
     assert report.compare(failed[1], failed) == ["moe: control missing: dense"]
+
+
+def test_a_control_shares_what_it_must_and_the_nearest_one_counts():
+    def trained(row, tokens, loss, seed=0, width=8, **notes):
+        item = result(row, seed, loss, notes=notes)
+        return item | {"config": {"seed": seed, "row": row, "tokens": tokens, "data": {"text": {"path": "x"}}, "width": width}}
+
+    moe = dict(controls=["dense"], same=["tokens", "data.text", "data.absent"])
+    rows = grouped(trained("dense", 50, 9.0), trained("moe", 1000, 2.0, **moe), trained("moe", 50, 8.0, **moe))
+    assert report.compare(rows[1], rows) == ["moe: control missing: dense"]
+    assert "moe against dense, val/loss: 8 against 9" in report.compare(rows[2], rows)[0]
+    rows = grouped(trained("dense", 50, 9.0, width=4), trained("dense", 50, 7.0, width=8), trained("moe", 50, 8.0, **moe))
+    assert "8 against 7" in report.compare(rows[2], rows)[0]
+    alone = grouped(trained("dense", 50, 9.0, controls=["dense"]))
+    assert report.compare(alone[0], alone) == ["dense: control missing: dense"]
 
 
 def test_curves_by_panel_skip_what_is_cut_or_not_a_number(tmp_path):

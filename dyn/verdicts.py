@@ -1,0 +1,158 @@
+"""Results as rows, and what may be said of two of them: differences beside what the seeds could have shown, and nothing where a control is missing.
+
+A result is what `dyn.report.read` gives. Only the standard library: dyn.report draws with this.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 97.5 %, 1, 2, ... degrees of freedom; the last, too large, for more
+
+
+@dataclass(kw_only=True, slots=True)
+class Group:
+    """Results that differ only in their seed, newest run of each; `values` of the good ones."""
+
+    row: str
+    profile: str
+    results: list[tuple[Path, dict[str, Any]]]
+
+    @property
+    def good(self) -> list[dict[str, Any]]:
+        return [result for _, result in self.results if result["status"] == "ok"]
+
+    def values(self, part: str, key: str) -> list[float]:
+        """A scalar of every good result; part is "metrics" or "cost"."""
+        found = (flatten(result[part]).get(key) for result in self.good)
+        return [number for value in found if (number := number_of(value)) is not None]
+
+    def by_seed(self, key: str) -> dict[Any, float]:
+        """A metric of every good result that has a seed."""
+        found = {r["config"]["seed"]: number_of(flatten(r["metrics"]).get(key)) for r in self.good if "seed" in r["config"]}
+        return {seed: number for seed, number in found.items() if number is not None}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> one dict with "a/b" keys; lists are left out."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {} if isinstance(value, list) else {f"{prefix}{key}": value}
+    return flat
+
+
+def groups(results: Iterable[tuple[Path, dict[str, Any]]]) -> list[Group]:
+    """One group a config without its seed, in the order in which their first runs started; of each config the newest good run."""
+    latest: dict[str, tuple[Path, dict[str, Any]]] = {}
+    ordered = sorted(results, key=lambda item: item[1]["started"])
+    for path, result in sorted(ordered, key=lambda item: item[1]["status"] == "ok"):
+        latest[json.dumps([result["what"], result["config"]], sort_keys=True)] = (path, result)
+    found: dict[str, Group] = {}
+    for path, result in sorted(latest.values(), key=lambda item: (item[1]["started"], item[1]["config"].get("seed", 0))):
+        what, config = result["what"], {key: value for key, value in result["config"].items() if key != "seed"}
+        key = json.dumps([what["row"], what["profile"], config], sort_keys=True)
+        found.setdefault(key, Group(row=what["row"] or what["profile"], profile=what["profile"], results=[])).results.append((path, result))
+    return list(found.values())
+
+
+def compare(group: Group, rows: Sequence[Group]) -> list[str]:
+    """Lines on the controls that a row names: which are missing, or else each difference beside the smallest that the seeds could have shown."""
+    controls = {name: _control(name, group, rows) for name in union(result["notes"].get("controls", []) for result in group.good)}
+    if missing := [name for name, control in controls.items() if control is None]:
+        return [f"{group.row}: control missing: {'; '.join(missing)}"]
+    lines = []
+    for key in union(result["notes"].get("compare", main_keys(result)[:1]) for result in group.good):
+        for name, control in controls.items():
+            ours, theirs = group.values("metrics", key), control.values("metrics", key)
+            if not ours or not theirs:
+                lines.append(f"{group.row} against {name}, {key}: not measured in {name if ours else group.row}")
+                continue
+            a, b, least = statistics.fmean(ours), statistics.fmean(theirs), smallest_difference(ours, theirs)
+            text = f"{group.row} against {name}, {key}: {show(a)} against {show(b)}, difference {a - b:+.3g}"
+            if not math.isfinite(a - b):
+                lines.append(f"{text}; no verdict")
+            elif least is None:
+                lines.append(f"{text}; one seed: no spread known")
+            else:
+                verdict = ("lower" if a < b else "higher") if abs(a - b) > least else "no difference shown"
+                lines.append(f"{text}; smallest that the seeds could have shown {least:.2g}: {verdict}{_paired(group.by_seed(key), control.by_seed(key))}")
+    return lines
+
+
+def _control(name: str, group: Group, rows: Sequence[Group]) -> Group | None:
+    """The row of that name to compare with: good, of the same profile, and alike in every config key of `notes["same"]` (another budget of tokens or
+    another text is no control); of several the one whose config is nearest. None: there is none."""
+    ours = group.good[0]["config"]
+    same = union(result["notes"].get("same", []) for result in group.good)
+    fits = [g for g in rows if g is not group and g.row == name and g.profile == group.profile and g.good]
+    fits = [g for g in fits if all(_at(g.good[0]["config"], key) == _at(ours, key) for key in same)]
+    flat = flatten(ours)
+    return min(fits, key=lambda g: len(flat.items() ^ flatten(g.good[0]["config"]).items()), default=None)
+
+
+def _at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
+
+
+def smallest_difference(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """1.96 sqrt(2) times the pooled standard error of two means (s sqrt(1/n + 1/m) where n differs); None where one has a single seed."""
+    n, m = len(a), len(b)
+    if min(n, m) < 2:
+        return None
+    pooled = ((n - 1) * statistics.variance(a) + (m - 1) * statistics.variance(b)) / (n + m - 2)
+    return 1.96 * math.sqrt(pooled * (1 / n + 1 / m))
+
+
+def paired_interval(a: Mapping[Any, float], b: Mapping[Any, float]) -> tuple[int, float, float] | None:
+    """Differences a - b of the seeds that both have: their number, their mean, and half the width of its 95 % t-interval; None for fewer than two."""
+    n = len(differences := [a[seed] - b[seed] for seed in a if seed in b])
+    return None if n < 2 else (n, statistics.fmean(differences), _T[min(n - 1, len(_T)) - 1] * statistics.stdev(differences) / math.sqrt(n))
+
+
+def _paired(a: Mapping[Any, float], b: Mapping[Any, float]) -> str:
+    if (found := paired_interval(a, b)) is None:
+        return ""
+    n, mean, half = found
+    verdict = ("lower" if mean < 0 else "higher") if abs(mean) > half else "no difference shown"
+    return f"; paired over {n} seeds {mean:+.3g}, 95 % interval {mean - half:+.3g} to {mean + half:+.3g}: {verdict}"
+
+
+def show(value: Any) -> str:
+    """A value as text: thousands separators, four significant digits."""
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
+    return ", ".join(show(inner) for inner in value) if isinstance(value, (list, tuple)) else str(value)
+
+
+def number_of(value: Any) -> float | None:
+    """A scalar of a result; nan and infinities are strings there, since JSON has none."""
+    if value in ("nan", "inf", "-inf"):
+        return float(value)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def scalars(tree: Mapping[str, Any]) -> list[str]:
+    """Names of the numbers in nested metrics or costs."""
+    return [key for key, value in flatten(tree).items() if number_of(value) is not None]
+
+
+def main_keys(result: Mapping[str, Any]) -> list[str]:
+    """The metrics that a result wants shown first."""
+    return result["notes"].get("main") or scalars(result["metrics"])[:6]
+
+
+def union(lists: Iterable[Iterable[str]]) -> list[str]:
+    """Every item once, in order of appearance."""
+    return list(dict.fromkeys(item for items in lists for item in items))
