@@ -168,8 +168,10 @@ class Ridge:
         self.tokens += len(phi_TP)
 
     def solve(self, prior_PQ: Tensor | None = None, *, ridge: float) -> Tensor:
-        """W [P, Q] float32, solved in float64; `prior_PQ` is W_0 (None: zeros)."""
+        """W [P, Q] float32, solved in float64; `prior_PQ` is W_0 (None: zeros). ValueError for rows that were not finite."""
         gram_PP, cross_PQ = self.gram_PP.double(), self.cross_PQ.double()
+        if not (gram_PP.diagonal().isfinite().all() and cross_PQ.isfinite().all()):
+            raise ValueError(f"the regression's {self.tokens} rows hold numbers that are not finite")
         strength = ridge * gram_PP.diagonal().mean().clamp(min=1e-30)
         gram_PP.diagonal().add_(strength)
         if prior_PQ is not None:
@@ -177,29 +179,45 @@ class Ridge:
         return torch.cholesky_solve(cross_PQ, torch.linalg.cholesky(gram_PP)).float()
 
 
-def allocate(loss_UB: Tensor, cost_B: Sequence[int], total: int) -> list[int]:
-    """Budgets by unit (a layer's active neurons, a mask's kept weights) from measured losses, greedily: a level [U] for each unit, costs summing to `total`.
+def allocate(loss_UB: Tensor, cost: Sequence[int] | Sequence[Sequence[int]], total: int) -> list[int]:
+    """Budgets by unit (a layer's active neurons, the kept weights of one mask of a set) from measured losses, greedily: a level for each unit.
 
     Every unit starts at its dearest level, and the step down that adds the least measured loss for each unit of cost saved is taken, over and over; losses
-    of units add up, which is an assumption. Steps that would overshoot `total` are left out.
+    of units add up, which is an assumption.
 
     Args:
         loss_UB: loss with unit u alone at level b.
-        cost_B: cost of each level, ascending, evenly spaced.
-        total: what the chosen costs sum to.
+        cost: of each level [B], ascending; units of different sizes have each their own [U][B].
+        total: what the chosen costs sum to. With costs of one step each, alike for all units, they do so exactly; else steps are taken until they are at
+            most `total`, and those that can be taken back then are, the best first.
 
     Raises:
-        ValueError: costs that are not evenly spaced and ascending, or a total that no choice of levels reaches.
+        ValueError: losses that are not finite; costs that do not fit or are not ascending; equal and evenly spaced ones that no choice of levels sums to
+            `total`; a total under the cheapest levels or over the dearest.
     """
     units, levels = loss_UB.shape
-    steps = {b - a for a, b in zip(cost_B, cost_B[1:], strict=False)}
-    if len(cost_B) != levels or len(steps) != 1 or (step := steps.pop()) <= 0:
-        raise ValueError(f"cost_B={list(cost_B)} must be {levels} evenly spaced, ascending costs")
-    if not units * cost_B[0] <= total <= units * cost_B[-1] or (total - units * cost_B[0]) % step:
-        raise ValueError(f"total={total} cannot be reached by {units} units of {list(cost_B)}")
-    chosen = [levels - 1] * units
-    for _ in range((units * cost_B[-1] - total) // step):
+    cost_UB = [list(row) for row in cost] if isinstance(cost[0], Sequence) else [list(cost)] * units
+    if len(cost_UB) != units or any(len(row) != levels or any(b <= a for a, b in zip(row, row[1:], strict=False)) for row in cost_UB):
+        raise ValueError(f"cost={list(cost)} must be {levels} ascending costs, or {units} lists of them")
+    if not loss_UB.isfinite().all():
+        raise ValueError("measured losses hold numbers that are not finite, which cannot be ranked")
+    least, most = (sum(row[end] for row in cost_UB) for end in (0, -1))
+    steps = {b - a for row in cost_UB for a, b in zip(row, row[1:], strict=False)}
+    if not least <= total <= most or (len(steps) == 1 and (most - total) % next(iter(steps))):
+        raise ValueError(f"total={total} cannot be reached by {units} units of {list(cost)}")
+    loss, chosen, spent = loss_UB.tolist(), [levels - 1] * units, most
+
+    def rate(u: int, low: int, high: int) -> float:
+        return (loss[u][low] - loss[u][high]) / (cost_UB[u][high] - cost_UB[u][low])
+
+    while spent > total:
         # The best jump may be of several levels at once where the measured curve is not convex, but only the first step of it is taken.
-        rise = [min(((loss_UB[u, b] - loss_UB[u, c]).item() / (c - b) for b in range(c)), default=math.inf) for u, c in enumerate(chosen)]
-        chosen[rise.index(min(rise))] -= 1
+        rise = [min((rate(u, b, c) for b in range(c)), default=math.inf) for u, c in enumerate(chosen)]
+        u = rise.index(min(rise))
+        spent -= cost_UB[u][chosen[u]] - cost_UB[u][chosen[u] - 1]
+        chosen[u] -= 1
+    while fits := [u for u, c in enumerate(chosen) if c + 1 < levels and spent + cost_UB[u][c + 1] - cost_UB[u][c] <= total]:
+        u = max(fits, key=lambda u: rate(u, chosen[u], chosen[u] + 1))
+        spent += cost_UB[u][chosen[u] + 1] - cost_UB[u][chosen[u]]
+        chosen[u] += 1
     return chosen

@@ -327,7 +327,8 @@ AutoModelForCausalLM.register(LlamaMoeConfig, LlamaMoeForCausalLM)
 
 ScaleMode = Literal["n_over_k", "n", "k", "sqrt_kn", "learnable", "measured"]
 
-# Below, since these two build on the classes above.
+# Below, since these build on the classes above.
+from dyn.models.llama_moe_budget import layer_budgets as layer_budgets  # noqa: E402
 from dyn.models.llama_moe_card import push_to_hub  # noqa: E402
 from dyn.models.llama_moe_convert import Construction as Construction  # noqa: E402
 from dyn.models.llama_moe_convert import from_dense as from_dense  # noqa: E402
@@ -338,4 +339,4 @@ from dyn.models.llama_moe_formats import write_card as write_card  # noqa: E402
 from dyn.models.llama_moe_prune import prune_dense as prune_dense  # noqa: E402
 
 __all__ = ["Balance", "Construction", "GateKind", "LlamaMoeConfig", "LlamaMoeForCausalLM", "LlamaMoeModel", "LlamaMoeOutput", "from_dense",
-           "from_official", "prune_dense", "to_mixtral", "to_qwen2_moe", "write_card"]
+           "from_official", "layer_budgets", "prune_dense", "to_mixtral", "to_qwen2_moe", "write_card"]

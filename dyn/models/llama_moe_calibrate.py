@@ -76,13 +76,15 @@ def active_neurons(width: int, num_experts: int, num_experts_per_tok: Sequence[i
 
 
 @torch.no_grad()
-def fit_layers(dense: nn.Module, batches: Sequence[Tensor], method: Method, config: Any, seed: int) -> Iterator[LayerFit]:
-    """Every layer of a dense decoder by a method that needs activations, in order; a layer is not used any more once it is given out.
+def fit_layers(dense: nn.Module, batches: Sequence[Tensor], method: Method, config: Any, seed: int, *, alone: bool = False) -> Iterator[LayerFit]:
+    """Every layer of a dense decoder by a method that needs activations, in order; a layer is not used any more once it is given out. `alone`: see `walk`.
 
     Raises:
         ValueError: batches that are none of this model, or too few tokens for the regression.
     """
     check_enough(batches, dense, max(config.active_width(i) for i in range(len(dense.model.layers))))
+    if (tokens := sum(b.numel() for b in batches)) < config.num_experts:
+        raise ValueError(f"batches hold {tokens} tokens, fewer than there are experts ({config.num_experts} a layer)")
 
     def choose(i: int, mlp: nn.Module, sample: Sample) -> tuple[LayerFit, Features]:
         k = sample.num_experts_per_tok = config.of_layer("num_experts_per_tok", i)
@@ -96,7 +98,7 @@ def fit_layers(dense: nn.Module, batches: Sequence[Tensor], method: Method, conf
         return (LayerFit(shared_S=shared_S, groups_EF=groups_EF, gate_ED=gate_ED, down_DN=mlp.down_proj.weight.detach()),
                 lambda h_TN, x_TD: routed_activations(h_TN, x_TD, shared_S, groups_EF, gate_ED, k))
 
-    yield from walk(dense, batches, choose, refit=method.refit, seed=seed)
+    yield from walk(dense, batches, choose, refit=method.refit, seed=seed, alone=alone)
 
 
 def check_enough(batches: Sequence[Tensor], dense: nn.Module, active: int) -> None:
@@ -109,7 +111,7 @@ def check_enough(batches: Sequence[Tensor], dense: nn.Module, active: int) -> No
 
 @torch.no_grad()
 def walk(dense: nn.Module, batches: Sequence[Tensor], choose: Callable[[int, nn.Module, Sample], tuple[LayerFit, Features]], *, refit: bool,
-         seed: int) -> Iterator[LayerFit]:
+         seed: int, alone: bool = False) -> Iterator[LayerFit]:
     """Both streams through the layers: sample, choose, refit, go on.
 
     Activations of one layer and one batch are held at a time, and one sample; the streams lie in a mapped temporary file ($TMPDIR), so that memory does
@@ -119,6 +121,10 @@ def walk(dense: nn.Module, batches: Sequence[Tensor], choose: Callable[[int, nn.
         choose: (layer, its feed-forward, a sample of what it sees) -> what becomes of it, and the inputs [T, P] of its down projection: P = N, or P =
             len(shared_S) where there is no gate.
         refit: fit the down projection by ridge regression towards the dense one; else it stays.
+        alone: every layer behind the dense ones, as if it were the only one to be converted.
+
+    Raises:
+        ValueError: activations that are not finite.
     """
     tokens = sum(b.numel() for b in batches)
     drawn = torch.zeros(tokens, dtype=torch.bool)
@@ -144,8 +150,10 @@ def walk(dense: nn.Module, batches: Sequence[Tensor], choose: Callable[[int, nn.
                     parts.append((ours.flatten(0, 1)[rows], theirs.flatten(0, 1)[rows]))
             ours_TD, theirs_TD = (torch.cat(each) for each in zip(*parts, strict=True))
             del parts
+            if not (ours_TD.isfinite().all() and theirs_TD.isfinite().all()):
+                raise ValueError(f"layer {i}: hidden states are not finite in {dtype}: a broken checkpoint, or a dtype that is too narrow")
             x_TD = layer.post_attention_layernorm(ours_TD)
-            sample = Sample(x_TD=x_TD.float(), h_TN=_activations(mlp, x_TD), omega_T=token_weights(theirs_TD),
+            sample = Sample(x_TD=x_TD.float(), h_TN=activations(mlp, x_TD), omega_T=token_weights(theirs_TD),
                             norm_N=mlp.down_proj.weight.float().norm(dim=0), num_experts_per_tok=0)
             fit, features = choose(i, mlp, sample)
             del sample, x_TD, ours_TD, theirs_TD
@@ -157,7 +165,10 @@ def walk(dense: nn.Module, batches: Sequence[Tensor], choose: Callable[[int, nn.
                 fit.down_DN[:, kept] = down_PD.T.to(dtype)
                 down_PD = fit.down_DN.T[kept].float()  # as it will be stored
             if i + 1 < len(dense.model.layers):
-                for ours in streams[1]:
+                for theirs, ours in zip(*streams, strict=True):
+                    if alone:
+                        ours.copy_(theirs)
+                        continue
                     middle = ours.to(device)
                     phi_TP = _features(layer, mlp, middle, features)
                     ours.copy_(middle + (phi_TP @ down_PD).view_as(middle).to(dtype))
@@ -175,10 +186,10 @@ def _refit(layer: nn.Module, mlp: nn.Module, streams: list[list[Tensor]], device
 
 def _features(layer: nn.Module, mlp: nn.Module, middle: Tensor, features: Features) -> Tensor:
     x_TD = layer.post_attention_layernorm(middle).flatten(0, 1)
-    return features(_activations(mlp, x_TD), x_TD.float())
+    return features(activations(mlp, x_TD), x_TD.float())
 
 
-def _activations(mlp: nn.Module, x_TD: Tensor) -> Tensor:
+def activations(mlp: nn.Module, x_TD: Tensor) -> Tensor:
     """What the down projection sees [T, N], float32."""
     return (nnf.silu(mlp.gate_proj(x_TD)) * mlp.up_proj(x_TD)).float()
 

@@ -231,9 +231,9 @@ def layer_contributions(converted: nn.Module, dense: nn.Module, batches: Sequenc
         of_dense, of_converted = loss(dense), loss(converted)
         for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
             mixture, block = isinstance(our.mlp, MoeFeedForward), our.mlp
-            with _placed(their, _AsDense(block) if mixture else block):
+            with placed(their, _AsDense(block) if mixture else block):
                 result["alone"].append(loss(dense) - of_dense)
-            with _placed(our, _AsMixture(their.mlp) if mixture else their.mlp):
+            with placed(our, _AsMixture(their.mlp) if mixture else their.mlp):
                 result["restored"].append(of_converted - loss(converted))
             on_layer(i)
     return result
@@ -262,7 +262,8 @@ class _AsMixture(nn.Module):
 
 
 @contextmanager
-def _placed(layer: nn.Module, mlp: nn.Module) -> Iterator[None]:
+def placed(layer: nn.Module, mlp: nn.Module) -> Iterator[None]:
+    """Within the block `mlp` is the feed-forward of a layer."""
     kept, layer.mlp = layer.mlp, mlp
     try:
         yield

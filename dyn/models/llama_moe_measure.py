@@ -26,8 +26,9 @@ def check_batches(batches: Sequence[Tensor], vocabulary: int) -> None:
     if not batches:
         raise ValueError("batches is empty; token ids [B, L] are needed")
     for batch in batches:
-        if not isinstance(batch, Tensor) or batch.dim() != 2 or batch.shape[1] < 2 or batch.is_floating_point():
-            raise ValueError(f"a batch must be a LongTensor [B, L] with L >= 2, got {getattr(batch, 'shape', type(batch).__name__)}")
+        if not isinstance(batch, Tensor) or batch.dim() != 2 or not len(batch) or batch.shape[1] < 2 or batch.dtype not in (torch.int64, torch.int32):
+            found = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+            raise ValueError(f"a batch must be a LongTensor [B, L] with B >= 1 and L >= 2, got {found}")
         if int(batch.min()) < 0 or int(batch.max()) >= vocabulary:
             raise ValueError(f"token ids {int(batch.min())}..{int(batch.max())} do not fit vocab_size={vocabulary}: is this the model's own tokenizer?")
 

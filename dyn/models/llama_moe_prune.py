@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from dyn.core.calibrate import dominant, energies
 from dyn.models.llama_moe_calibrate import Features, LayerFit, check_enough, walk
 from dyn.models.llama_moe_construct import Sample
-from dyn.models.llama_moe_convert import check_family, fresh, load_dense
+from dyn.models.llama_moe_convert import check_family, fresh, load_dense, read_config
 from dyn.models.llama_moe_measure import next_token_loss
 from dyn.nn.probe import taylor_scores
 
@@ -42,10 +43,10 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction = 0.
     if importance not in ("energy", "taylor"):
         raise ValueError(f"importance={importance!r} is unknown; allowed: energy, taylor")
     consume = not isinstance(dense, nn.Module)
-    if consume:
+    check_family(found := read_config(dense) if consume else dense.config)
+    kept, batches = kept_neurons(keep, found.intermediate_size), list(batches)
+    if consume:  # only now: what can be refused by sizes alone was, before gigabytes are read
         dense = load_dense(dense).eval().requires_grad_(False)
-    check_family(dense.config)
-    kept, batches = kept_neurons(keep, dense.config.intermediate_size), list(batches)
     check_enough(batches, dense, kept)
     scores = None
     if importance == "taylor":
@@ -87,7 +88,7 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction = 0.
 
 def kept_neurons(keep: float | Fraction, width: int) -> int:
     """keep * width, exactly. ValueError for keep outside (0, 1] or no whole number of neurons."""
-    exact = keep if isinstance(keep, Fraction) else Fraction(str(keep))
+    exact = keep if isinstance(keep, Fraction) else Fraction(str(keep)) if math.isfinite(keep) else Fraction(0)
     if not 0 < exact <= 1:
         raise ValueError(f"keep={keep} must lie in (0, 1]")
     if (exact * width).denominator != 1:

@@ -115,7 +115,30 @@ def test_budgets_are_the_best_ones_where_losses_are_convex():
 
 
 @pytest.mark.parametrize(("cost_B", "total", "words"), [
-    ([10, 20, 40], 40, "evenly spaced"), ([10, 20], 30, "3 evenly spaced"), ([10, 20, 30], 25, "total=25 cannot be reached"), ([10, 20, 30], 70, "total=70")])
+    ([10, 20, 20], 40, "3 ascending costs"), ([10, 20], 30, "3 ascending costs"), ([[10, 20, 30]], 30, "or 2 lists"),
+    ([10, 20, 30], 25, "total=25 cannot be reached"),
+    ([10, 20, 30], 70, "total=70")])
 def test_budgets_that_cannot_be_are_refused(cost_B, total, words):
     with pytest.raises(ValueError, match=words):
         allocate(torch.zeros(2, 3), cost_B, total)
+    with pytest.raises(ValueError, match="not finite"):
+        allocate(torch.tensor([[1.0, torch.nan]]), [1, 2], 2)
+
+
+def test_budgets_of_masks_of_different_sizes():
+    """Kept weights of three tensors: never over the total, and what is left over is too little for any step."""
+    size_U, share_B = [1000, 300, 40], [0.25, 0.5, 0.75, 1.0]
+    cost_UB = [[int(size * share) for share in share_B] for size in size_U]
+    loss_UB = torch.tensor([[0.9, 0.5, 0.2, 0.0], [0.9, 0.3, 0.1, 0.0], [0.9, 0.8, 0.7, 0.0]])
+    for total in range(335, 1341, 67):
+        chosen = allocate(loss_UB, cost_UB, total)
+        spent = sum(row[c] for row, c in zip(cost_UB, chosen, strict=True))
+        assert spent <= total and all(c == 3 or spent + row[c + 1] - row[c] > total for row, c in zip(cost_UB, chosen, strict=True))
+    assert allocate(loss_UB, cost_UB, 1340 - 250) == [2, 3, 3] and allocate(loss_UB, cost_UB, 335) == [0, 0, 0]
+
+
+def test_a_regression_on_what_is_not_finite_is_refused():
+    fit = Ridge(2, 1, torch.zeros(1))
+    fit.add(torch.tensor([[1.0, torch.inf]]), torch.ones(1, 1))
+    with pytest.raises(ValueError, match="1 rows hold numbers that are not finite"):
+        fit.solve(ridge=0.1)

@@ -159,7 +159,10 @@ def test_exports_keep_the_logits(dense, tmp_path):
 @pytest.mark.parametrize(("changes", "words"), [
     (dict(batches=[torch.zeros(1, 8, dtype=torch.long)]), "batches hold 8 tokens; the regression of 24 active neurons"),
     (dict(batches=[torch.full((4, 16), 61)]), "do not fit vocab_size=61: is this the model's own tokenizer"),
-    (dict(batches=None), "needs batches"), (dict(batches=[]), "batches is empty"), (dict(gate="mlp"), "fits a linear gate; got gate='mlp'"),
+    (dict(batches=None), "needs batches"), (dict(batches=[]), "batches is empty"), (dict(batches=[torch.zeros(0, 16, dtype=torch.long)]), "B >= 1"),
+    (dict(batches=[torch.full((4, 16), torch.nan)]), r"got torch.float32 \[4, 16\]"),
+    (dict(num_experts=48, num_experts_per_tok=1, batches=[torch.zeros(1, 8, dtype=torch.long)]), "batches hold 8 tokens, fewer than there are experts"),
+    (dict(gate="mlp"), "fits a linear gate; got gate='mlp'"),
     (dict(score_scale="n"), "fits experts that weigh 1 each, score_scale='k'; got 'n'"),
     (dict(num_experts=7, num_experts_per_tok=3), "is 20.5714 neurons, no whole number"), (dict(num_experts_per_tok=9), "num_experts_per_tok=9"),
     (dict(num_experts=5, num_experts_per_tok=2, num_shared_experts=2), "num_experts . num_shared_experts = 7 does not divide")])
@@ -170,6 +173,7 @@ def test_what_cannot_be_calibrated_is_refused(dense, changes, words):
 
 
 @pytest.mark.parametrize(("changes", "words"), [
+    (dict(keep=float("nan")), "keep=nan must lie in"),
     (dict(keep=0), r"keep=0 must lie in \(0, 1\]"), (dict(keep=1.5), "keep=1.5"), (dict(keep=0.3), "keep=0.3 of intermediate_size=48 is 14.4 neurons"),
     (dict(importance="size"), "importance='size' is unknown"), (dict(batches=[torch.zeros(1, 8, dtype=torch.long)]), "batches hold 8 tokens")])
 def test_what_cannot_be_pruned_is_refused(dense, changes, words):
@@ -195,3 +199,28 @@ def test_a_folder_is_taken_apart_layer_by_layer(dense, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "calibrated", dataclasses.replace(method, split=split))
     moe = from_dense(tmp_path, num_experts=8, num_experts_per_tok=4, construction="calibrated", batches=text())
     assert alive == [3, 2, 1] and all(p.requires_grad for p in moe.parameters())
+
+
+@pytest.mark.parametrize("make", [lambda dense: from_dense(dense, construction="calibrated", batches=text()),
+                                  lambda dense: prune_dense(dense, 0.5, batches=text())])
+def test_a_broken_checkpoint_is_refused_by_layer(dense, make):
+    broken = copy.deepcopy(dense)
+    with torch.no_grad():
+        broken.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    with pytest.raises(ValueError, match=r"layer 1: hidden states are not finite in torch\.float32"):
+        make(broken)
+
+
+def test_a_list_by_layer_saves_loads_and_is_refused_by_exports(dense, tmp_path):
+    moe = from_dense(dense, num_experts=8, num_experts_per_tok=[2, 4, 6], construction="calibrated", batches=text())
+    moe.save_pretrained(tmp_path / "ours")
+    loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), text(1, seed=3)[0]
+    assert loaded.config.num_experts_per_tok == moe.config.num_experts_per_tok
+    torch.testing.assert_close(loaded(input_ids=ids).logits, moe(input_ids=ids).logits)
+    for export in (to_qwen2_moe, lambda *rest: to_mixtral(*rest, fold_shared=True)):
+        with pytest.raises(ValueError, match="num_experts_per_tok="):
+            export(moe, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    for name, value in (("num_shared_experts", [1, 2]), ("moe_intermediate_size", [6] * 4), ("num_experts_per_tok", [4, 4])):
+        with pytest.raises(ValueError, match=f"{name} has {len(value)} entries; one value or one for each of the 3 layers"):
+            from_dense(dense, **dict(num_experts=8, num_experts_per_tok=4) | {name: value}, construction="calibrated", batches=text())
