@@ -213,12 +213,13 @@ def _dense_losses(cfg: Any, nets: _Networks, held_out: HeldOut) -> dict[str, flo
     dense, facts = nets.dense, env.facts()
     if cfg.model.source == "tiny":
         return domain_losses(dense, held_out)
-    key = hashlib.sha256(json.dumps([parent_hash(nets.source), cfg.dtype, cfg.matmul_precision, facts["versions"], facts["device"]]).encode())
+    key = hashlib.sha256(json.dumps([parent_hash(nets.source), cfg.dtype, cfg.matmul_precision, facts["versions"], facts["device"], facts["threads"]]).encode())
     for domain, batches in held_out.items():
         key.update(domain.encode() + b"".join(str(tuple(ids.shape)).encode() + ids.numpy().tobytes() for ids in batches))
     store, name = Store(str(cache_folder() / "losses")), f"{key.hexdigest()[:16]}.json"
-    if not (file := Path(store.root) / name).is_file():
-        store.write(name, json.dumps(domain_losses(dense, held_out)).encode())
+    with store.lock():  # rows that start at once measure once, and do not write over each other
+        if not (file := Path(store.root) / name).is_file():
+            store.write(name, json.dumps(domain_losses(dense, held_out)).encode())
     return json.loads(file.read_bytes())
 
 

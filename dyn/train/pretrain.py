@@ -223,10 +223,11 @@ def _build(cfg: Any, run: Any, kind: str, source: Any, corpus: Corpus) -> nn.Mod
 
 
 def _conversion(cfg: Any, source: Any, corpus: Corpus) -> str:
-    """Names all that decides what `_convert` makes, so that rows of a sweep that train one start differently convert once."""
-    facts = env.facts()
+    """Names all that decides what `_convert` makes, so that rows of a sweep that train one start differently convert once. All text is read for it, where
+    any is."""
+    facts, text = env.facts(), {d: fingerprint(t) for d, t in corpus.train.items()} if _reads_text(cfg.model) else {}
     about = [dataclasses.asdict(cfg.model), cfg.seed, cfg.matmul_precision, corpus.weights, cfg.data.block_size, cfg.data.batch_size, parent_hash(source),
-             {d: fingerprint(t) for d, t in corpus.train.items()}, facts["versions"], facts["device"], facts["threads"]]
+             text, facts["versions"], facts["device"], facts["threads"], env.code("core", "models", "nn", "ops")]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
@@ -262,10 +263,14 @@ def _once(folder: Path, make: Callable[[Path], None], rank: int) -> None:
         time.sleep(0.5)
 
 
+def _reads_text(model: Any) -> bool:
+    return model.kind == "prune" or METHODS[model.construction].needs != "nothing" or model.score_scale == "measured"
+
+
 def _convert(cfg: Any, source: Any, corpus: Corpus) -> nn.Module:
     model = cfg.model
     batches = None
-    if model.kind == "prune" or METHODS[model.construction].needs != "nothing" or model.score_scale == "measured":
+    if _reads_text(model):
         size = cfg.data.batch_size
         calibration = MixtureLoader(corpus.train, corpus.weights, block_size=min(cfg.data.block_size, 2048), batch_size=size, seed=cfg.seed + 1,
                                     num_batches=math.ceil(model.calibration_sequences / size))

@@ -111,7 +111,7 @@ def test_the_fluency_filter_scores_with_the_dense_model(tmp_path):
     assert corpus(cfg, tmp_path).train["green"].num_documents == 32
 
 
-def test_rows_that_start_alike_convert_once(tmp_path):
+def test_rows_that_start_alike_convert_once(tmp_path, monkeypatch):
     cfg, lines = settings(num_experts=4, num_experts_per_tok=2), []
     text = corpus(cfg, tmp_path)
     LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=259)).save_pretrained(tmp_path / "dense")
@@ -129,6 +129,16 @@ def test_rows_that_start_alike_convert_once(tmp_path):
     cfg.seed += 1
     build("third")
     assert lines[2].startswith("converted by random")
+    with monkeypatch.context() as patch:  # what the code of today would make may be something else
+        patch.setattr(pretrain.env, "code", lambda *rooms: "changed")
+        build("fourth")
+    assert lines[3].startswith("converted by random")
+    with monkeypatch.context() as patch:  # text is read (all of it) only where it decides something
+        patch.setattr(pretrain, "fingerprint", lambda tokens: pytest.fail("read"))
+        build("fifth")
+        cfg.model.construction = "kmeans"
+        build("sixth")
+    assert lines[4].startswith("converted as in third") and lines[5].startswith("converted by kmeans")
 
 
 @pytest.mark.parametrize("sweep", EXPERIMENT.SWEEPS)
