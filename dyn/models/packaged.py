@@ -21,6 +21,20 @@ EMBEDDED_CONFIGS = {
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, hidden_act="silu",
         max_position_embeddings=4096, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
+    "meta-llama/Meta-Llama-3-8B": dict(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        max_position_embeddings=8192, rms_norm_eps=1e-5, bos_token_id=128000, eos_token_id=128001, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
+    "Qwen/Qwen2.5-7B": dict(
+        model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        max_position_embeddings=131072, rms_norm_eps=1e-6, bos_token_id=151643, eos_token_id=151643, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}),
+    **{f"HuggingFaceTB/SmolLM2-{size}": dict(
+        vocab_size=49152, hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=shared,
+        max_position_embeddings=8192, rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": theta})
+       for size, hidden, width, layers, heads, shared, theta in (("135M", 576, 1536, 30, 9, 3, 100000.0), ("360M", 960, 2560, 32, 15, 5, 100000.0),
+                                                                 ("1.7B", 2048, 8192, 24, 32, 32, 130000.0))},
     "tiny": dict(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                  max_position_embeddings=128, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True),  # random weights, for smoke runs
 }
@@ -61,10 +75,13 @@ def packaged(name: str) -> Path:
 
 
 def dense_config(source: str | Path) -> PretrainedConfig:
-    """Configuration of a dense model: embedded, packaged, from a folder or from the hub."""
+    """Configuration of a dense model: embedded, packaged, from a folder or from the hub. ValueError, in one line, where there is none."""
     if source in EMBEDDED_CONFIGS:
-        return AutoConfig.for_model("llama", **EMBEDDED_CONFIGS[source])
-    return AutoConfig.from_pretrained(packaged(source) if source in PACKAGED else source)
+        return AutoConfig.for_model(**{"model_type": "llama"} | EMBEDDED_CONFIGS[source])
+    try:
+        return AutoConfig.from_pretrained(packaged(source) if source in PACKAGED else source)
+    except OSError as error:
+        raise ValueError(f"{source} is no model that transformers can load: {str(error).splitlines()[0]}") from error
 
 
 def _unpack(gguf: Path, folder: Path) -> None:

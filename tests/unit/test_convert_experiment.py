@@ -328,3 +328,41 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were started"):
         convert.convert(settings(), types.SimpleNamespace())
+
+
+def test_dense_losses_are_measured_once_for_the_same_model_and_text(tmp_path, monkeypatch):
+    """Another text, another dtype or another model is another measurement."""
+    monkeypatch.setenv("DYN_CACHE", str(tmp_path / "cache"))
+    seen = []
+    monkeypatch.setattr(convert, "domain_losses", lambda _, domains: seen.append(1) or {d: float(len(seen)) for d in domains})
+
+    def measured(folder, *words, ids=0):
+        cfg = settings(f"model.source={folder}", *words)
+        return convert._dense_losses(cfg, types.SimpleNamespace(dense=None, source=folder), {"red": [torch.full((2, 8), ids)]})["red"]
+
+    dense = LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    for seed, place in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        convert.fresh(dense).save_pretrained(tmp_path / place)
+    assert [measured(tmp_path / "one") for _ in range(2)] == [1.0, 1.0]
+    assert measured(tmp_path / "one", ids=1) == 2.0 and measured(tmp_path / "one", "dtype=bfloat16") == 3.0 and measured(tmp_path / "two") == 4.0
+    assert measured(tmp_path / "one") == 1.0 and len(seen) == 4
+
+
+@pytest.mark.parametrize(("name", "parameters"), [
+    ("meta-llama/Llama-2-7b-hf", 6_738_415_616), ("meta-llama/Meta-Llama-3-8B", 8_030_261_248), ("Qwen/Qwen2.5-7B", 7_615_616_512),
+    ("HuggingFaceTB/SmolLM2-135M", 134_515_008), ("HuggingFaceTB/SmolLM2-360M", 361_821_120), ("HuggingFaceTB/SmolLM2-1.7B", 1_711_376_384)])
+def test_hub_rows_are_planned_without_a_hub(name, parameters):
+    """Sizes that the models' owners publish."""
+    entries = [entry for entry in EXPERIMENT.SWEEPS["hub"] if entry["model.source"] == name]
+    with torch.device("meta"):
+        assert sum(p.numel() for p in convert.fresh(convert.dense_config(name)).parameters()) == parameters
+    moe, pruned = (EXPERIMENT.plan(settings(profile="small", row=entry)) for entry in entries)
+    assert pruned["parameters"]["total"] == pruned["parameters"]["activated (without gates)"] == moe["parameters"]["activated (without gates)"]
+    assert moe["active fraction of the feed-forward"] == 0.5
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line():
+    with pytest.raises(ValueError, match="nobody/nothing is no model that transformers can load: ") as caught:
+        EXPERIMENT.plan(settings("model.source=nobody/nothing"))
+    assert "\n" not in str(caught.value)
