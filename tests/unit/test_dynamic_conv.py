@@ -59,7 +59,8 @@ def test_odconv_is_its_definition():
     net.attention.norm.reset_running_stats()
     y = net(inputs)
     for b in range(3):
-        kernel = (alpha[b][:, None, None, None, None] * spatial[b].view(3, 3) * net.weight).sum(0) * channel[b][None, :, None, None] * filters[b][:, None, None, None]
+        kernel = (alpha[b][:, None, None, None, None] * spatial[b].view(3, 3) * net.weight).sum(0)
+        kernel = kernel * channel[b][None, :, None, None] * filters[b][:, None, None, None]
         torch.testing.assert_close(y[b : b + 1], F.conv2d(inputs[b : b + 1], kernel, padding=1))
 
 
