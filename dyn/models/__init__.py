@@ -1,4 +1,4 @@
-"""Model families. Importing this package registers them with transformers' Auto classes and `experts_implementation="dyn"`, and with timm once it is imported."""
+"""Model families. Importing this package registers them: with transformers' Auto classes, as `experts_implementation="dyn"`, with timm once it is imported."""
 
 from dyn.models import after_timm
 from dyn.models import llama_moe as llama_moe

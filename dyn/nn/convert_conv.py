@@ -89,8 +89,9 @@ def _dynamic(conv: nn.Conv2d, kind: str, num_kernels: int, reduction: int, start
     weight = conv.weight
     layer = KINDS[kind](conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, _padding(conv), conv.dilation, conv.groups, conv.bias is not None,
                         num_kernels=num_kernels, reduction=reduction, form=form, device=weight.device, dtype=weight.dtype)
+    of_weight, of_bias = layer.carry() if start != "fresh" else (1.0, 1.0)
     if start != "fresh":
-        target = layer.carry(weight)
+        target = weight * of_weight
         if start == "copies":
             layer.weight.copy_(target.expand_as(layer.weight))
             if noise:
@@ -98,7 +99,7 @@ def _dynamic(conv: nn.Conv2d, kind: str, num_kernels: int, reduction: int, start
         else:
             layer.weight[0].copy_(target)
     if conv.bias is not None:
-        layer.bias.copy_(conv.bias.expand_as(layer.bias))
+        layer.bias.copy_((conv.bias * of_bias).expand_as(layer.bias))
     for parameter, old in ((layer.weight, weight), (layer.bias, conv.bias)):
         if parameter is not None:
             parameter.requires_grad_(old.requires_grad)

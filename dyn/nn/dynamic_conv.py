@@ -71,9 +71,9 @@ class MixedConv2d(Banked):
             self.bias.zero_()
         self.attention.reset_parameters()
 
-    def carry(self, weight_OIhw: Tensor) -> Tensor:
-        """What each kernel must be so that the layer starts as the convolution with this weight, up to what its attention does; sets the attention so."""
-        return weight_OIhw
+    def carry(self) -> tuple[float, float]:
+        """Set the attention so that a layer whose kernels are copies starts as one convolution, and say what to multiply that one's weight and bias by."""
+        return 1.0, 1.0
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, O, H', W']."""
@@ -174,11 +174,11 @@ class CondConv2d(MixedConv2d):
         return torch.einsum("k,k...->...", self.attention.bias.detach().sigmoid(), self.weight.detach())
 
     @torch.no_grad()
-    def carry(self, weight_OIhw: Tensor) -> Tensor:
-        """A router that starts at 1 / K for each kernel (K = 1: at 1/2 of twice the kernel)."""
+    def carry(self) -> tuple[float, float]:
+        """A router that starts at 1 / K for each kernel; at 1/2 for a single one, which is then twice as large."""
         self.attention.weight.zero_()
         self.attention.bias.fill_(-math.log(self.num_kernels - 1) if self.num_kernels > 1 else 0)
-        return weight_OIhw if self.num_kernels > 1 else 2 * weight_OIhw
+        return (1.0, 1.0) if self.num_kernels > 1 else (2.0, 2.0)
 
 
 class OmniAttention(nn.Module):
@@ -258,11 +258,11 @@ class ODConv2d(MixedConv2d):
         return super().expected_set() * 0.5 ** len(self.attention.sigmoid_heads)
 
     @torch.no_grad()
-    def carry(self, weight_OIhw: Tensor) -> Tensor:
+    def carry(self) -> tuple[float, float]:
         """Heads that start at zero, and kernels that undo the sigmoids' 1/2 each."""
         for head in self.attention.sigmoid_heads:
             head.weight.zero_()
-        return weight_OIhw * 2 ** len(self.attention.sigmoid_heads)
+        return 2.0 ** len(self.attention.sigmoid_heads), 1.0
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, O, H', W']."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -56,7 +57,8 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
         batches, loss_fn: as in `dyn.core.saliency.score`; the same batches serve every round.
         keep: a share in [0, 1] or an int count; 0 is the static network, 1 the dynamic one.
         rounds, schedule: as in `dyn.core.rounds.kept_counts` (section 4.3).
-        method: one of `CRITERIA`. Identical parameter sets have no mode-switch gradient (section 4.2); snip then ranks by removal and says so in the log.
+        method: one of `CRITERIA`. Identical parameter sets have no mode-switch gradient (section 4.2): where all layers are so (with a budget for each layer:
+            in those), snip ranks by removal and says so in the log.
         scope: global: one ranking over all layers; local: the share in every layer; erdos_renyi.
         monotone: a static position stays static. False ranks all anew each round (the official code), and needs a model without modes.
         scales: which scale factors are learnt (section 3.3).
@@ -95,7 +97,7 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
         if count == 0:
             masks = {name: torch.zeros_like(mask) for name, mask in masks.items()}
         elif count < total or not all(mask.all() for mask in masks.values()):
-            criterion = CRITERIA[method](model, layers, batches, loss_fn, seed)
+            criterion = CRITERIA[method](model, layers, batches, loss_fn, seed, scope)
             with _at_temperature(model, temperature):
                 masks = partition_in_rounds(criterion, masks, keep=keep, rounds=rounds, schedule=schedule, scope=scope, seed=seed, rounding="up",
                                             monotone=monotone, informative=method if method in DATA_DRIVEN else None, apply=apply)
@@ -126,7 +128,7 @@ def _at_temperature(model: nn.Module, temperature: float | None) -> Iterator[Non
             m.temperature.copy_(value)
 
 
-# Criteria: (model, layers, batches, loss_fn, seed) -> a function of the current masks, to scores of the same shapes -------------------------------------
+# Criteria: (model, layers, batches, loss_fn, seed, scope) -> a function of the current masks, to scores of the same shapes ------------------------------
 
 Criterion = Callable[[Masks], dict[str, Tensor]]
 
@@ -152,34 +154,46 @@ def switches(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss
     return {name: found[_key(name, "partial.off")] + on for name, on in removal.items()}, removal
 
 
-def _snip(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int) -> Criterion:
-    by_removal = [False]  # once found degenerate, all rounds rank alike
+def _snip(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int, scope: Scope) -> Criterion:
+    by_removal: set[str] = set()  # layers that once were found degenerate are ranked alike in all rounds
+    told: set[str] = set()
 
     def scores(masks: Masks) -> dict[str, Tensor]:
         switch, removal = switches(model, layers, batches, loss_fn, seed)
-        blind = [name for name, mask in masks.items() if _is_noise(switch[name][mask], removal[name][mask])]
-        if blind and not by_removal[0]:
-            by_removal[0] = True
-            _log.warning("make_partial: in %d of %d layers (%s, ...) the parameter sets are so alike that switching a position's mode changes nothing; "
-                         "positions are ranked by |sum_k W_k dL/dW_k|, the effect of removing them", len(blind), len(masks), blind[0])
-        return {name: s.abs() for name, s in (removal if by_removal[0] else switch).items()}
+        size = {name: (switch[name][mask].norm().item(), removal[name][mask].norm().item()) for name, mask in masks.items()}
+        eps = torch.finfo(next(iter(switch.values())).dtype).eps
+        blind = {name for name, (s, r) in size.items() if _is_noise(s, r, eps)}
+        # One ranking over all layers needs one criterion: removal where all together are degenerate. Else a blind layer's positions, whose mode has no
+        # effect, go first. Where each layer has its own budget, each has its own criterion.
+        if scope == "global":
+            together = _is_noise(*(math.hypot(*column) for column in zip(*size.values(), strict=True)), eps)
+            by_removal.update(masks if together else ())
+        else:
+            by_removal.update(blind)
+        for names, how in ((by_removal - told, "positions are ranked by |sum_k W_k dL/dW_k|, the effect of removing them"),
+                           (blind - by_removal - told, "positions there turn static first")):
+            if names:
+                _log.warning("make_partial: in %d of %d layers (%s, ...) the parameter sets, or their weights, are so alike that switching a position's mode "
+                             "changes nothing; %s", len(names), len(masks), min(names), how)
+        told.update(blind | by_removal)
+        return {name: (removal if name in by_removal else switch)[name].abs() for name in masks}
 
     return scores
 
 
-def _is_noise(switch: Tensor, removal: Tensor) -> bool:
-    """Is the mode-switch gradient no more than what rounding leaves of equal terms?"""
-    return bool(switch.norm() <= torch.finfo(switch.dtype).eps ** 0.75 * removal.norm()) and bool(removal.any())
+def _is_noise(switch: float, removal: float, eps: float) -> bool:
+    """Is the mode-switch gradient (by its norm) no more than what rounding leaves of equal terms?"""
+    return removal > 0 and switch <= eps**0.75 * removal
 
 
-def _removal(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int) -> Criterion:
+def _removal(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int, _: Scope) -> Criterion:
     return lambda masks: {name: s.abs() for name, s in switches(model, layers, batches, loss_fn, seed)[1].items()}
 
 
 def _over_sets(method: str) -> Callable[..., Criterion]:
     """A criterion for parameters, averaged over the K sets (section 4.6)."""
 
-    def make(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int) -> Criterion:
+    def make(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int, _: Scope) -> Criterion:
         keys = {name: _key(name, "weight") for name in layers}
 
         def scores(_: Masks) -> dict[str, Tensor]:
@@ -191,7 +205,7 @@ def _over_sets(method: str) -> Callable[..., Criterion]:
     return make
 
 
-def _random(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int) -> Criterion:
+def _random(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int, _: Scope) -> Criterion:
     generator = torch.Generator().manual_seed(seed)
     drawn = {name: torch.rand(m.weight.shape[1:], generator=generator).to(m.weight.device) for name, m in layers.items()}
     return lambda masks: drawn  # one draw for all rounds: a new one each would make more rounds no different from one
