@@ -7,6 +7,7 @@ K sets, P positions of one set (any shape), D dynamic ones, B inputs. `Banked` i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -91,6 +92,10 @@ class Banked(nn.Module):
             return
         self.weight.masked_fill_(~mask, 0)
         partial.hold(mask.clone(), None if partial.scales == "prune" else values.masked_fill(mask, 0), self.weight.requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Banked:
+        """Banks, masks and static values stay in their order when a model is moved to channels_last, which tensors of five axes do not know."""
+        return super()._apply(lambda t: fn(t.flatten(1)).view(t.shape) if t.ndim in (4, 5) else fn(t), recurse)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         """Modes that a file has and the layer has not yet: make room, so that a fully dynamic network loads a partitioned one."""

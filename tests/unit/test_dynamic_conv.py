@@ -11,6 +11,7 @@ from torch import nn
 from dyn.core.routing import annealed_temperature
 from dyn.nn import dynamic_conv
 from dyn.nn.dynamic_conv import KINDS, CondConv2d, DynamicConv2d, ODConv2d, set_temperature
+from dyn.nn.partial import compact
 
 
 def layer(kind, channels=8, outputs=12, kernel=3, **kwargs):
@@ -111,10 +112,17 @@ def test_low_precision_and_autocast(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_channels_last(kind):
-    net = layer(kind).double().eval()
-    inputs = x(dtype=torch.float64)
-    torch.testing.assert_close(net(inputs.to(memory_format=torch.channels_last)), net(inputs))
+@pytest.mark.parametrize("modes", [False, True])
+def test_channels_last(kind, modes):
+    net = nn.Sequential(nn.Conv2d(8, 8, 1), layer(kind)).double().eval()
+    if modes:
+        net[1].partition(torch.rand(12, 8, 3, 3) < 0.5)
+    inputs, nets = x(dtype=torch.float64), [net, compact(net), compact(net, expand=True)] if modes else [net]
+    for each in nets:
+        want = each(inputs)
+        each.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(each(inputs.to(memory_format=torch.channels_last)), want)
+        assert all(t.is_contiguous() for t in (*each[1].parameters(), *each[1].buffers()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
