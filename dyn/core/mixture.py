@@ -17,7 +17,7 @@ Scales = Literal["both", "s", "d", "none", "prune"]  # which of lambda_s and lam
 
 
 def mix(bank: Tensor, weight_BK: Tensor) -> Tensor:
-    """Sum of the K sets of `bank` [K, ...], weighted for every input: [B, ...].
+    """Sum of the K sets of `bank` [K, ...], weighted for every input: [B, ...] in the bank's dtype.
 
     One matrix product, so that no product of B x K x P numbers ever exists, and so that autograd's backward is two matrix products too.
 
@@ -26,7 +26,7 @@ def mix(bank: Tensor, weight_BK: Tensor) -> Tensor:
     """
     if weight_BK.ndim != 2 or weight_BK.shape[1] != len(bank):
         raise ValueError(f"a bank of {len(bank)} sets is mixed by weights [B, {len(bank)}]; got {list(weight_BK.shape)}")
-    return (weight_BK.to(bank.dtype) @ bank.flatten(1)).unflatten(1, bank.shape[1:]) if bank.ndim > 1 else weight_BK.to(bank.dtype) @ bank
+    return (weight_BK.to(bank.dtype) @ bank.flatten(1)).unflatten(1, bank.shape[1:])
 
 
 def scale_factors(phi: Tensor | None, scales: Scales = "both") -> tuple[Tensor | float, Tensor | float]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyn.core.mixture import mix
 from dyn.core.routing import attend
 from dyn.nn.bank import Banked, CompactBank
 from dyn.ops.dynamic_conv import FORMS, dynamic_conv2d
@@ -97,7 +98,7 @@ class MixedConv2d(Banked):
     def _with_bias(self, y_BOHW: Tensor, alpha_BK: Tensor) -> Tensor:
         if self.bias is None:
             return y_BOHW
-        return y_BOHW + (alpha_BK.to(self.bias.dtype) @ self.bias)[:, :, None, None].to(y_BOHW.dtype)
+        return y_BOHW + mix(self.bias, alpha_BK)[:, :, None, None].to(y_BOHW.dtype)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, num_kernels={self.num_kernels}"
@@ -171,7 +172,7 @@ class CondConv2d(MixedConv2d):
 
     def expected_set(self) -> Tensor:
         """The kernel of an input that the router says nothing about, sum_k sigmoid(bias_k) W_k."""
-        return torch.einsum("k,k...->...", self.attention.bias.detach().sigmoid(), self.weight.detach())
+        return mix(self.weight.detach(), self.attention.bias.detach().sigmoid()[None])[0]
 
     @torch.no_grad()
     def carry(self) -> tuple[float, float]:

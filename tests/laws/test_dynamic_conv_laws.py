@@ -91,7 +91,8 @@ def test_one_kernel_one_hot_and_the_mean(form):
 def test_mixing_is_the_sum():
     bank, weight = torch.randn(3, 2, 5, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     torch.testing.assert_close(mix(bank, weight), (weight[:, :, None, None] * bank).sum(1))
-    torch.testing.assert_close(mix(bank[:, 0, 0], weight), weight @ bank[:, 0, 0])
+    with pytest.raises(ValueError, match=r"a bank of 3 sets is mixed by weights \[B, 3\]; got \[3, 4\]"):
+        mix(bank, weight.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
