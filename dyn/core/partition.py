@@ -136,13 +136,13 @@ def pack_bits(mask: Tensor) -> Tensor:
     return (bits_B8 << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 
-def unpack_bits(bits: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """The bool mask of `shape` that `pack_bits` packed. ValueError for bits of another length, or set beyond the end."""
+def unpack_bits(bits: Tensor, shape: torch.Size | tuple[int, ...], check: bool = True) -> Tensor:
+    """The bool mask of `shape` that `pack_bits` packed. ValueError for bits of another length, or (with `check`, which reads the bits) set beyond the end."""
     total = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.shape != (-(-total // 8),):
         raise ValueError(f"a mask of shape {list(shape)} has {-(-total // 8)} bytes; got {bits.dtype} {list(bits.shape)}")
     flat = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1).flatten().bool()
-    if flat[total:].any():
+    if check and flat[total:].any():
         raise ValueError(f"bits beyond the {total} of shape {list(shape)} are set: the mask is damaged or of another shape")
     return flat[:total].view(shape)
 

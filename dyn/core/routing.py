@@ -1,4 +1,4 @@
-"""What a gate's decisions cost and how evenly they fall: load statistics and balance losses. Selection is in ops/route.
+"""Attention over parameter sets, and what a gate's decisions cost and how evenly they fall: load statistics and balance losses. Selection is in ops/route.
 
 T tokens, E experts, K experts a token; a name ends in the shape of its tensor. Everything is computed in float32,
 float64 input in float64. `mask_T` (bool, True = counts) leaves tokens, padding above all, out of every sum and mean.
@@ -12,6 +12,21 @@ import math
 
 import torch
 from torch import Tensor
+
+
+def attend(logits_BK: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+    """Softmax over K parameter sets at a temperature, [B, K] in float32 (PAD-Net section 1.2). A high temperature makes it uniform."""
+    return (_float(logits_BK) / temperature).softmax(-1)
+
+
+def annealed_temperature(step: int, total_steps: int, start: float = 30.0) -> float:
+    """1 + max(0, (start - 1) (N - i) / N): from `start` at step 0 straight to 1 at step N = total_steps and after it (PAD-Net section 1.3).
+
+    Raises ValueError for a negative step, no steps, or a start below 1.
+    """
+    if step < 0 or total_steps < 1 or start < 1:
+        raise ValueError(f"annealed_temperature: step={step}, total_steps={total_steps}, start={start}; step >= 0, total_steps >= 1 and start >= 1 are needed")
+    return 1 + max(0.0, (start - 1) * (total_steps - step) / total_steps)
 
 
 def cv_squared(u_E: Tensor) -> Tensor:

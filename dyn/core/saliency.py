@@ -56,6 +56,19 @@ def score(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, method: str =
         return {name: found[name].detach().to(torch.promote_types(found[name].dtype, torch.float32)) for name in names}
 
 
+def gradient(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, params: str | Sequence[str], *, seed: int = 0) -> dict[str, Tensor]:
+    """dL/dw of the chosen parameters with its sign, summed over batches and processes; everything else as in `score`.
+
+    Of a parameter that is a mask this is what switching an entry does to the loss, to first order (PAD-Net section 4.2).
+    """
+    names, batches = list(select(model, params)), list(batches)
+    if not batches:
+        raise ValueError("a gradient looks at data, and there are no batches")
+    with _undisturbed(model, seed):
+        named = {name: p.requires_grad_(True) for name, p in model.named_parameters(remove_duplicate=False) if name in names}
+        return dict(zip(named, _summed(model, named, batches, loss_fn), strict=True))
+
+
 def select(model: nn.Module, params: str | Sequence[str] | None) -> dict[str, nn.Parameter]:
     """Parameters by a regular expression that their names hold, by names, or (None) all trainable ones of two axes or more; tied ones once.
 

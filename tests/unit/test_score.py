@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dyn.core.saliency import METHODS, score, select
+from dyn.core.saliency import METHODS, gradient, score, select
 
 
 def network(dtype=torch.float64):
@@ -128,3 +128,13 @@ def test_refusals(kwargs, words):
 def test_synflow_over_ids_asks_for_a_flow():
     with pytest.raises(ValueError, match=r"whose input is torch\.int64; give flow"):
         score(nn.Embedding(4, 3), [torch.zeros(2, dtype=torch.int64)], None, "synflow")
+
+
+def test_gradient_keeps_its_sign_and_is_summed_over_batches():
+    model, batches = network(), data()
+    signed = gradient(model, batches, loss, WEIGHTS)
+    for (name, g), snip in zip(signed.items(), score(model, batches, loss, "snip", WEIGHTS).values(), strict=True):
+        torch.testing.assert_close((g * model.get_parameter(name)).abs(), snip)
+        assert (g < 0).any() and (g > 0).any() and model.get_parameter(name).grad is None
+    with pytest.raises(ValueError, match="a gradient looks at data, and there are no batches"):
+        gradient(model, [], loss, WEIGHTS)

@@ -1,0 +1,59 @@
+"""A mixture of parameter sets, theta(x) = sum_k pi_k(x) theta_k, and the partial mixture that shares one static set.
+
+B inputs, K sets, P positions of one set (any shape); `bank_KP` holds the K sets of a layer, `mask_P` (bool) is True where a position is dynamic.
+
+PAD-Net section 3.2: theta(x) = lambda_d M * sum_k pi_k(x) theta_k + lambda_s (1 - M) * static. Both factors come from one learnable scalar phi
+(section 3.3). `lambda_d` is a common factor of the dynamic part, so the functions below leave it out of the bank: it multiplies pi, which is tiny.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Scales = Literal["both", "s", "d", "none", "prune"]  # which of lambda_s and lambda_d are learnt; prune: positions that are not dynamic are zero
+
+
+def mix(bank: Tensor, weight_BK: Tensor) -> Tensor:
+    """Sum of the K sets of `bank` [K, ...], weighted for every input: [B, ...] in the bank's dtype.
+
+    One matrix product, so that no product of B x K x P numbers ever exists, and so that autograd's backward is two matrix products too.
+
+    Raises:
+        ValueError: weights that are not [B, K].
+    """
+    if weight_BK.ndim != 2 or weight_BK.shape[1] != len(bank):
+        raise ValueError(f"a bank of {len(bank)} sets is mixed by weights [B, {len(bank)}]; got {list(weight_BK.shape)}")
+    return (weight_BK.to(bank.dtype) @ bank.flatten(1)).unflatten(1, bank.shape[1:])
+
+
+def scale_factors(phi: Tensor | None, scales: Scales = "both") -> tuple[Tensor | float, Tensor | float]:
+    """(lambda_d, lambda_s) of a layer: 2 sigmoid(phi) and 2 sigmoid(-phi), which sum to 2 (section 3.3); the ablations "s" and "d" hold the other one at 1."""
+    check_scales(scales)
+    return 2 * torch.sigmoid(phi) if scales in ("both", "d") else 1.0, 2 * torch.sigmoid(-phi) if scales in ("both", "s") else 1.0
+
+
+def check_scales(scales: str) -> None:
+    """Raise ValueError for scales that do not exist."""
+    if scales not in get_args(Scales):
+        raise ValueError(f"scales={scales!r} is unknown; allowed: {', '.join(get_args(Scales))}")
+
+
+def partial_sets(bank: Tensor, mask: Tensor, static: Tensor | None, ratio: Tensor | float = 1.0) -> Tensor:
+    """[K, ...]: the sets where `mask` is True, ratio * static elsewhere (zero without static), the same in all of them.
+
+    With weights that sum to one the mixture of these sets is the partial mixture, divided by lambda_d when `ratio` is lambda_s / lambda_d. Gradients are
+    exactly zero for sets outside the mask and for static values inside it.
+    """
+    return torch.where(mask, bank, torch.zeros((), dtype=bank.dtype, device=bank.device) if static is None else static * ratio)
+
+
+def partial_parts(bank: Tensor, mask: Tensor, static: Tensor | None, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """(sets [K, ...], zero outside the mask; scale * static, zero inside it).
+
+    For weights that do not sum to one, and for products taken apart (section 3.6).
+    """
+    zero = torch.zeros((), dtype=bank.dtype, device=bank.device)
+    return torch.where(mask, bank, zero), None if static is None else torch.where(mask, zero, static * scale)

@@ -1,0 +1,268 @@
+"""Layers whose weight is a bank of K parameter sets, and the part of it that is static: mode mask, scale factors, compact form (PAD-Net section 3).
+
+K sets, P positions of one set (any shape), D dynamic ones, B inputs. `Banked` is what mode partition and compaction work on: a layer class that derives from it
+(dynamic convolutions, experts) has both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dyn.core.mixture import Scales, check_scales, partial_parts, partial_sets, scale_factors
+from dyn.core.partition import pack_bits, unpack_bits
+
+StaticStart = Literal["mean", "fresh"]  # of a position that turns static: what its K values are on average, or a new draw of the layer's initialiser
+
+
+class Banked(nn.Module):
+    """A layer with K parameter sets for one weight: `weight` [K, ...] (None in compact form) and `partial`, None while there are no modes.
+
+    A subclass computes with `mixture` (or `parts`), never with `weight` itself, and defines `draw`.
+    """
+
+    sums_to_one = True  # do an input's weights of the sets sum to one? Then static values may stand in every set, and cost nothing
+    sets_per_input: int = 1  # parameter sets that one input is computed with, after mixing
+    weight: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.partial: PartialBank | CompactBank | None = None
+
+    def draw(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+        """`num` new parameter sets of the layer's initialiser, on the weight's device and in its dtype: [num, ...]."""
+        raise NotImplementedError(f"{type(self).__name__} has no initialiser for its bank")
+
+    def expected_set(self) -> Tensor:
+        """The parameters that an input gets on average, as far as the bank knows: the mean over the K sets."""
+        return self.weight.detach().mean(0)
+
+    def mixture(self, weight_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """(bank [J, ...], weights [B, J]) whose weighted sum is an input's parameters: lambda_d M * sum_k w_k W_k + lambda_s (1 - M) * static (section 3.2)."""
+        if self.partial is None:
+            return self.weight, weight_BK
+        if self.sums_to_one or isinstance(self.partial, CompactBank):
+            sets, gain = self.partial.sets(self.weight)
+        else:
+            sets, static, gain = self.partial.parts(self.weight)
+            sets = sets if static is None else torch.cat([sets, static[None]])
+        weight_BK = weight_BK if gain is None else weight_BK * gain
+        if len(sets) > weight_BK.shape[1]:  # the static set of a mixture whose weights do not sum to one counts once
+            weight_BK = torch.cat([weight_BK, weight_BK.new_ones(len(weight_BK), 1)], 1)
+        return sets, weight_BK
+
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(sets [K, ...], zero where static; lambda_s * static, zero where dynamic, or None; lambda_d, or None for 1)."""
+        return (self.weight, None, None) if self.partial is None else self.partial.parts(self.weight)
+
+    def add_partial(self, scales: Scales = "both") -> PartialBank:
+        """Give the layer modes, all positions dynamic. ValueError if it is compact or has others already."""
+        if isinstance(self.partial, CompactBank) or (self.partial is not None and self.partial.scales != scales):
+            kind = "a compact form" if isinstance(self.partial, CompactBank) else f"modes with scales={self.partial.scales!r}"
+            raise ValueError(f"{type(self).__name__} has {kind} already; scales={scales!r} cannot be set")
+        if self.partial is None:
+            self.partial = PartialBank(scales, device=self.weight.device, dtype=self.weight.dtype)
+        return self.partial
+
+    @torch.no_grad()
+    def static_start(self, static: StaticStart = "mean", generator: torch.Generator | None = None) -> Tensor:
+        """Values for positions that turn static; those that are static keep theirs."""
+        if static not in get_args(StaticStart):
+            raise ValueError(f"static={static!r} is unknown; allowed: {', '.join(get_args(StaticStart))}")
+        new = self.expected_set() if static == "mean" else self.draw(1, generator)[0]
+        there = self.partial
+        return new if there is None or there.mask is None or there.static is None else torch.where(there.mask, new, there.static)
+
+    @torch.no_grad()
+    def partition(self, mask: Tensor, static: Tensor | StaticStart = "mean") -> None:
+        """Fix the modes for good: positions outside `mask` are static from now on.
+
+        Dead entries (sets outside the mask, static values inside it) become zero; their gradient is exactly zero, so neither weight decay nor momentum of an
+        optimiser that is made afterwards can move them. Without a static position there are no static parameters.
+        """
+        partial, values = self.add_partial(self.partial.scales if self.partial else "both"), static if isinstance(static, Tensor) else self.static_start(static)
+        if mask.dtype != torch.bool or mask.shape != self.weight.shape[1:]:
+            raise ValueError(f"mask must be bool {list(self.weight.shape[1:])}, one set of the bank; got {mask.dtype} {list(mask.shape)}")
+        if mask.all():
+            partial.hold(None, None)
+            return
+        self.weight.masked_fill_(~mask, 0)
+        partial.hold(mask.clone(), None if partial.scales == "prune" else values.masked_fill(mask, 0), self.weight.requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Banked:
+        """Banks, masks and static values stay in their order when a model is moved to channels_last, which tensors of five axes do not know."""
+        return super()._apply(lambda t: fn(t.flatten(1)).view(t.shape) if t.ndim in (4, 5) else fn(t), recurse)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Modes that a file has and the layer has not yet: make room, so that a fully dynamic network loads a partitioned one."""
+        there = self.partial
+        if isinstance(there, PartialBank) and there.mask is None and (mask := state_dict.get(f"{prefix}partial.mask")) is not None:
+            static = state_dict.get(f"{prefix}partial.static")
+            room = None if static is None else torch.zeros_like(self.weight[0])
+            there.hold(torch.ones_like(mask, device=self.weight.device), room, self.weight.requires_grad)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class PartialBank(nn.Module):
+    """Which positions of a bank are dynamic, the static values of the others, and the scale factors of both.
+
+    mask: bool, True = dynamic; None: all are. static: one value a position, zero inside the mask; None: there are none (all dynamic, or pruned).
+    phi: one scalar, lambda_d = 2 sigmoid(phi), lambda_s = 2 sigmoid(-phi); None for scales "none" and "prune". It is a parameter like others, so an optimiser's
+    weight decay pulls both factors towards 1.
+    """
+
+    def __init__(self, scales: Scales = "both", device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        check_scales(scales)
+        self.scales = scales
+        self.register_buffer("mask", None)
+        self.register_parameter("static", None)
+        self.phi = nn.Parameter(torch.zeros(1, device=device, dtype=dtype)) if scales not in ("none", "prune") else None
+        self.register_parameter("on", None)
+        self.register_parameter("off", None)
+
+    def hold(self, mask: Tensor | None, static: Tensor | None, requires_grad: bool = True) -> None:
+        """Take a mask and static values as they are."""
+        self.mask = mask
+        self.static = None if static is None else nn.Parameter(static, requires_grad=requires_grad)
+
+    def watch(self, shape: torch.Size, like: Tensor) -> None:
+        """Let the mask be real-valued leaves, `on` in the dynamic term and `off` in the static one: their gradients sum to dL/dM of the mode switch
+        (section 4.2), and that of `on` alone is what removing a position does."""
+        start = torch.ones(shape, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+        if self.mask is not None:
+            start = self.mask.to(start.dtype)
+        self.on, self.off = nn.Parameter(start), nn.Parameter(start.clone())
+
+    def unwatch(self) -> None:
+        """A bool mask again."""
+        self.on = self.off = None
+
+    @property
+    def has_static(self) -> bool:
+        """Are there static values?"""
+        return self.static is not None
+
+    def scale(self) -> tuple[Tensor | float, Tensor | float]:
+        """(lambda_d, lambda_s)."""
+        return scale_factors(self.phi, self.scales)
+
+    def sets(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(sets with static values in their places, divided by lambda_d; lambda_d, or None for 1): for weights that sum to one."""
+        dynamic, static = self.scale()
+        gain = dynamic if isinstance(dynamic, Tensor) else None
+        if self.on is not None:
+            weight = weight * self.on
+            return weight if self.static is None else weight + (1 - self.off) * (self.static * (static / dynamic)), gain
+        return weight if self.mask is None else partial_sets(weight, self.mask, self.static, static / dynamic), gain
+
+    def parts(self, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """See `Banked.parts`."""
+        dynamic, static = self.scale()
+        gain = dynamic if isinstance(dynamic, Tensor) else None
+        if self.on is not None:
+            return weight * self.on, None if self.static is None else (1 - self.off) * (self.static * static), gain
+        if self.mask is None:
+            return weight, None, gain
+        return *partial_parts(weight, self.mask, self.static, static), gain
+
+    def extra_repr(self) -> str:
+        return f"scales={self.scales}, " + ("all dynamic" if self.mask is None else f"mask {list(self.mask.shape)}")
+
+
+class CompactBank(nn.Module):
+    """The same with nothing that is dead (section 3.6): a bitmask, the dynamic positions' K values, the static positions' single ones, lambda folded into both.
+
+    bits: uint8 [ceil(P / 8)]; dynamic [K, D]; static [P - D] (in pruned layers empty). With `expand` the dense sets are built once, so that a forward pass is
+    as fast as the dynamic layer's; files are the same with and without.
+    """
+
+    def __init__(self, bank: Tensor, mask: Tensor, static: Tensor | None, *, expand: bool = False, folded: bool = True) -> None:
+        """bank [K, ...], mask, static of one set's shape; `folded`: `sets` is what the layer will ask for, else `parts`."""
+        super().__init__()
+        self.num_sets, self.shape, self.pruned, self.expand, self.folded = len(bank), mask.shape, static is None, expand, folded
+        self.register_buffer("bits", pack_bits(mask))
+        self._take(bank.flatten(1)[:, mask.flatten()], bank.new_zeros(0) if static is None else static[~mask])
+
+    @torch.no_grad()
+    def _take(self, dynamic: Tensor, static: Tensor) -> None:
+        self.num_dynamic = dynamic.shape[1]
+        self.dynamic, self.static, self.dense = nn.Parameter(dynamic), nn.Parameter(static), None
+        if self.expand:
+            dense = self._build()
+            self.dynamic = self.static = None
+            self.dense = nn.Parameter(dense, requires_grad=False)
+
+    @property
+    def num_stored(self) -> int:
+        """Parameters in the compact form."""
+        return self.num_sets * self.num_dynamic + (0 if self.pruned else math.prod(self.shape) - self.num_dynamic)
+
+    @property
+    def has_static(self) -> bool:
+        """Are there static values?"""
+        return not self.pruned and self.num_dynamic < math.prod(self.shape)
+
+    def mask(self) -> Tensor:
+        """The bool mask."""
+        return unpack_bits(self.bits, self.shape, check=False)
+
+    def _build(self) -> Tensor:
+        """Dense sets: [K, ...] with static values in all of them; not folded, those without and one more with the static values, if any: [K + 1, ...]."""
+        mask_P = self.mask().flatten()
+        static_P = self.static.new_zeros(len(mask_P))
+        if self.has_static:
+            static_P = static_P.masked_scatter(~mask_P, self.static)
+        under_P = static_P if self.folded else torch.zeros_like(static_P)
+        sets_KP = under_P.expand(self.num_sets, -1).masked_scatter(mask_P.expand(self.num_sets, -1), self.dynamic)
+        return (torch.cat([sets_KP, static_P[None]]) if self.has_static and not self.folded else sets_KP).unflatten(1, self.shape)
+
+    def sets(self, _: None = None) -> tuple[Tensor, None]:
+        """See `PartialBank.sets`; not folded, the static set is the last one."""
+        return self._build() if self.dense is None else self.dense, None
+
+    def parts(self, _: None = None) -> tuple[Tensor, Tensor | None, None]:
+        """See `Banked.parts`."""
+        dense, _ = self.sets()
+        if not self.has_static:
+            return dense, None, None
+        return (*partial_parts(dense, self.mask(), dense[0]), None) if self.folded else (dense[:-1], dense[-1], None)
+
+    def static_set(self) -> Tensor:
+        """The one parameter set of a layer without dynamic positions."""
+        return self.dense[-1] if self.dense is not None else self.static.new_zeros(self.shape) if self.pruned else self.static.view(self.shape)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (dense := destination.pop(f"{prefix}dense", None)) is not None:
+            mask = self.mask()
+            destination[f"{prefix}dynamic"] = dense[: self.num_sets].flatten(1)[:, mask.flatten()]
+            destination[f"{prefix}static"] = dense.new_zeros(0) if self.pruned else dense[-1][~mask]
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, metadata: dict, strict: bool, missing: list, unexpected: list, errors: list) -> None:
+        """Sizes follow the file: how many positions are dynamic is part of what it says."""
+        found = {name: state_dict.get(prefix + name) for name in ("bits", "dynamic", "static")}
+        if absent := [prefix + name for name, value in found.items() if value is None]:
+            missing += absent
+            return
+        try:
+            mask = unpack_bits(found["bits"].to(self.bits.device), self.shape)
+        except ValueError as error:
+            errors.append(f"{prefix}bits: {error}")
+            return
+        dynamic, total = int(mask.sum()), mask.numel()
+        if found["dynamic"].shape != (self.num_sets, dynamic) or found["static"].shape[0] not in (0, total - dynamic):
+            errors.append(f"{prefix}: the bits say {dynamic} of {total} positions; dynamic {list(found['dynamic'].shape)} and static "
+                          f"{list(found['static'].shape)} do not fit {self.num_sets} sets")
+            return
+        like = self.dense if self.dense is not None else self.dynamic
+        self.bits.copy_(found["bits"])
+        self.pruned = found["static"].shape[0] == 0 and dynamic < total
+        self._take(found["dynamic"].detach().to(like, copy=True), found["static"].detach().to(like, copy=True))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_sets} x {self.num_dynamic} of {math.prod(self.shape)}, expand={self.expand}"

@@ -1,0 +1,111 @@
+"""A network's convolutions, made dynamic in place (PAD-Net sections 1.4, 1.5)."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dyn.nn.dynamic_conv import KINDS, MixedConv2d
+
+_log = logging.getLogger(__name__)
+
+Start = Literal["copies", "one_copy", "fresh"]
+CLASSIFIERS = ("classifier", "fc", "head", "last_linear")  # where timm and torchvision keep a network's classifier
+DOWN_SAMPLE = re.compile(r"(^|\.)(downsample|shortcut)(\.|$)")
+DOWN_SAMPLE_STATIC = ("condconv", "odconv")  # kinds that leave such convolutions static; the published counts arise this way (section 1.6)
+
+
+def make_dynamic(model: nn.Module, kind: str = "dyconv", num_kernels: int = 4, reduction: int = 16, skip: str | Sequence[str] | None = None, *,
+                 start: Start = "copies", noise: float = 0.01, form: str = "auto") -> nn.Module:
+    """Replace the convolutions of a CNN (timm, torchvision or your own) by dynamic ones, in place; returns the model.
+
+    The first convolution (the stem) and those of the classifier stay static; with condconv and odconv those of down-sample paths too. Convolutions that are
+    no plain zero-padded `nn.Conv2d` (weight standardisation, padding that follows the input's size) stay static, which the log says.
+
+    Args:
+        kind: one of `dyn.nn.dynamic_conv.KINDS`.
+        num_kernels, reduction: K and the attention's reduction.
+        skip: a regular expression, or several, found in the names of convolutions that stay static too.
+        start: what the kernels are. copies: the network's weights, each kernel with normal noise of `noise` times the weight's standard deviation, so that
+            they can part; attention starts so that the network computes what it did, up to the noise. one_copy: kernel 0 is the weight, the others are
+            drawn. fresh: all are drawn, for training from scratch.
+        form: how the layers compute (`dyn.ops.dynamic_conv`).
+
+    Raises:
+        ValueError: an unknown kind or start, a model without convolutions to replace, a pattern of `skip` that finds none.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is unknown; allowed: {', '.join(KINDS)}")
+    if start not in get_args(Start):
+        raise ValueError(f"start={start!r} is unknown; allowed: {', '.join(get_args(Start))}")
+    if noise < 0:
+        raise ValueError(f"noise={noise} must not be negative")
+    found = _convertible(model, kind, [skip] if isinstance(skip, str) else list(skip or ()))
+    made: dict[nn.Conv2d, MixedConv2d] = {}
+    for name, conv in found.items():
+        if conv not in made:  # a convolution used in two places stays one layer
+            made[conv] = _dynamic(conv, kind, num_kernels, reduction, start, noise, form)
+        model.set_submodule(name, made[conv])
+    return model
+
+
+def _convertible(model: nn.Module, kind: str, skip: list[str]) -> dict[str, nn.Conv2d]:
+    convs = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Conv2d)}
+    if not convs:
+        raise ValueError(f"{type(model).__name__} has no convolution (nn.Conv2d) to make dynamic")
+    for pattern in skip:
+        if not any(re.search(pattern, name) for name in convs):
+            raise ValueError(f"skip={pattern!r} finds none of the {len(convs)} convolutions of {type(model).__name__}: {', '.join(list(convs)[:6])}, ...")
+    stem = next(iter(convs.values()))
+    chosen = {name: conv for name, conv in convs.items() if conv is not stem and name.split(".")[0] not in CLASSIFIERS
+              and not any(re.search(pattern, name) for pattern in skip) and not (kind in DOWN_SAMPLE_STATIC and DOWN_SAMPLE.search(name))}
+    unfit = [name for name, conv in chosen.items() if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or _padding(conv) is None]
+    if unfit:
+        _log.warning("make_dynamic: %d convolutions stay static, as they are no plain zero-padded nn.Conv2d: %s", len(unfit), ", ".join(unfit[:6]))
+        chosen = {name: conv for name, conv in chosen.items() if name not in unfit}
+    if not chosen:
+        raise ValueError(f"{type(model).__name__} has no convolution left to make {kind}: the first of {', '.join(list(convs)[:6])} is the "
+                         "stem, and the others are the classifier's, down-sample paths, skipped, or no plain nn.Conv2d")
+    return chosen
+
+
+def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:
+    """In numbers; None where both sides of a map would get different ones."""
+    if not isinstance(conv.padding, str):
+        return tuple(conv.padding)
+    if conv.padding == "valid":
+        return 0, 0
+    both = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return None if any(total % 2 for total in both) else tuple(total // 2 for total in both)
+
+
+@torch.no_grad()
+def _dynamic(conv: nn.Conv2d, kind: str, num_kernels: int, reduction: int, start: Start, noise: float, form: str) -> MixedConv2d:
+    weight = conv.weight
+    layer = KINDS[kind](conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, _padding(conv), conv.dilation, conv.groups, conv.bias is not None,
+                        num_kernels=num_kernels, reduction=reduction, form=form, device=weight.device, dtype=weight.dtype)
+    of_weight, of_bias = layer.carry() if start != "fresh" else (1.0, 1.0)
+    if start != "fresh":
+        target = weight * of_weight
+        if start == "copies":
+            layer.weight.copy_(target.expand_as(layer.weight))
+            if noise:
+                layer.weight.add_(torch.randn_like(layer.weight) * (noise * _deviation(target)))
+        else:
+            layer.weight[0].copy_(target)
+    if conv.bias is not None:
+        layer.bias.copy_((conv.bias * of_bias).expand_as(layer.bias))
+    for parameter, old in ((layer.weight, weight), (layer.bias, conv.bias)):
+        if parameter is not None:
+            parameter.requires_grad_(old.requires_grad)
+    return layer.train(conv.training)
+
+
+def _deviation(weight: Tensor) -> Tensor | float:
+    """Standard deviation; of a single number its size."""
+    return weight.std() if weight.numel() > 1 else weight.abs().mean()

@@ -1,0 +1,173 @@
+"""Convolution with kernels mixed for every sample (PAD-Net section 1.2):
+
+    y_b = x_b * W_b + bias_b,        W_b = s_b . sum_k alpha_bk W_k,        bias_b = sum_k alpha_bk bias_k
+
+B samples, C input and O output channels, K kernels, I = C / groups, H x W the map, h x w the kernel, L output positions of a sample, P = O I h w, G groups.
+A name ends in the shape of its tensor: `bank_KOIhw` is [K, O, I, h, w]. s (optional) is a factor for each kernel position of a sample (ODConv, section 1.5).
+
+`_loop` is the specification. The other forms compute the same in another order, and none is best everywhere:
+
+    form    | what it does                                                  | multiply-adds beside the plain L P | where it is good
+    grouped | mixes kernels, one convolution of B G groups                  | K P                                | CUDA; depthwise
+    unfold  | mixes kernels, one matrix product a sample over x's patches   | K P, copies patches (not for 1x1)  | CPU, large maps
+    scale   | alpha multiplies x, one convolution with K C input channels   | (K - 1) L P                        | CPU, small maps
+    outputs | one convolution with K O output channels, alpha mixes outputs | (K - 1) L P                        | small maps, few outputs
+
+Mixing is a matrix product, so its backward is two: dbank = alpha^T dW and dalpha = dW bank^T. All forms are made of operations that torch compiles and
+differentiates twice (GraSP does), so there is no custom operator here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pair = tuple[int, int]
+Window = tuple[Pair, Pair, Pair]  # stride, padding, dilation
+SMALL_MAP = 64  # output positions of a sample up to which a K-fold convolution costs less on a CPU than kernels of its own
+
+
+def dynamic_conv2d(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO: Tensor | None = None, stride: int | Pair = 1, padding: int | Pair = 0,
+                   dilation: int | Pair = 1, groups: int = 1, form: str = "auto", spatial_Bhw: Tensor | None = None) -> Tensor:
+    """Convolve every sample with its own mixture of K kernels: [B, O, H', W'] in x's dtype.
+
+    Args:
+        x_BCHW: floating; any memory format.
+        bank_KOIhw: the kernels, in x's dtype; groups divides O, and C = I * groups.
+        alpha_BK: weights of the kernels for each sample, any floating dtype; they need not sum to one.
+        bias_KO: a bias for each kernel, mixed alike.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; ints or pairs.
+        form: one of `FORMS`, or "auto" (see `choose`).
+        spatial_Bhw: factors of the kernel positions of each sample. Only the forms that build kernels take it: loop, grouped, unfold.
+
+    Under autocast all are cast first, as a convolution does.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, an unknown form, one that cannot take spatial_Bhw.
+    """
+    device = x_BCHW.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x_BCHW.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x_BCHW, bank_KOIhw = x_BCHW.to(dtype), bank_KOIhw.to(dtype)
+        bias_KO = None if bias_KO is None else bias_KO.to(dtype)
+    _check(x_BCHW, bank_KOIhw, alpha_BK, bias_KO, groups, spatial_Bhw)
+    window = _pair(stride), _pair(padding), _pair(dilation)
+    if form == "auto":
+        form = choose(x_BCHW, bank_KOIhw, window, spatial_Bhw is not None)
+    if form not in FORMS:
+        raise ValueError(f"form={form!r} of dynamic_conv2d is unknown; allowed: auto, {', '.join(FORMS)}")
+    alpha_BK = alpha_BK.to(x_BCHW.dtype)
+    if spatial_Bhw is not None:
+        if form in WITHOUT_KERNELS:
+            raise ValueError(f"form={form!r} builds no kernel of a sample's own, which spatial_Bhw needs; allowed: loop, grouped, unfold")
+        spatial_Bhw = spatial_Bhw.to(x_BCHW.dtype)
+    y_BOHW = FORMS[form](x_BCHW, bank_KOIhw, alpha_BK, spatial_Bhw, window, groups)
+    return y_BOHW if bias_KO is None else y_BOHW + (alpha_BK @ bias_KO)[:, :, None, None]
+
+
+def choose(x_BCHW: Tensor, bank_KOIhw: Tensor, window: Window, spatial: bool = False) -> str:
+    """The form that "auto" takes.
+
+    One kernel without spatial factors: scale, which is the plain convolution then. CUDA: grouped. Elsewhere: grouped for depthwise kernels, whose products
+    would be of single rows; scale for maps of at most `SMALL_MAP` output positions, where a sample's own kernel would be read for few of them; else unfold.
+    Spatial factors need a kernel for each sample, so scale is out.
+    """
+    if len(bank_KOIhw) == 1 and not spatial:
+        return "scale"
+    if x_BCHW.device.type == "cuda" or bank_KOIhw.shape[2] == 1:
+        return "grouped"
+    height, width = _out_size(x_BCHW, bank_KOIhw, window)
+    return "scale" if height * width <= SMALL_MAP and not spatial else "unfold"
+
+
+def _check(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO: Tensor | None, groups: int, spatial_Bhw: Tensor | None) -> None:
+    given = f"got x {list(x_BCHW.shape)}, bank {list(bank_KOIhw.shape)}, alpha {list(alpha_BK.shape)}, groups {groups}"
+    if x_BCHW.ndim != 4 or bank_KOIhw.ndim != 5:
+        raise ValueError(f"dynamic_conv2d needs x [B, C, H, W] and bank [K, O, C / groups, h, w]; {given}")
+    K, O, I, h, w = bank_KOIhw.shape
+    if groups < 1 or O % groups or x_BCHW.shape[1] != I * groups:
+        raise ValueError(f"dynamic_conv2d: x must have {I} * groups channels and groups must divide {O} outputs; {given}")
+    if alpha_BK.shape != (len(x_BCHW), K):
+        raise ValueError(f"dynamic_conv2d: alpha must be {[len(x_BCHW), K]}; {given}")
+    if bias_KO is not None and bias_KO.shape != (K, O):
+        raise ValueError(f"dynamic_conv2d: bias must be {[K, O]}; got {list(bias_KO.shape)}")
+    if spatial_Bhw is not None and spatial_Bhw.shape != (len(x_BCHW), h, w):
+        raise ValueError(f"dynamic_conv2d: spatial must be {[len(x_BCHW), h, w]}; got {list(spatial_Bhw.shape)}")
+    if not x_BCHW.is_floating_point() or x_BCHW.dtype != bank_KOIhw.dtype or (bias_KO is not None and bias_KO.dtype != x_BCHW.dtype):
+        raise ValueError(f"dynamic_conv2d: x, bank and bias must share a floating dtype; got {x_BCHW.dtype}, {bank_KOIhw.dtype}"
+                         + (f", {bias_KO.dtype}" if bias_KO is not None else ""))
+
+
+def _pair(value: int | Pair) -> Pair:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _out_size(x_BCHW: Tensor, bank_KOIhw: Tensor, window: Window) -> Pair:
+    sizes = zip(x_BCHW.shape[2:], bank_KOIhw.shape[3:], *window, strict=True)
+    return tuple((size + 2 * pad - dil * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, dil in sizes)
+
+
+def _mixed(bank_KOIhw: Tensor, alpha_BK: Tensor, spatial_Bhw: Tensor | None) -> Tensor:
+    """Every sample's kernel, [B, O, I, h, w]."""
+    mixed_BOIhw = (alpha_BK @ bank_KOIhw.flatten(1)).unflatten(1, bank_KOIhw.shape[1:])
+    return mixed_BOIhw if spatial_Bhw is None else mixed_BOIhw * spatial_Bhw[:, None, None]
+
+
+# The forms, one signature ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _loop(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, spatial_Bhw: Tensor | None, window: Window, groups: int) -> Tensor:
+    rows = []
+    for b in range(len(x_BCHW)):
+        kernel_OIhw = sum(alpha_BK[b, k] * bank_KOIhw[k] for k in range(len(bank_KOIhw)))
+        if spatial_Bhw is not None:
+            kernel_OIhw = kernel_OIhw * spatial_Bhw[b]
+        rows.append(F.conv2d(x_BCHW[b : b + 1], kernel_OIhw, None, *window, groups))
+    return torch.cat(rows)
+
+
+def _grouped(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, spatial_Bhw: Tensor | None, window: Window, groups: int) -> Tensor:
+    B, C, H, W = x_BCHW.shape
+    kernels = _mixed(bank_KOIhw, alpha_BK, spatial_Bhw).flatten(0, 1)  # [B O, I, h, w]
+    y = F.conv2d(x_BCHW.reshape(1, B * C, H, W), kernels, None, *window, groups * B)
+    return y.view(B, bank_KOIhw.shape[1], *y.shape[2:])
+
+
+def _unfold(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, spatial_Bhw: Tensor | None, window: Window, groups: int) -> Tensor:
+    B, G, (O, I, h, w), (stride, padding, dilation) = len(x_BCHW), groups, bank_KOIhw.shape[1:], window
+    height, width = _out_size(x_BCHW, bank_KOIhw, window)
+    kernels = _mixed(bank_KOIhw, alpha_BK, spatial_Bhw).reshape(B * G, O // G, I * h * w)
+    if (h, w) == (1, 1):  # the patches of a 1x1 kernel are x itself
+        x_BCHW = F.pad(x_BCHW, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x_BCHW
+        patches = x_BCHW[:, :, :: stride[0], :: stride[1]]
+    else:
+        patches = F.unfold(x_BCHW, (h, w), dilation, padding, stride)
+    return torch.bmm(kernels, patches.reshape(B * G, I * h * w, height * width)).view(B, O, height, width)
+
+
+def _scale(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, _: None, window: Window, groups: int) -> Tensor:
+    (B, C, H, W), (K, O, I, h, w) = x_BCHW.shape, bank_KOIhw.shape
+    kernel = bank_KOIhw.transpose(0, 1).reshape(O, K * I, h, w)
+    # Channels of a group lie together: [group, kernel, channel of the group].
+    if x_BCHW.is_contiguous(memory_format=torch.channels_last) and not x_BCHW.is_contiguous():
+        x_BHWG1I = x_BCHW.permute(0, 2, 3, 1).view(B, H, W, groups, 1, I)
+        scaled = (x_BHWG1I * alpha_BK.view(B, 1, 1, 1, K, 1)).view(B, H, W, K * C).permute(0, 3, 1, 2)
+    else:
+        scaled = (x_BCHW.reshape(B, groups, 1, I, H, W) * alpha_BK.view(B, 1, K, 1, 1, 1)).view(B, K * C, H, W)
+    return F.conv2d(scaled, kernel, None, *window, groups)
+
+
+def _outputs(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, _: None, window: Window, groups: int) -> Tensor:
+    B, G, (K, O, I, h, w) = len(x_BCHW), groups, bank_KOIhw.shape
+    kernels = bank_KOIhw.view(K, G, O // G, I, h, w).transpose(0, 1).reshape(G * K * (O // G), I, h, w) if G > 1 else bank_KOIhw.flatten(0, 1)
+    y = F.conv2d(x_BCHW, kernels, None, *window, groups)
+    height, width = y.shape[2:]
+    weights = alpha_BK.repeat_interleave(G, 0)[:, None] if G > 1 else alpha_BK[:, None]  # [B G, 1, K]
+    return torch.bmm(weights, y.reshape(B * G, K, (O // G) * height * width)).view(B, O, height, width)
+
+
+FORMS: dict[str, Callable[..., Tensor]] = {"loop": _loop, "grouped": _grouped, "unfold": _unfold, "scale": _scale, "outputs": _outputs}
+WITHOUT_KERNELS = ("scale", "outputs")

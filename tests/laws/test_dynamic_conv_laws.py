@@ -1,0 +1,134 @@
+"""Every form of the per-sample convolution is the loop, gradients included; the limits of the mixture (PAD-Net section 8, facts 1-4)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dyn.core.mixture import mix
+from dyn.core.routing import attend
+from dyn.ops.dynamic_conv import FORMS, WITHOUT_KERNELS, choose, dynamic_conv2d
+
+FAST = [form for form in FORMS if form != "loop"]
+
+
+def tensors(seed, B=3, K=4, groups=1, channels=4, outputs=6, kernel=(3, 3), size=(7, 6), bias=True, spatial=False):
+    g = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
+
+    bank = leaf(K, outputs, channels // groups, *kernel)
+    return leaf(B, channels, *size), bank, leaf(B, K), leaf(K, outputs) if bias else None, leaf(B, *kernel) if spatial else None
+
+
+def compare(form, parts, **kwargs):
+    x, bank, alpha, bias, spatial = parts
+    want = dynamic_conv2d(x, bank, alpha, bias, form="loop", spatial_Bhw=spatial, **kwargs)
+    got = dynamic_conv2d(x, bank, alpha, bias, form=form, spatial_Bhw=spatial, **kwargs)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+    leaves = [t for t in parts if t is not None]
+    direction = torch.randn(want.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    for a, b in zip(torch.autograd.grad(got, leaves, direction), torch.autograd.grad(want, leaves, direction), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", [*FAST, "auto"])
+@pytest.mark.parametrize("kwargs", [
+    dict(), dict(stride=2, padding=1), dict(padding=(2, 1), dilation=2), dict(groups=2, padding=1), dict(groups=4, padding=1, stride=(2, 1)),
+], ids=str)
+def test_forms_are_the_loop(form, kwargs):
+    outputs = 8 if kwargs.get("groups") == 4 else 6
+    compare(form, tensors(0, groups=kwargs.get("groups", 1), outputs=outputs), **kwargs)
+
+
+@pytest.mark.parametrize("form", FAST)
+@pytest.mark.parametrize("kwargs", [dict(kernel=(1, 1)), dict(kernel=(1, 3)), dict(K=1), dict(B=1), dict(bias=False)], ids=str)
+def test_odd_kernels_single_samples_single_sets(form, kwargs):
+    compare(form, tensors(1, **kwargs), stride=2, padding=1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.integers(0, 2),
+       st.sampled_from(FAST))
+def test_any_shape(B, K, per_group, groups, outputs, kernel, stride, padding, form):
+    parts = tensors(2, B, K, groups, per_group * groups, outputs * groups, (kernel, kernel), (5, 4))
+    compare(form, parts, stride=stride, padding=padding, groups=groups)
+
+
+@pytest.mark.parametrize("form", [f for f in FAST if f not in WITHOUT_KERNELS] + ["auto"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_factors_of_kernel_positions(form, groups):
+    compare(form, tensors(3, groups=groups, spatial=True), groups=groups, padding=1)
+
+
+@pytest.mark.parametrize("form", FAST)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_channels_last(form, groups):
+    x, *rest = tensors(4, groups=groups, outputs=8)
+    compare(form, (x.detach().to(memory_format=torch.channels_last).requires_grad_(), *rest), groups=groups, padding=1)
+
+
+@pytest.mark.parametrize("form", FAST)
+def test_second_derivatives(form):
+    x, bank, alpha, *_ = tensors(5, B=2, K=2, channels=2, outputs=2, size=(4, 4))
+    torch.autograd.gradgradcheck(lambda *a: dynamic_conv2d(*a, padding=1, form=form), (x, bank, alpha), fast_mode=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_kernel_one_hot_and_the_mean(form):
+    x, bank, *_ = tensors(6, bias=False)
+    one = torch.ones(3, 1, dtype=torch.float64)
+    torch.testing.assert_close(dynamic_conv2d(x, bank[:1], attend(torch.randn(3, 1).double()), form=form), F.conv2d(x, bank[0]))
+    torch.testing.assert_close(dynamic_conv2d(x, bank, F.one_hot(torch.tensor([2, 2, 2]), 4).double(), form=form), F.conv2d(x, bank[2]))
+    hot = attend(torch.randn(3, 4, dtype=torch.float64), 1e9)
+    assert (hot - 0.25).abs().max() < 1e-9
+    torch.testing.assert_close(dynamic_conv2d(x, bank, hot, form=form), F.conv2d(x, bank.mean(0)), atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(dynamic_conv2d(x, bank.mean(0, keepdim=True), one, form=form), F.conv2d(x, bank.mean(0)))
+
+
+def test_mixing_is_the_sum():
+    bank, weight = torch.randn(3, 2, 5, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    torch.testing.assert_close(mix(bank, weight), (weight[:, :, None, None] * bank).sum(1))
+    with pytest.raises(ValueError, match=r"a bank of 3 sets is mixed by weights \[B, 3\]; got \[3, 4\]"):
+        mix(bank, weight.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_low_precision(form, dtype):
+    x, bank, alpha, bias, _ = (None if t is None else t.detach().to(dtype) for t in tensors(7))
+    want = dynamic_conv2d(x.double(), bank.double(), alpha.double(), bias.double(), form="loop")
+    got = dynamic_conv2d(x, bank, alpha, bias, form=form)
+    assert got.dtype == dtype and (got.double() - want).norm() < 0.02 * want.norm()
+
+
+def test_autocast_casts_as_a_convolution_does():
+    x, bank, alpha, bias, _ = (None if t is None else t.detach().float() for t in tensors(8))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {dynamic_conv2d(x, bank, alpha, bias, form=form).dtype for form in FORMS} == {torch.bfloat16}
+
+
+def test_auto_follows_shape_and_device():
+    def chosen(size, I=8, device="cpu", spatial=False):
+        x, bank = torch.empty(2, 8, size, size, device=device), torch.empty(4, 8, I, 3, 3, device=device)
+        return choose(x, bank, ((1, 1),) * 3, spatial)
+
+    assert (chosen(8), chosen(9), chosen(8, I=1), chosen(8, spatial=True)) == ("scale", "unfold", "grouped", "unfold")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(form="fastest"), "form='fastest' of dynamic_conv2d is unknown; allowed: auto, loop, grouped"),
+    (dict(alpha_BK=torch.ones(3, 5)), r"alpha must be \[3, 4\]; got x \[3, 4, 7, 6\], bank \[4, 6, 4, 3, 3\], alpha \[3, 5\]"),
+    (dict(groups=2), r"x must have 4 \* groups channels"),
+    (dict(bias_KO=torch.ones(4)), r"bias must be \[4, 6\]; got \[4\]"),
+    (dict(x_BCHW=torch.ones(3, 4, 7)), r"needs x \[B, C, H, W\]"),
+    (dict(x_BCHW=torch.ones(3, 4, 7, 6, dtype=torch.float16)), "must share a floating dtype; got torch.float16, torch.float32"),
+    (dict(spatial_Bhw=torch.ones(3, 2, 2)), r"spatial must be \[3, 3, 3\]; got \[3, 2, 2\]"),
+    (dict(spatial_Bhw=torch.ones(3, 3, 3), form="scale"), "form='scale' builds no kernel .* allowed: loop, grouped, unfold"),
+])
+def test_errors(change, message):
+    good = dict(x_BCHW=torch.ones(3, 4, 7, 6), bank_KOIhw=torch.ones(4, 6, 4, 3, 3), alpha_BK=torch.ones(3, 4))
+    with pytest.raises(ValueError, match=message):
+        dynamic_conv2d(**(good | change))

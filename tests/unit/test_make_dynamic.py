@@ -1,0 +1,122 @@
+"""Conversion of any CNN's convolutions, timm's registry included."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from dyn.models.resnet import ENTRIES
+from dyn.nn.bank import Banked
+from dyn.nn.dynamic_conv import KINDS, DynamicConv2d
+from dyn.nn.surgery import count_parameters, make_dynamic, make_partial
+
+
+def names(model):
+    return [n for n, m in model.named_modules() if isinstance(m, Banked)]
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, padding="same", stride=1), nn.ReLU(),
+                         nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=4, bias=False), nn.ReLU(),
+                         nn.Conv2d(16, 16, 3, groups=16, dilation=2, bias=False)).double().eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_kernels", [1, 4])
+def test_carried_weights_keep_the_function(kind, num_kernels):
+    x = torch.randn(2, 3, 13, 13, dtype=torch.float64)
+    want = network()(x)
+    exact = make_dynamic(network(), kind, num_kernels, noise=0.0)
+    torch.testing.assert_close(exact(x), want, rtol=1e-9, atol=1e-9)
+    noisy = make_dynamic(network(), kind, num_kernels)
+    assert 0 < (noisy(x) - want).norm() < 0.05 * want.norm()
+    for name in names(noisy):
+        kernel, spread = exact.get_submodule(name).weight, noisy.get_submodule(name).weight - exact.get_submodule(name).weight
+        assert spread.std().item() == pytest.approx(0.01 * kernel[0].std().item(), rel=0.2)
+    static = make_partial(make_dynamic(network(), kind, num_kernels, noise=0.0), None, None, keep=0.0)  # what turns static goes on from there
+    torch.testing.assert_close(static(x), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_starts(kind):
+    weight = network()[2].weight
+    one, fresh = (make_dynamic(network(), kind, start=start)[2] for start in ("one_copy", "fresh"))
+    torch.testing.assert_close(one.weight[0], KINDS[kind](8, 8, 3).carry()[0] * weight)
+    assert not torch.allclose(one.weight[1], one.weight[0]) and not torch.allclose(one.weight[1], one.weight[2])
+    assert not any(torch.allclose(fresh.weight[k], weight) for k in range(4))
+    assert torch.equal(one.bias, network()[2].bias.expand(4, 8))
+
+
+@pytest.mark.parametrize("build", [lambda: timm.create_model("resnet18"), lambda: torchvision.models.resnet18(num_classes=1000)], ids=["timm", "torchvision"])
+@pytest.mark.parametrize(("kind", "count"), [("dyconv", 19), ("condconv", 16), ("odconv", 16)])
+def test_resnets_of_both_libraries(build, kind, count):
+    with torch.device("meta"):
+        found = names(make_dynamic(build(), kind))
+    assert len(found) == count and "conv1" not in found and any("downsample" in n for n in found) == (kind == "dyconv")
+
+
+@pytest.mark.parametrize(("name", "count"), [("mobilenet_v2", 51), ("squeezenet1_1", 24), ("densenet121", 119), ("mnasnet0_5", 51)])
+def test_other_networks_run(name, count):
+    with torch.device("meta"):
+        model = make_dynamic(torchvision.models.get_model(name, num_classes=10)).eval()
+        assert model(torch.empty(2, 3, 64, 64)).shape == (2, 10)
+    assert len(names(model)) == count
+    assert not any(n.startswith("classifier") for n in names(model))
+
+
+def test_skip():
+    with torch.device("meta"):
+        model = make_dynamic(timm.create_model("resnet18"), skip=[r"layer1\.", "downsample"])
+    assert len(names(model)) == 12 and not any("layer1" in n or "downsample" in n for n in names(model))
+    with pytest.raises(ValueError, match="skip='layer9' finds none of the 20 convolutions of ResNet: conv1, "), torch.device("meta"):
+        make_dynamic(timm.create_model("resnet18"), skip="layer9")
+
+
+def test_shared_modules_flags_and_unfit_convolutions(caplog):
+    shared = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
+    odd = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), shared, shared, odd, nn.Conv2d(4, 4, 2, padding="same")).eval()
+    make_dynamic(model)
+    assert model[1] is model[2] and isinstance(model[1], DynamicConv2d) and model[3] is odd and not model[1].training
+    assert not model[1].weight.requires_grad and not model[1].bias.requires_grad and model[1].attention.reduce.weight.requires_grad
+    assert "2 convolutions stay static" in caplog.text and "3, 4" in caplog.text
+
+
+@pytest.mark.parametrize(("model", "kwargs", "message"), [
+    (nn.Linear(3, 4), dict(), r"Linear has no convolution \(nn.Conv2d\) to make dynamic"),
+    (nn.Sequential(nn.Conv2d(3, 4, 3)), dict(), "Sequential has no convolution left to make dyconv: the first of 0 is the stem"),
+    (nn.Sequential(nn.Conv2d(3, 4, 3)), dict(kind="dcd"), "kind='dcd' is unknown; allowed: dyconv, condconv, odconv"),
+    (nn.Sequential(nn.Conv2d(3, 4, 3)), dict(start="zeros"), "start='zeros' is unknown; allowed: copies, one_copy, fresh"),
+    (nn.Sequential(nn.Conv2d(3, 4, 3)), dict(noise=-1), "noise=-1 must not be negative"),
+], ids=str)
+def test_errors(model, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_dynamic(model, **kwargs)
+
+
+def test_the_registry():
+    assert set(ENTRIES) <= set(timm.list_models()) and len(ENTRIES) == 32
+    for name in ("padnet_resnet10", "condconv_mobilenetv2_050"):
+        model = timm.create_model(name, num_classes=7, in_chans=1, num_kernels=2, reduction=4).eval()
+        assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+        assert all(m.num_kernels == 2 and m.reduction == 4 for m in model.modules() if isinstance(m, Banked))
+    assert model.pretrained_cfg["mean"] == timm.create_model("mobilenetv2_050").pretrained_cfg["mean"]
+    counts = count_parameters(timm.create_model("padnet_resnet10", scales="none"))
+    assert counts["total"] == counts["stored"] == 20_123_956
+    with pytest.raises(ValueError, match="resnet10 has no pre-trained weights"):
+        timm.create_model("padnet_resnet10", pretrained=True)
+
+
+def test_registration_waits_for_timm():
+    """Language models do not pay for timm; whoever imports it afterwards finds our names. (dyn.models itself is left out: it imports transformers.)"""
+    code = ("import sys, types\npackage = types.ModuleType('dyn.models'); package.__path__ = ['dyn/models']; sys.modules['dyn.models'] = package\n"
+            "from dyn.models import after_timm\nafter_timm.register()\nfrom importlib.util import find_spec; find_spec('timm')\nprint('timm' in sys.modules)\n"
+            "import timm\nprint(timm.is_model('padnet_resnet50'), [f for f in sys.meta_path if type(f).__name__ == '_AfterTimm'])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
+    assert done.stdout.split("\n")[:2] == ["False", "True []"], done.stderr
