@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dyn.models.resnet
-from benchmarks.ops import environment, make_clock, spread, time_rounds
+from benchmarks.measure import environment, make_clock, spread, time_rounds
 from dyn.nn.dynamic_conv import MixedConv2d
 from dyn.nn.surgery import compact, count_parameters, make_partial
 from dyn.ops.dynamic_conv import FORMS, choose, dynamic_conv2d

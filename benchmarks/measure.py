@@ -85,15 +85,20 @@ def timer(call: Callable[[], object], clock: Callable[[], float]) -> Callable[[]
     return run
 
 
-def interleave(timers: dict[str, dict[str, Callable[[], float]]], rounds: int) -> list[dict[str, dict[str, float]]]:
-    """Every row's timers once a round, rows in a shuffled order; the first round warms up and is dropped. A round maps row to metric to seconds."""
+def time_rounds(rows: dict[str, Callable[[], dict[str, float]]], rounds: int) -> list[dict[str, dict[str, float]]]:
+    """Every row (a function that gives its metrics in seconds) once a round, in a shuffled order; the first round warms up and is dropped."""
     out, order = [], random.Random(0)
     for _ in range(rounds + 1):
-        names = list(timers)
+        names = list(rows)
         order.shuffle(names)
-        seconds = {name: {metric: run() for metric, run in timers[name].items()} for name in names}
-        out.append({name: seconds[name] for name in timers})
+        seconds = {name: rows[name]() for name in names}
+        out.append({name: seconds[name] for name in rows})
     return out[1:]
+
+
+def interleave(timers: dict[str, dict[str, Callable[[], float]]], rounds: int) -> list[dict[str, dict[str, float]]]:
+    """`time_rounds` of rows with a timer for each metric."""
+    return time_rounds({name: lambda metrics=metrics: {metric: run() for metric, run in metrics.items()} for name, metrics in timers.items()}, rounds)
 
 
 def spread(values: list[float]) -> Spread:
