@@ -45,17 +45,17 @@ def randomly(model, keep):
 
 @pytest.mark.parametrize(("name", "total", "macs"), [
     ("resnet50", 25_557_032, 4.0892e9), ("resnet18", 11_689_512, 1.8141e9), ("mobilenetv2_100", 3_504_872, 300.8e6), ("mobilenetv2_075", 2_636_424, 209.1e6),
-    ("mobilenetv2_050", 1_968_680, 97.13e6),
+    ("mobilenetv2_050", 1_968_680, 97.1e6),
 ])
 def test_static_networks(name, total, macs):
     model = meta(name)
     assert count_parameters(model)["total"] == total
-    assert macs_per_image(model) == pytest.approx(macs, rel=2e-4)
+    assert macs_per_image(model) == pytest.approx(macs, abs=0.05e6)  # half a unit of the last digit that is given
 
 
 def test_resnet10_is_ours():
     model = dyn.models.resnet.resnet10()
-    assert count_parameters(model)["total"] == 5_418_792 and macs_per_image(model) == pytest.approx(0.8892e9, rel=1e-4)
+    assert count_parameters(model)["total"] == 5_418_792 and macs_per_image(model) == pytest.approx(0.8892e9, abs=0.05e6)
 
 
 @pytest.mark.parametrize(("name", "reduction", "total", "convs", "attention"), [
@@ -120,7 +120,7 @@ def test_partitioned_networks(name, keep, held, small_total, overhead, macs):
         k: v for k, v in counts.items() if k not in ("total", "trainable")}
     mixing = 4 * sum(int(m.partial.mask.sum()) for m in layers(model))
     assert macs_per_image(model) == macs_per_image(small) == macs_per_image(full) - 4 * P_DYNAMIC[name] + mixing
-    assert mixing == pytest.approx(overhead * 4 * P_DYNAMIC[name], rel=1e-5) and (macs is None or macs_per_image(model) == pytest.approx(macs, rel=1e-4))
+    assert mixing == pytest.approx(overhead * 4 * P_DYNAMIC[name], rel=1e-5) and (macs is None or macs_per_image(model) == pytest.approx(macs, abs=0.05e6))
 
 
 def test_resnet50_partitioned():
@@ -129,7 +129,7 @@ def test_resnet50_partitioned():
     assert counts["total"] == 120_583_980 and counts["stored"] == 47_902_868
     masks = [m.partial.mask for m in layers(model)]
     assert sum(int(m.sum()) for m in masks) == 7_033_652 and sum(int((~m).sum()) for m in masks) == 16_411_852
-    assert macs_per_image(model) == pytest.approx(4.1186e9, rel=1e-4)
+    assert macs_per_image(model) == pytest.approx(4.1186e9, abs=0.05e6)
 
 
 @pytest.mark.parametrize(("name", "mixing", "attention", "macs"), [("resnet18", 44.6e6, 0.08e6, 1.8588e9), ("resnet50", 93.8e6, 1.24e6, 4.1842e9),
@@ -139,7 +139,7 @@ def test_multiply_adds_of_dynamic_networks(name, mixing, attention, macs):
     more = macs_per_image(model) - macs_per_image(static)
     assert more == 4 * P_DYNAMIC[name] + sum(m.attention.reduce.weight.numel() + m.attention.expand.weight.numel() for m in layers(model))
     assert 4 * P_DYNAMIC[name] == pytest.approx(mixing, rel=2e-3) and more - 4 * P_DYNAMIC[name] == pytest.approx(attention, rel=0.05)
-    assert macs_per_image(model) == pytest.approx(macs, rel=1e-4)
+    assert macs_per_image(model) == pytest.approx(macs, abs=0.05e6)
 
 
 def test_one_convolution():
@@ -164,7 +164,7 @@ def test_counts_and_schedules():
 @pytest.mark.parametrize(("keep", "ratio"), [(0.0, 0.25), (0.1, 0.325), (0.3, 0.475), (0.5, 0.625), (1.0, 1.0)])
 def test_ratio_to_the_dynamic_weights(keep, ratio):
     model = make_partial(nn.Sequential(PartialConv2d(64, 128, 3)), None, None, keep=keep, method="random")
-    assert compact(model)[0].partial.num_stored / (4 * 73_728) == pytest.approx(ratio, rel=1e-5)
+    assert compact(model)[0].partial.num_stored / (4 * 73_728) == pytest.approx(ratio, abs=3 / (4 * 73_728))  # D is rounded up
 
 
 def test_scale_factors():
