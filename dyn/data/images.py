@@ -185,9 +185,10 @@ def open_images(source: ImageSource, *, log: Callable[[str], None] = print, cach
         data = _of_files(splits, classes, what, source)
     train, validation = (_limited(part, limit, source.seed) for part, limit in ((data.train, source.train_limit), (data.validation, source.validation_limit)))
     kept, held = carve(len(train), source.tuning, source.seed)
-    data = replace(data, train=Part(train, kept) if len(held) else train, tuning=Part(train, held) if len(held) else None, validation=validation,
-                   what=f"{data.what}: {len(kept):,} images to train on{f', {len(held):,} to choose by' if len(held) else ''}, {len(validation):,} to validate, "
-                        f"{len(data.classes)} classes, {source.size} x {source.size}")
+    tuning = Part(train, held) if len(held) else None
+    what = (f"{data.what}: {len(kept):,} images to train on{f', {len(held):,} to choose by' if len(held) else ''}, {len(validation):,} to validate, "
+            f"{len(data.classes)} classes, {source.size} x {source.size}")
+    data = replace(data, train=Part(train, kept) if len(held) else train, tuning=tuning, validation=validation, what=what)
     log(f"images: {data.what}")
     return data
 
@@ -339,7 +340,8 @@ def _hub(source: ImageSource) -> tuple[dict[str, FileImages], list[str], str]:
     pictures, named = ([c for c, f in features.items() if isinstance(f, kind)] for kind in (Image, ClassLabel))
     column = next((c for c in ("label", "fine_label", *named) if c in named), None)
     if len(pictures) != 1 or column is None:
-        raise ValueError(f"path={source.path!r}: needs one column of images and one of class labels; found {', '.join(f'{c}: {f}' for c, f in features.items())}")
+        have = ", ".join(f"{name}: {feature}" for name, feature in features.items())
+        raise ValueError(f"path={source.path!r}: needs one column of images and one of class labels; found {have}")
     transforms, splits = _transforms(source), {}
     for split, name in (("train", "train"), ("validation", held)):
         rows = found[name].select_columns(pictures).cast_column(pictures[0], Image(decode=False))
