@@ -5,17 +5,17 @@ B examples a batch, C classes, N examples of a validation set.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torchmetrics import Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import BinaryF1Score, BinaryMatthewsCorrCoef, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 
@@ -92,7 +92,7 @@ class Classifier(Task):
         self.num_labels, self.metrics, self.head, self.examples = num_labels, list(metrics), head, 0
         make_metrics(self.metrics, num_labels)  # refuses now what would not fit after the first training steps
         self._mix = mixing(num_labels, mixup=self.classify.mixup, cutmix=self.classify.cutmix, label_smoothing=self.classify.label_smoothing) if mixed else None
-        self.average: nn.Module | None = None
+        self.average = nn.Module()  # holds the averaged tensors as buffers: moved, saved and loaded with everything else
         self.val_metrics: dict[str, float] = {}
         self.answers: dict[str, Answers] = {}
 
@@ -106,7 +106,8 @@ class Classifier(Task):
         if self.classify.channels_last:
             self.net.to(memory_format=torch.channels_last)
         if self.classify.ema:
-            self.average = copy.deepcopy(self.net).requires_grad_(False).eval()
+            for name, tensor in self._averaged().items():
+                self.average.register_buffer(_key(name), tensor.detach().clone())
         if self.classify.compile:
             self.net.compile()
 
@@ -144,7 +145,7 @@ class Classifier(Task):
         if self._mix is not None:
             images, targets = self._mix(batch["images"].clone(), targets)  # it mixes in place
             batch = {**batch, "images": images}
-        logits, aux = self._forward(self.net, batch)
+        logits, aux = self._forward(batch)
         loss = task_loss = self._loss(logits, targets, 0.0 if self._mix is not None else self.classify.label_smoothing).mean()
         if aux is not None:
             loss = task_loss + aux
@@ -157,24 +158,31 @@ class Classifier(Task):
 
     @torch.no_grad()
     def stepped(self, sums: dict[str, Tensor]) -> set[str]:
-        """Move the average, at first faster, so that a short training is not held at its beginning; what is no float (masks, counters) is copied."""
-        if self.average is not None:
+        """Move the average, at first faster, so that a short training is not held at its beginning."""
+        if self.classify.ema:
             step = self.trainer.global_step + 1
             decay = min(self.classify.ema, (1 + step) / (10 + step))
-            for kept, now in zip(_tensors(self.average), _tensors(self.net), strict=True):
-                if kept.is_floating_point():
-                    kept.lerp_(now, 1 - decay)
-                else:
-                    kept.copy_(now)
+            for name, now in self._averaged().items():
+                self.average.get_buffer(_key(name)).lerp_(now, 1 - decay)
         return set()
 
-    def _forward(self, net: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, C] float32, and the auxiliary loss where there is one."""
-        if "images" in batch:
-            images = batch["images"]
-            out = net(images.contiguous(memory_format=torch.channels_last) if self.classify.channels_last else images)
-        else:
-            out = net(**{key: value for key, value in batch.items() if key not in _NOT_INPUTS})
+    def averages(self) -> dict[str, Tensor]:
+        """The averaged tensors by their names in the net; empty without `classify.ema`. The rest of the net is as it is."""
+        return {name: self.average.get_buffer(_key(name)) for name in self._averaged()} if self.classify.ema else {}
+
+    def _averaged(self) -> dict[str, Tensor]:
+        """What is averaged: trained parameters and batch statistics. Masks, temperatures and the like hold as they are, not as they were."""
+        statistics = {f"{path}.{name}".lstrip("."): getattr(norm, name) for path, norm in self.net.named_modules()
+                      if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats for name in ("running_mean", "running_var")}
+        return {name: p for name, p in self.net.named_parameters() if p.requires_grad} | statistics
+
+    def _forward(self, batch: Mapping[str, Tensor], tensors: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, C], and the auxiliary loss where there is one; of the net with `tensors` in place of its own of these names."""
+        inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
+        args = (inputs.pop("images"),) if "images" in inputs else ()
+        if args and self.classify.channels_last:
+            args = (args[0].contiguous(memory_format=torch.channels_last),)
+        out = functional_call(self.net, tensors, args, inputs) if tensors else self.net(*args, **inputs)
         return (out, None) if isinstance(out, Tensor) else (out.logits, getattr(out, "aux_loss", None))
 
     def _loss(self, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
@@ -192,7 +200,7 @@ class Classifier(Task):
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Keeps what the net, or its average, says; without smoothing and auxiliary losses."""
         wanted = counts(batch["labels"])
-        logits, _ = self._forward(self.net if self.average is None else self.average, batch)
+        logits, _ = self._forward(batch, self.averages())
         logits, labels, index = logits[wanted], batch["labels"][wanted], batch["index"][wanted]
         predictions = logits.squeeze(-1) if self.num_labels == 1 else logits.argmax(-1)
         self._rows[dataloader_idx].append(torch.stack([v.double() for v in (index, predictions, labels, self._loss(logits, labels, 0.0))], 1))
@@ -230,9 +238,8 @@ class Classifier(Task):
         return {"tensors": zlib.crc32(shapes.encode()), "num_labels": self.num_labels, "classify": dataclasses.asdict(self.classify), "head": self.head}
 
 
-def _tensors(net: nn.Module) -> Iterator[Tensor]:
-    yield from net.parameters()
-    yield from net.buffers()
+def _key(name: str) -> str:
+    return name.replace(".", "|")  # a buffer's name may hold no dot
 
 
 def _gathered(table: Tensor) -> Tensor:

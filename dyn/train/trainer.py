@@ -31,6 +31,7 @@ __all__ = ["TrainerConfig", "evaluate", "find_checkpoint", "fit", "make_trainer"
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notices on devices and tips would break up the progress lines
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's, about its own use of torch
+warnings.filterwarnings("ignore", message=".*SpearmanCorrcoef. will save all.*")  # of one validation set, and only at its end
 
 
 def make_trainer(cfg: TrainerConfig, run: Any, callbacks: Sequence[Callback] = (), *, name: str = "") -> Trainer:
