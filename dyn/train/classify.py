@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import BinaryF1Score, BinaryMatthewsCorrCoef, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 
@@ -79,7 +80,7 @@ class Classifier(Task):
         head: path of the net's last layer, for `optim.head_lr`.
 
     Raises:
-        ValueError: metrics that do not fit, settings that exclude each other, no such head.
+        ValueError: metrics that do not fit, settings that exclude each other, no such head, an output that FSDP2 cannot look into.
     """
 
     def __init__(self, net: nn.Module | Callable[[], nn.Module], optim: RecipeConfig, sets: Sequence[str], cfg: TrainerConfig, *, num_labels: int,
@@ -183,6 +184,10 @@ class Classifier(Task):
         if args and self.classify.channels_last:
             args = (args[0].contiguous(memory_format=torch.channels_last),)
         out = functional_call(self.net, tensors, args, inputs) if tensors else self.net(*args, **inputs)
+        if self.device_mesh is not None and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+            # FSDP2 hangs its hooks on the tensors it finds in the output; where it finds none, each rank would silently train on its own gradients.
+            raise ValueError(f"{type(self.net).__name__} gives a {type(out).__name__}, in which FSDP2 sees no tensors; give a tensor or a "
+                             "ModelOutput of transformers, or train with trainer.strategy single or ddp")
         return (out, None) if isinstance(out, Tensor) else (out.logits, getattr(out, "aux_loss", None))
 
     def _loss(self, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:

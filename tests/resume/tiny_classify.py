@@ -3,12 +3,12 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tiny_training import main, serve, trainer_config
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from dyn.data.images import ArrayImages
 from dyn.data.loader import EvaluationLoader, ResumableLoader
@@ -70,6 +70,12 @@ class Sentences:
         return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": self.labels[index]}
 
 
+@dataclass
+class Said(ModelOutput):
+    logits: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
 class Reader(nn.Module):
     """A transformer layer with dropout, and a balance loss."""
 
@@ -79,9 +85,9 @@ class Reader(nn.Module):
         self.embed, self.layer = nn.Embedding(30, 8), nn.TransformerEncoderLayer(8, 2, 16, dropout, batch_first=True)
         self.classifier = nn.Linear(8, 1)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Said:
         x = self.layer(self.embed(input_ids), src_key_padding_mask=attention_mask == 0)
-        return SimpleNamespace(logits=self.classifier(x[:, 0]), aux_loss=0.01 * x.square().mean())
+        return Said(logits=self.classifier(x[:, 0]), aux_loss=0.01 * x.square().mean())
 
 
 def train(run: Run, cfg: Config) -> tuple[Classifier, dict[str, float]]:
@@ -95,7 +101,7 @@ def train(run: Run, cfg: Config) -> tuple[Classifier, dict[str, float]]:
         callbacks = [KeepMask(net.keep), Temperature(lambda step: max(1.0, 30.0 - 3 * step), net.warm, log_every=1)]
     else:
         data, held = Sentences(26, 1), Sentences(10, 2)
-        task = Classifier(Reader(dropout), optim, ["held"], cfg.trainer, num_labels=1, metrics=("pearson", "spearman"), head="classifier")
+        task = Classifier(lambda: Reader(dropout), optim, ["held"], cfg.trainer, num_labels=1, metrics=("pearson", "spearman"), head="classifier")
         callbacks = []
     loader = ResumableLoader(data, batch_size=cfg.batch_size, num_batches=cfg.trainer.max_steps * cfg.trainer.accumulate, seed=5, rank=rank, world_size=size,
                              lengths=getattr(data, "lengths", None), workers=cfg.workers, drop_last=cfg.kind == "images")

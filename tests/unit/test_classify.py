@@ -13,9 +13,10 @@ from scipy.stats import spearmanr
 from sklearn import metrics as reference
 from torch import nn
 
+from dyn.data.glue import SentenceSource, open_sentences
 from dyn.data.images import ArrayImages
 from dyn.data.loader import EvaluationLoader, ResumableLoader
-from dyn.data.tiny import tiny_pictures
+from dyn.data.tiny import tiny_glue, tiny_pictures, tiny_tokenizer
 from dyn.train.annealing import KeepMask, Temperature
 from dyn.train.callbacks import Throughput
 from dyn.train.checkpoint import newest_checkpoint
@@ -206,6 +207,46 @@ def test_bf16_channels_last_accumulation_and_sgd(tmp_path):
                        optim=RecipeConfig(optimizer="sgd", lr=0.1, nesterov=True, schedule="cosine", warmup_steps=2))
     assert task.examples == 6 * 2 * 8 and task.net[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert isinstance(task.trainer.optimizers[0], torch.optim.SGD) and rows(tmp_path, "train/loss")[0]["lr"] == 0.0
+
+
+def test_an_encoder_of_transformers_on_glue(tmp_path, monkeypatch):
+    """From a folder in the hub's layout to a trained BERT, frozen but for its last layer and its pooler."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    monkeypatch.setenv("DYN_CACHE", str(tmp_path / "cache"))
+    data = open_sentences(SentenceSource(path=tiny_glue(tmp_path / "glue"), task="cola", tuning=0.25), tiny_tokenizer(), log=lambda _: None)
+    torch.manual_seed(0)
+    net = BertForSequenceClassification(BertConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                                                   max_position_embeddings=128, num_labels=data.num_labels))
+    net.bert.embeddings.requires_grad_(False)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    task, losses, _ = train(tmp_path, net, config(max_steps=4), data.train, {**data.validation, "tuning": data.tuning}, num_labels=data.num_labels,
+                            metrics=data.metrics, head="classifier", optim=RecipeConfig(lr=1e-3, head_lr=1e-2))
+    assert set(losses) == {"validation", "tuning"} and "val/tuning/matthews" in task.val_metrics
+    changed = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
+    assert "classifier.weight" in changed and not any("embeddings" in k for k in changed)
+
+
+def test_a_compiled_net_keeps_its_names(tmp_path, monkeypatch):
+    compiled, compile_ = [], nn.Module.compile
+
+    def eager(module):  # inductor would take a minute
+        compiled.append(module)
+        compile_(module, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", eager)
+    plain, losses, _ = train(tmp_path / "plain", cnn(), config(), pictures(), pictures(9), num_labels=3, classify=ClassifyConfig(ema=0.5))
+    task, same, _ = train(tmp_path / "compiled", cnn(), config(), pictures(), pictures(9), num_labels=3, classify=ClassifyConfig(ema=0.5, compile=True))
+    assert compiled == [task.net] and task.state_dict().keys() == plain.state_dict().keys() and same == pytest.approx(losses, rel=1e-5)
+
+
+def test_an_output_that_fsdp_cannot_look_into_is_refused(monkeypatch):
+    """It would not reduce gradients, and say nothing."""
+    task, batch = Classifier(Reader(2), RecipeConfig(), ["v"], config(), num_labels=2), Words().batch(np.arange(4), None)
+    assert task._forward(batch)[0].shape == (4, 2)
+    monkeypatch.setattr(Classifier, "device_mesh", object())
+    with pytest.raises(ValueError, match="Reader gives a SimpleNamespace, in which FSDP2 sees no tensors"):
+        task._forward(batch)
 
 
 def test_foreign_checkpoints_are_refused(tmp_path):
