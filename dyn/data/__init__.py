@@ -1,1 +1,1 @@
-"""Text: sources, token shards, weighted mixtures, filters. Imports nothing else of ours."""
+"""Text, sentences and images: sources, token shards, weighted mixtures, filters, labelled sets, loaders. Imports nothing else of ours."""

@@ -1,4 +1,4 @@
-"""Real text that every Python machine holds, in three domains: code, docs and licences.
+"""Real text that every Python machine holds, in three domains: code, docs and licences; and a labelled task made of docstrings.
 
 code      the sources of the standard library (its tests too; generated codec tables left out)
 docs      Python's help topics, long descriptions and .md/.rst files of the installed packages
@@ -11,6 +11,7 @@ repeats another document (licences mostly do) is left out, so that held-out text
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -31,9 +32,19 @@ DEBIAN = (("/usr/share/doc", "*/copyright"), ("/usr/share/common-licenses", "*")
 SMALLEST, LARGEST = 200, 60_000  # characters; bytes: larger files are mostly tables and collections of other people's licences
 REPEAT = 0.8  # largest share of a document's word 8-grams that earlier documents of its split may hold: above, it is a copy
 LEAK = 0.5  # largest share of a held-out document's word 8-grams that the train split may hold
+PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
+_SHORT_DOCSTRING = 30  # characters: below, nobody could tell
 _SHINGLE, _SAMPLE = 8, 4  # words in a shingle; one shingle in four is looked at
 _LICENCE = re.compile(r"licen[cs]e|copying|notice|copyright", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
+
+
+class Labelled(NamedTuple):
+    """A docstring, the place of its package in PACKAGES, and the module that it is from."""
+
+    text: str
+    label: int
+    source: str
 
 
 class Document(NamedTuple):
@@ -78,6 +89,48 @@ def manifest() -> dict[str, str | int]:
     python = platform.python_version()
     digest = hashlib.sha256("\n".join([python, *packages, *debian]).encode()).hexdigest()[:16]
     return {"python": python, "packages": len(packages), "debian_files": len(debian), "digest": digest}
+
+
+def docstrings(held_out: float = 0.3) -> dict[str, list[Labelled]]:
+    """Which of eight packages of the standard library a docstring comes from: split ("train", "validation") -> docstrings, about 1,850 in all.
+
+    Split by module: no module gives to both. From each package those modules are held out, in the order of the hash of their name, that together hold at
+    most `held_out` of its docstrings. What repeats word for word is left out where it would blur the labels or the split.
+
+    Raises:
+        ValueError: a package that this Python does not have as sources, or of which nothing is left on one side.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    modules: dict[str, list[list[Labelled]]] = {"train": [], "validation": []}
+    for label, package in enumerate(PACKAGES):
+        found = [m for path in sorted((root / package).rglob("*.py")) if (m := _docstrings_of(path, path.relative_to(root).as_posix(), label))]
+        budget = held_out * sum(map(len, found))
+        for module in sorted(found, key=lambda m: hashlib.sha256(m[0].source.encode()).digest()):
+            split = "validation" if len(module) <= budget else "train"
+            budget -= len(module) if split == "validation" else 0
+            modules[split].append(module)
+    labels: dict[bytes, set[int]] = {}
+    for item in (item for part in modules.values() for module in part for item in module):
+        labels.setdefault(content_hash(item.text), set()).add(item.label)
+    seen: set[bytes] = set()
+    splits: dict[str, list[Labelled]] = {}
+    for split in ("validation", "train"):
+        splits[split] = []
+        for item in (item for module in modules[split] for item in module):
+            if len(labels[key := content_hash(item.text)]) == 1 and key not in seen:
+                seen.add(key)
+                splits[split].append(item)
+        if missing := sorted(set(range(len(PACKAGES))) - {item.label for item in splits[split]}):
+            raise ValueError(f"docstrings: this Python has none of {PACKAGES[missing[0]]} for the {split} split (held_out={held_out})")
+    return splits
+
+
+def _docstrings_of(path: Path, source: str, label: int) -> list[Labelled]:
+    if not {"test", "tests"}.isdisjoint(Path(source).parts):
+        return []
+    nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, nodes)]
+    return [Labelled(text, label, source) for text in texts if len(text) >= _SHORT_DOCSTRING]
 
 
 def _collect(name: str, limits: dict[str, int | None], held_out: float) -> dict[str, list[Document]]:

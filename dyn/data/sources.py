@@ -13,9 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dyn.data import local_text
+from dyn.data.store import user_cache
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SLIMPAJAMA = {"RedPajamaCommonCrawl": "en_cc", "RedPajamaC4": "en_c4", "RedPajamaGithub": "github", "RedPajamaWikipedia": "en_wikipedia",
               "RedPajamaBook": "en_book", "RedPajamaArXiv": "en_arxiv", "RedPajamaStackExchange": "en_stack"}
@@ -135,6 +139,33 @@ def read_joined(source: JoinedText) -> str:
     if not text.strip():
         raise ValueError(f"{where}, config {config!r}, split {split!r}: no text")
     return text
+
+
+def load_splits(path: str, config: str | None = None, *, revision: str | None = None) -> dict[str, Dataset]:
+    """Every split of one config of a labelled data set, as Arrow tables: split -> datasets.Dataset. Those of a folder lie in dyn's cache, others in the hub's.
+
+    Args:
+        path: a hub id or a folder in the hub's layout, as in `TextSource`.
+        config: None: the only one, or the one called "default".
+        revision: of the hub's repository.
+
+    Raises:
+        ValueError: nothing at the path, or an unknown config.
+    """
+    from datasets import get_dataset_config_names, load_dataset
+
+    configs = _ask_hub(TextSource(path=path, revision=revision), get_dataset_config_names)
+    if config is None and len(configs) > 1 and "default" not in configs:
+        raise ValueError(f"path={path!r}: config must be one of {', '.join(configs)}")
+    [config] = choose([config or (configs[0] if len(configs) == 1 else "default")], configs, f"path={path!r}", "config")
+    folder, cache = Path(resolve(path)), None
+    if folder.is_dir():  # datasets knows a folder's tables again by less than its files: after a change it would give the old ones
+        files = sorted((str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*") if f.is_file())
+        cache = str(user_cache() / "tables" / hashlib.sha256(json.dumps([str(folder.resolve()), files]).encode()).hexdigest()[:16])
+    try:
+        return dict(load_dataset(resolve(path), config, revision=revision, cache_dir=cache))
+    except (OSError, ConnectionError) as error:
+        raise ValueError(f"path={path!r}, config {config!r}: cannot be read ({type(error).__name__}: {error})") from error
 
 
 def choose(wanted: Iterable[str] | None, known: Iterable[str], where: str, what: str = "domain") -> list[str]:

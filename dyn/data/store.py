@@ -12,6 +12,11 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 
+def user_cache() -> Path:
+    """Where this user's copies are kept: $DYN_CACHE, else dyn in the user's cache folder."""
+    return Path(os.environ.get("DYN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dyn")
+
+
 class Store:
     """A folder at an fsspec address. Names are relative, with slashes."""
 
@@ -67,7 +72,7 @@ class Store:
         """A local folder with these files (name -> bytes): this one, or a copy in `cache` for a remote one. Copies of the right size stay."""
         if self.is_local:
             return Path(self.root)
-        home = Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dyn" / "tokens"
+        home = Path(cache) if cache else user_cache() / "tokens"
         folder = home / self.root.rpartition("/")[2]
         for name, size in files.items():
             target = folder / name

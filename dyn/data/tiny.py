@@ -1,4 +1,4 @@
-"""Generated corpora for tests and smoke runs: quick, deterministic, and with something to learn in each domain."""
+"""Generated corpora, pictures and labelled sentences for tests and smoke runs: quick, deterministic, and with something to learn in each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dyn.data.tokens import Tokens
 
@@ -65,7 +67,59 @@ def tiny_tokenizer():
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def tiny_pictures(count: int = 60, classes: int = 3, size: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Noisy stripes, uint8 [count, 3, size, size], and labels int64 [count]: a class is a direction and a colour."""
+    rng = np.random.default_rng([seed, 2])
+    labels = rng.permutation(np.arange(count) % classes)
+    y, x = np.mgrid[:size, :size] / size
+    angle = (np.pi * labels / classes)[:, None, None]
+    stripes = np.sin(4 * np.pi * (np.cos(angle) * x + np.sin(angle) * y) + rng.uniform(0, 2 * np.pi, (count, 1, 1)))
+    colour = np.where(np.arange(3) == labels[:, None] % 3, 1.0, 0.5)[:, :, None, None]
+    pixels = 128 + 90 * stripes[:, None] * colour + rng.normal(0, 20, (count, 3, size, size))
+    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
+
+
+def tiny_image_folder(folder: str | Path, count: int = 60, classes: int = 3, size: int = 16, seed: int = 0) -> str:
+    """Write `tiny_pictures` as an ImageNet folder, train/<class>/<image>.png and a third as many in val; gives the folder."""
+    from PIL import Image
+
+    folder = Path(folder)
+    for split, n, s in (("train", count, seed), ("val", max(count // 3, classes), seed + 1)):
+        pixels, labels = tiny_pictures(n, classes, size, s)
+        for i, (picture, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
+            path = folder / split / f"stripes{label}" / f"{i:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+    return str(folder)
+
+
+def tiny_glue(folder: str | Path, tasks: Sequence[str] = ("cola", "mrpc", "stsb"), examples: int = 48, seed: int = 0) -> str:
+    """Write GLUE tasks in the hub's layout (a third as many examples to validate, as many without labels to test); gives the folder.
+
+    cola: does a sentence hold the word "red". mrpc: do two sentences share most of their words. stsb: the share, from 0 to 5.
+    """
+    folder, words = Path(folder), ["red", *(f"{a}{b}{c}" for a in "bdk" for b in "aou" for c in "lmnt")]
+    configs = []
+    for t, task in enumerate(tasks):
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        configs.append(f"- config_name: {task}\n  data_files:")
+        for split, count in (("train", examples), ("validation", max(examples // 3, 4)), ("test", max(examples // 3, 4))):
+            rng, rows = np.random.default_rng([seed, t, count, len(split)]), []
+            for i in range(count):
+                first = [str(w) for w in rng.choice(words[1:], rng.integers(3, 12))]
+                kept = [w if i % 2 or rng.random() < 0.3 else str(rng.choice(words[1:])) for w in first]
+                share = float(np.mean([a == b for a, b in zip(first, kept, strict=True)]))
+                pair = {"sentence1": " ".join(first), "sentence2": " ".join(kept)}
+                row = {"sentence": " ".join([*first, "red"] if i % 2 else first)} if task == "cola" else pair
+                label = 5 * share if task == "stsb" else i % 2 if task == "cola" else int(share > 0.7)
+                rows.append({**row, "label": (-1.0 if task == "stsb" else -1) if split == "test" else label, "idx": i})
+            (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            configs.append(f"  - split: {split}\n    path: {task}/{split}.jsonl")
+    (folder / "README.md").write_text("---\nconfigs:\n" + "\n".join(configs) + "\n---\n")
+    return str(folder)
 
 
 def _walk(rng: np.random.Generator, follows: np.ndarray, length: int) -> np.ndarray:

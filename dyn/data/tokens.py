@@ -141,7 +141,7 @@ def shard(source: TextSource, tokenizer, folder: str, *, keep: Mapping[str, Filt
         with store.lock():
             index = store.index() or {**plan, "complete": False, "vocab_size": len(tokenizer), "domains": {}}
             if not index["complete"]:
-                with _parallel_tokenizer():
+                with parallel_tokenizer():
                     _build(store, index, source, lambda texts: _encode(tokenizer, texts, begin, end, index["vocab_size"]), filters, log)
     return load(store.address, tokenizer, cache=cache)
 
@@ -224,7 +224,7 @@ def _encode(tokenizer, texts: list[str], begin: list[int], end: list[int], vocab
 
 
 @contextmanager
-def _parallel_tokenizer() -> Iterator[None]:
+def parallel_tokenizer() -> Iterator[None]:
     """Threads inside; afterwards off where nobody asked for them, since a process forked after using them would warn and could hang."""
     given = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -160,8 +160,9 @@ class JsonlLogger(Logger):
 
 
 class Throughput(Callback):
-    """Tokens a second and model FLOPs utilisation, 6 x activated parameters x tokens/s / peak, over all devices; logged as speed/... every `log_every` steps.
+    """Units a second (tokens, examples: `Task.unit`), over all devices; logged as speed/... every `log_every` steps.
 
+    For tokens also model FLOPs utilisation, 6 x activated parameters x tokens/s / peak: an example's cost is not told by its net's parameters alone.
     The first step of a process, validations and checkpoints do not count. `summary()` has the means.
 
     Args:
@@ -173,19 +174,19 @@ class Throughput(Callback):
     def __init__(self, dtype: torch.dtype, log_every: int = 1, peak: float | None = None) -> None:
         self.dtype, self.log_every = dtype, log_every
         self.peak, self.note = peak, "given" if peak else "not measured"
-        self.active = 0
+        self.active, self.unit = 0, "tokens"
         self.rate = self.mfu = math.nan  # newest
-        self._tokens = self._steps = self._all_tokens = self._all_steps = 0
+        self._units = self._steps = self._all_units = self._all_steps = 0
         self._seconds = self._all_seconds = self._paused = 0.0
         self._mark: float | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count parameters, also for a training that is resumed behind its last step."""
-        self.active = pl_module.active_parameters
+        self.active, self.unit = pl_module.active_parameters, pl_module.unit
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Know the peak."""
-        if self.peak is None:
+        if self.peak is None and self.unit == "tokens":
             self.peak, self.note = peak_flops(pl_module.device, self.dtype)
         self._mark = None
 
@@ -201,11 +202,11 @@ class Throughput(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count; log."""
         if self._mark is not None:
-            self._tokens += batch["input_ids"].numel() * trainer.world_size
+            self._units += pl_module.amount(batch) * trainer.world_size
         if not step_ended(trainer, batch_idx):
             return
         saving = getattr(trainer.checkpoint_callback, "seconds", 0.0)
-        now, mark, saved = time.monotonic() - saving, self._mark, self._tokens
+        now, mark, units = time.monotonic() - saving, self._mark, self._units
         if mark is None:
             self._mark = now
             return
@@ -216,23 +217,27 @@ class Throughput(Callback):
             torch.cuda.synchronize(pl_module.device)
             now = time.monotonic() - saving
         self._seconds, self._mark = now - mark, now
-        self.rate = saved / self._seconds
-        self.mfu = mfu(self.active, self.rate, self.peak * trainer.world_size)
-        self._all_tokens, self._all_steps, self._all_seconds = self._all_tokens + saved, self._all_steps + self._steps, self._all_seconds + self._seconds
-        metrics = {"speed/tokens_per_second": self.rate, "speed/mfu": self.mfu, "speed/step_seconds": self._seconds / self._steps}
+        self.rate, shown = units / self._seconds, {}
+        self._all_units, self._all_steps, self._all_seconds = self._all_units + units, self._all_steps + self._steps, self._all_seconds + self._seconds
+        metrics = {f"speed/{self.unit}_per_second": self.rate, "speed/step_seconds": self._seconds / self._steps}
+        if self.unit == "tokens":
+            self.mfu = mfu(self.active, self.rate, self.peak * trainer.world_size)
+            metrics["speed/mfu"] = shown["mfu"] = self.mfu
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)
-        pl_module.log_dict({"tokens/s": self.rate, "mfu": self.mfu}, prog_bar=True, logger=False)
-        self._tokens = self._steps = 0
+        pl_module.log_dict({f"{self.unit}/s": self.rate, **shown}, prog_bar=True, logger=False)
+        self._units = self._steps = 0
 
     def summary(self) -> dict[str, Any]:
-        """Means of this process: tokens_per_second, steps_per_second, mfu (these three once there were steps), peak_flops (a device), peak_flops_from,
-        active_parameters."""
-        about = {"peak_flops": self.peak, "peak_flops_from": self.note, "active_parameters": self.active}
+        """Means of this process: [unit]_per_second, steps_per_second (these once there were steps), active_parameters; for tokens also mfu, peak_flops (a
+        device), peak_flops_from."""
+        tokens = self.unit == "tokens"
+        about = {**({"peak_flops": self.peak, "peak_flops_from": self.note} if tokens else {}), "active_parameters": self.active}
         if not self._all_steps:
             return about
-        rate = self._all_tokens / self._all_seconds
-        return {"tokens_per_second": rate, "steps_per_second": self._all_steps / self._all_seconds, "mfu": self.mfu * rate / self.rate, **about}
+        rate = self._all_units / self._all_seconds
+        return {f"{self.unit}_per_second": rate, "steps_per_second": self._all_steps / self._all_seconds,
+                **({"mfu": self.mfu * rate / self.rate} if tokens else {}), **about}
 
 
 class ExpertLoad(Callback):
@@ -323,13 +328,13 @@ class PlainProgress(Callback):
             self.write(f"step {trainer.global_step}/{trainer.max_steps}: {_shown(trainer)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The losses."""
+        """What it found."""
         if trainer.is_global_zero:
-            self.write(f"step {trainer.global_step}: validation loss " + ", ".join(f"{d} {loss:.4f}" for d, loss in pl_module.val_losses.items()))
+            self.write(f"step {trainer.global_step}: {pl_module.val_line()}")
 
 
 class BarProgress(PlainProgress):
-    """Progress on a terminal: one bar of optimiser steps with loss, tokens/s and MFU; the validations' lines stand above it."""
+    """Progress on a terminal: one bar of optimiser steps with loss and speed; the validations' lines stand above it."""
 
     bar: tqdm | None = None
 

@@ -1,9 +1,11 @@
-"""AdamW, its parameter groups, and the schedule of LLaMA-MoE (section 4.4)."""
+"""Optimisers, their parameter groups, schedules: the one recipe of LLaMA-MoE (section 4.4), and those of classification."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -31,14 +33,85 @@ class OptimConfig:
             raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
 
 
-def param_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+@dataclass(kw_only=True, slots=True)
+class RecipeConfig:
+    """Optimiser and schedule of a classification; the defaults fine-tune an encoder (SparseAdapter, section 4.4)."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-4  # peak
+    head_lr: float | None = None  # of the last layer; None: lr
+    betas: tuple[float, float] = (0.9, 0.98)  # adamw
+    eps: float = 1e-6  # adamw
+    momentum: float = 0.9  # sgd
+    nesterov: bool = False  # sgd
+    weight_decay: float = 0.1
+    decay_all: bool = False  # biases, norms and scales too
+    schedule: Literal["linear", "cosine", "step", "constant"] = "linear"  # after the warm-up; linear and cosine fall to `floor`
+    warmup_steps: int = 0  # linear from 0
+    floor: float = 0.0  # of the peak
+    milestones: tuple[float, ...] = (1 / 3, 2 / 3, 0.9)  # step: shares of all steps at which the rate is multiplied by `gamma`
+    gamma: float = 0.1
+    clip: float = 1.0  # global gradient norm; 0: no clipping
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("lr", 0, math.inf), ("head_lr", 0, math.inf), ("eps", 0, math.inf), ("momentum", 0, 1), ("weight_decay", 0, math.inf),
+                                ("warmup_steps", 0, math.inf), ("floor", 0, 1), ("gamma", 0, 1), ("clip", 0, math.inf)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"optim.{name}={value} must lie in [{low}, {high}]")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
+        if not all(0 < share < 1 for share in self.milestones) or sorted(self.milestones) != list(self.milestones):
+            raise ValueError(f"optim.milestones={self.milestones} must be shares of the steps, between 0 and 1, in ascending order")
+        if self.nesterov and not self.momentum:
+            raise ValueError("optim.nesterov=true needs optim.momentum above 0")
+
+
+def schedule(cfg: RecipeConfig, total: int) -> Callable[[int], float]:
+    """Multiplier of the peak learning rate by optimiser step (from 0)."""
+
+    def multiplier(step: int) -> float:
+        if step < cfg.warmup_steps:
+            return step / cfg.warmup_steps
+        p = min(1.0, (step - cfg.warmup_steps) / max(1, total - cfg.warmup_steps))
+        if cfg.schedule == "step":
+            return cfg.gamma ** sum(step >= share * total for share in cfg.milestones)
+        shape = {"linear": 1 - p, "cosine": 0.5 * (1 + math.cos(math.pi * p)), "constant": 1.0}[cfg.schedule]
+        return cfg.floor + (1 - cfg.floor) * shape
+
+    return multiplier
+
+
+def recipe_optimizer(module: nn.Module, cfg: RecipeConfig, head: nn.Module | None = None) -> torch.optim.Optimizer:
+    """The recipe's optimiser over the trained parameters of `module`, those of its part `head` at the head's rate.
+
+    Raises:
+        ValueError: nothing is left to train, or a head's rate without a head.
+    """
+    if cfg.head_lr is not None and head is None:
+        raise ValueError(f"optim.head_lr={cfg.head_lr}, but no head was named")
+    groups = param_groups(module, cfg.weight_decay, cfg.decay_all)
+    if not groups:
+        raise ValueError(f"{type(module).__name__} has no parameter with requires_grad: everything is frozen")
+    if cfg.head_lr is not None:
+        last = {id(p) for p in head.parameters()}
+        split = [({**g, "params": [p for p in g["params"] if (id(p) in last) is here]}, here) for g in groups for here in (False, True)]
+        groups = [{**g, "lr": cfg.head_lr if here else cfg.lr} for g, here in split if g["params"]]
+    fused = _fusable(groups) or None
+    if cfg.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=fused)
+
+
+def param_groups(module: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict]:
     """Two groups for an optimiser: matrices (two or more dimensions: embeddings and stacked experts too) with decay, the rest (biases, norms, scales) without.
 
     Only parameters with requires_grad; tied ones once. What belongs to a module whose class name ends in "Norm" is never decayed, whatever its shape.
+    `decay_all` puts everything under decay.
     """
     norms = {id(p) for m in module.modules() if type(m).__name__.endswith("Norm") for p in m.parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p.ndim >= 2 and id(p) not in norms for p in trained]
+    decayed = [decay_all or (p.ndim >= 2 and id(p) not in norms) for p in trained]
     groups = [{"params": [p for p, d in zip(trained, decayed, strict=True) if d is wanted], "weight_decay": weight_decay if wanted else 0.0}
               for wanted in (True, False)]
     return [group for group in groups if group["params"]]
@@ -64,5 +137,8 @@ def make_optimizer(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
     groups = param_groups(module, cfg.weight_decay)
     if not groups:
         raise ValueError(f"{type(module).__name__} has no parameter with requires_grad: everything is frozen")
-    fused = all(p.device.type in ("cpu", "cuda", "xpu", "mps") and p.is_floating_point() for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=fused or None)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=_fusable(groups) or None)
+
+
+def _fusable(groups: list[dict]) -> bool:
+    return all(p.device.type in ("cpu", "cuda", "xpu", "mps") and p.is_floating_point() for group in groups for p in group["params"])

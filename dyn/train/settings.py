@@ -68,3 +68,23 @@ class DistillConfig:
         for name in ("top_k", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"distill.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class ClassifyConfig:
+    """How a classification is trained, beside its optimiser."""
+
+    label_smoothing: float = 0.0
+    mixup: float = 0.0  # alpha; images only, as is the next
+    cutmix: float = 0.0  # alpha
+    ema: float = 0.0  # decay of a running average of the weights, which validation then looks at; 0: none
+    channels_last: bool = False  # images and convolutions
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("label_smoothing", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"classify.{name}={getattr(self, name)} must lie in [0, 1)")
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"classify.{name}={getattr(self, name)} must be at least 0")

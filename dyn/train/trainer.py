@@ -19,16 +19,19 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
+from dyn.data.loader import blank
 from dyn.train.callbacks import BarProgress, JsonlLogger, PlainProgress, RngState, Throughput
 from dyn.train.checkpoint import AtomicCheckpointIO, Checkpoints, Stop, Stopped, find_checkpoint, newest_checkpoint, verify_checkpoint
 from dyn.train.optim import OptimConfig
 from dyn.train.settings import TrainerConfig
+from dyn.train.task import Task
 from dyn.train.tasks import CausalLM
 
-__all__ = ["TrainerConfig", "evaluate", "find_checkpoint", "fit", "make_trainer", "verify_checkpoint", "world"]
+__all__ = ["TrainerConfig", "evaluate", "find_checkpoint", "fit", "make_trainer", "validate", "verify_checkpoint", "world"]
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notices on devices and tips would break up the progress lines
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's, about its own use of torch
+warnings.filterwarnings("ignore", message=".*SpearmanCorrcoef. will save all.*")  # of one validation set, and only at its end
 
 
 def make_trainer(cfg: TrainerConfig, run: Any, callbacks: Sequence[Callback] = (), *, name: str = "") -> Trainer:
@@ -59,16 +62,17 @@ def make_trainer(cfg: TrainerConfig, run: Any, callbacks: Sequence[Callback] = (
         callbacks=[RngState(cfg.seed), *callbacks, *speed, bar, Stop(run, checkpoints), checkpoints])
 
 
-def fit(trainer: Trainer, task: CausalLM, train_loader: Any, val_loaders: Mapping[str, Iterable],
+def fit(trainer: Trainer, task: Task, train_loader: Any, val_loaders: Mapping[str, Iterable],
         ckpt: str | Path | Literal["newest"] | None = "newest") -> dict[str, float]:
-    """Train to the end; returns the final validation loss of every domain.
+    """Train to the end; returns the final validation loss of every domain (validation set). A `Classifier` has its metrics in `val_metrics`.
 
     SIGINT and SIGTERM meanwhile: a checkpoint is written and the run's Cancelled raised.
 
     Args:
         trainer: of `make_trainer`.
         task: what to train.
-        train_loader: this rank's micro-batches, with `__len__`, `state_dict` and `load_state_dict` (`dyn.data.mixture.MixtureLoader`).
+        train_loader: this rank's micro-batches, with `__len__`, `state_dict` and `load_state_dict` (`dyn.data.mixture.MixtureLoader`,
+            `dyn.data.loader.ResumableLoader`).
         val_loaders: domain -> batches, the same on every rank; ranks share them out. Domains as in the task.
         ckpt: where to go on; "newest": in the trainer's own checkpoint folder, if that has one; None: from the beginning.
 
@@ -103,11 +107,16 @@ def fit(trainer: Trainer, task: CausalLM, train_loader: Any, val_loaders: Mappin
 
 def evaluate(net: nn.Module, val_loaders: Mapping[str, Iterable], cfg: TrainerConfig, callbacks: Sequence[Callback] = ()) -> dict[str, float]:
     """Loss by domain (nats a token, exact over all targets) of a network as it is; nothing is logged or saved. `ExpertLoad()` as a callback gives its load."""
-    task = CausalLM(net, OptimConfig(warmup_steps=0), list(val_loaders), cfg)
+    return validate(CausalLM(net, OptimConfig(warmup_steps=0), list(val_loaders), cfg), val_loaders, cfg, callbacks)
+
+
+def validate(task: Task, val_loaders: Mapping[str, Iterable], cfg: TrainerConfig, callbacks: Sequence[Callback] = ()) -> dict[str, float]:
+    """One validation of a task's network as it is, its loss by set; nothing is logged or saved, and the network's mode stays."""
     trainer = Trainer(**_machine(cfg), logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=list(callbacks))
-    training = net.training
+    training = None if task.net is None else task.net.training
     trainer.validate(task, _share(val_loaders, trainer), verbose=False)
-    net.train(training)
+    if training is not None:
+        task.net.train(training)
     return dict(task.val_losses)
 
 
@@ -170,9 +179,12 @@ def _share(val_loaders: Mapping[str, Iterable], trainer: Trainer) -> list[Iterab
         return [_Batches(loader) if isinstance(loader, Sequence) else loader for loader in val_loaders.values()]
     shares = []
     for loader in val_loaders.values():
+        if hasattr(loader, "shard"):
+            shares.append(loader.shard(rank, world))
+            continue
         batches = list(loader)
         mine = batches[rank::world]
         if len(mine) < math.ceil(len(batches) / world):
-            mine.append({**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)})
+            mine.append(blank(batches[0]))
         shares.append(_Batches(mine))
     return shares

@@ -26,7 +26,8 @@ THEIRS = {
     "report": {"matplotlib"},
     "figures": {"matplotlib", "numpy"}, "runfolder": {"torch"}, "run": set(), "__init__": set(), "models": None, "data": None, "train": None,
 }
-ONLY_IN = {"lightning": {"train"}, "timm": {"models"}, "triton": {"ops"}, "omegaconf": {"config"}, "matplotlib": {"report", "figures"}}
+ONLY_IN = {"lightning": {"train"}, "timm": {"models", "data"}, "triton": {"ops"}, "omegaconf": {"config"}, "matplotlib": {"report", "figures"}}
+TIMM_IN_DATA = "timm.data."  # its augmentation policies and mixup: they are data, its networks stay in models
 MODEL_CLASS = re.compile(r"ForCausalLM$|For[A-Z]\w+$|Model$|^AutoModel|^modeling_|^PreTrainedModel$")
 
 
@@ -68,6 +69,8 @@ def faults(path: Path, source: str) -> list[str]:
             elsewhere = path.parts[0] == "dyn" and here not in ONLY_IN.get(first, {here})
             if elsewhere or (allowed is not None and first not in allowed):
                 found.append(f"{name}: not in {here}")
+            elif first == "timm" and here == "data" and not name.startswith(TIMM_IN_DATA):
+                found.append(f"{name}: data may import {TIMM_IN_DATA}* of timm only")
             elif first == "triton" and top:
                 found.append(f"{name}: only inside functions")
             elif first == "transformers" and here != "models" and path.parts[0] == "dyn" and any(map(MODEL_CLASS.search, rest)):
@@ -93,6 +96,8 @@ def test_directions(path):
         ("dyn/ops/x.py", "import triton"),
         ("dyn/nn/x.py", "import transformers"),
         ("dyn/data/x.py", "from transformers import AutoModelForCausalLM"),
+        ("dyn/data/x.py", "from timm.models import resnet50"),
+        ("dyn/train/x.py", "from timm.data import Mixup"),
         ("dyn/train/x.py", "from transformers import LlamaForCausalLM"),
         ("dyn/train/x.py", "from dyn.run import Run"),
         ("dyn/models/x.py", "import lightning.pytorch as pl"),
@@ -112,6 +117,7 @@ def test_the_rules_catch(path, source):
         ("dyn/core/x.py", "import torch\nfrom dyn.core import split\nimport math"),
         ("dyn/ops/x.py", "def f():\n    import triton"),
         ("dyn/data/x.py", "from transformers import PreTrainedTokenizerFast, AutoTokenizer"),
+        ("dyn/data/x.py", "from timm.data import Mixup"),
         ("dyn/train/x.py", "import lightning\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dyn.run import Run"),
         ("experiments/x.py", "from dyn.run import Run\nfrom dyn.models import llama_moe"),
     ],

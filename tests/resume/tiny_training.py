@@ -1,6 +1,6 @@
 """A tiny training for the tests beside this file: a mixture of experts with attention dropout, gate noise, accumulation, and domain weights that change.
 
-python tiny_training.py serves lines from standard input, so that what takes long, the imports, happens once:
+python tiny_training.py (as tiny_classify.py) serves lines from standard input, so that what takes long, the imports, happens once:
   start RUNS_FOLDER OUTPUT key=value ...   forks a process that trains, or resumes the run that is in RUNS_FOLDER; answers with its id
   wait ID                                  answers with its exit code, negative for a signal
 """
@@ -11,8 +11,10 @@ import shlex
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -69,7 +71,7 @@ def tiny_validation(batches: int = 2) -> dict[str, list[dict[str, torch.Tensor]]
 def weights_hash(state: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -92,10 +94,10 @@ def train(run: Run, cfg: Config) -> tuple[CausalLM, dict[str, float]]:
     return task, fit(make_trainer(cfg.trainer, run, callbacks), task, loader, tiny_validation(cfg.validation_batches))
 
 
-def main(runs: Path, words: list[str]) -> None:
+def main(runs: Path, words: list[str], cfg: Any = None, train: Callable[[Run, Any], tuple[Any, dict[str, float]]] = train) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(os.getpid())  # nothing may depend on what happened before
-    cfg = Config()
+    cfg = Config() if cfg is None else cfg
     for word in words:
         key, value = word.split("=")
         if key.isupper():
@@ -114,7 +116,7 @@ def main(runs: Path, words: list[str]) -> None:
         (run.folder / "final.txt").write_text(f"{weights_hash(state)} {losses}\n")
 
 
-def serve() -> None:
+def serve(main: Callable[[Path, list[str]], None] = main) -> None:
     for line in sys.stdin:
         command, *words = shlex.split(line)
         if command == "wait":

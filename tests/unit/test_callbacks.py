@@ -104,7 +104,8 @@ def test_throughput_counts_steps_and_pauses(monkeypatch):
     lines = []
     trainer = fake_trainer(accumulate_grad_batches=2, world_size=3, loggers=[types.SimpleNamespace(log_metrics=lambda m, s: lines.append((s, m)))],
                            checkpoint_callback=types.SimpleNamespace(seconds=0.0))
-    module = types.SimpleNamespace(active_parameters=1000, device=torch.device("cpu"), log_dict=lambda *_, **__: None)
+    module = types.SimpleNamespace(active_parameters=1000, device=torch.device("cpu"), log_dict=lambda *_, **__: None, unit="tokens",
+                                   amount=lambda batch: batch["input_ids"].numel())
     meter, batch = Throughput(torch.float32, log_every=2, peak=1e6), {"input_ids": torch.zeros(2, 5)}
     meter.on_fit_start(trainer, module)
     meter.on_train_start(trainer, module)
@@ -217,13 +218,13 @@ def test_plain_progress_is_sparse(monkeypatch):
         bar.on_train_batch_end(trainer, None, None, None, 0)
     assert [line.split(":")[0] for line in lines] == ["step 1/50", "step 11/50", "step 21/50"]
     assert lines[0] == "step 1/50: loss 2.5, tokens/s 12,345, mfu 0.25"
-    bar.on_validation_end(trainer, types.SimpleNamespace(val_losses={"code": 1.5}))
+    bar.on_validation_end(trainer, types.SimpleNamespace(val_line=lambda: "validation loss code 1.5000"))
     assert lines[-1] == "step 29: validation loss code 1.5000"
 
 
 def test_the_bar_counts_steps_from_where_training_begins(capsys):
     lines = []
-    bar, module = BarProgress(lines.append), types.SimpleNamespace(val_losses={"code": 1.5})
+    bar, module = BarProgress(lines.append), types.SimpleNamespace(val_line=lambda: "validation loss code 1.5000")
     trainer = fake_trainer(progress_bar_metrics={"train/loss": 2.5, "tokens/s": 12345.0, "mfu": 0.25}, max_steps=5, global_step=3, accumulate_grad_batches=2)
     bar.on_train_start(trainer, module)
     for micro in range(4):

@@ -1,0 +1,69 @@
+"""What a training changes by schedule or mends after each step: temperatures of attention over kernels, masks of pruned weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+
+class Temperature(Callback):
+    """Sets a temperature before every optimiser step, by a schedule of the step (from 0).
+
+    Since the step alone decides, a resumed training goes on with the right one. Logged as train/temperature every `log_every` steps.
+
+    Args:
+        schedule: step -> temperature.
+        apply: puts a temperature into the net.
+        log_every: optimiser steps; 0: never.
+    """
+
+    def __init__(self, schedule: Callable[[int], float], apply: Callable[[float], None], log_every: int = 0) -> None:
+        self.schedule, self.apply, self.log_every = schedule, apply, log_every
+        self._step: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where training begins or goes on, before a validation there: that of the step before, as if nothing had happened in between."""
+        self._step = None
+        self.apply(self.schedule(max(trainer.global_step - 1, 0)))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """At the first micro-batch of a step."""
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self.apply(self.schedule(self._step))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log, with the number that the step's other metrics bear."""
+        done = self._step is not None and trainer.global_step == self._step + 1
+        if self.log_every and done and trainer.global_step % self.log_every == 0:
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/temperature": self.schedule(self._step)}, trainer.global_step)
+
+
+class KeepMask(Callback):
+    """Calls `apply` right after every step of the optimisers, so that no weight average, checkpoint or validation sees what they did to pruned weights.
+
+    For optimisers that mix the elements of a tensor (Muon, Rprop); Adam and SGD leave exact zeros alone.
+
+    Args:
+        apply: puts the masks on again, in place.
+    """
+
+    def __init__(self, apply: Callable[[], None]) -> None:
+        self.apply = apply
+        self._hooks: list[Any] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hang the hooks."""
+        self.apply()
+        self._hooks = [optimizer.register_step_post_hook(lambda *_: self.apply()) for optimizer in trainer.optimizers]
+
+    def on_train_end(self, *_: Any) -> None:
+        """Take them away."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    on_exception = on_train_end
