@@ -119,6 +119,8 @@ def from_dense(
         # The graph pass of a later chunk runs the dense layers before it, so with co-activations nothing may go until all chunks are in.
         if consume and (method.needs != "coactivations" or i >= len(layers) - per_pass):
             layer.mlp = None
+    if fits is not None:
+        next(fits, None)  # lets go of its temporary file, and of the modes and flags that the dense model has meanwhile
     moe = _assemble(dense, config, state, consume, seed)
     for layer, gate_ED in zip(moe.model.layers, gates, strict=bool(gates)):
         layer.mlp.gate.weight.data.copy_(gate_ED)

@@ -224,3 +224,10 @@ def test_a_list_by_layer_saves_loads_and_is_refused_by_exports(dense, tmp_path):
     for name, value in (("num_shared_experts", [1, 2]), ("moe_intermediate_size", [6] * 4), ("num_experts_per_tok", [4, 4])):
         with pytest.raises(ValueError, match=f"{name} has {len(value)} entries; one value or one for each of the 3 layers"):
             from_dense(dense, **dict(num_experts=8, num_experts_per_tok=4) | {name: value}, construction="calibrated", batches=text())
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_mode_of_the_dense_model_comes_along(dense, mode):
+    source = copy.deepcopy(dense).train(mode)
+    made = [from_dense(source, construction=m, batches=text()) for m in ("calibrated", "random")] + [prune_dense(source, 0.5, batches=text())]
+    assert all(m.training == mode for model in (*made, source) for m in model.modules()) and all(p.requires_grad for m in made for p in m.parameters())
