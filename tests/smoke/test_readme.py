@@ -39,8 +39,8 @@ def test_experiments_accept_the_words(command):
     assert "activated (without gates)" in done.stdout
 
 
-def test_the_python_block_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_the_python_blocks_run_one_after_the_other(tmp_path):
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.S))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "my-mixtral" / "model.safetensors").is_file()
