@@ -3,7 +3,8 @@
     python -m benchmarks.compare FOLDER [--save]
 
 What is compared are the ratios to a table's reference row (dense network, plain torch), which other load on the machine moves little. A ratio of
-ours that is a quarter worse is said, one twice as bad is an error; peers' and improvements are only said. Another device has nothing to compare with.
+ours that is a quarter worse is said; one twice as bad is an error, where three quarters of the rounds agree (a disturbed machine moves medians); peers' and
+improvements are only said. Another device has nothing to compare with.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Change:
     metric: str
     before: float
     now: float
+    low: float  # lower quartile now
     ours: bool
 
     @property
@@ -35,7 +37,7 @@ class Change:
 
     @property
     def bad(self) -> bool:
-        return self.ours and self.factor >= BAD
+        return self.ours and self.low >= BAD * self.before
 
     def __str__(self) -> str:
         word = "worse" if self.factor > 1 else "better"
@@ -47,21 +49,21 @@ def device_kind(env: dict) -> str:
     return env["device"] if env["kind"] == "cuda" else f"{env['device']}, {env['threads']} threads"
 
 
-def ratios(result: dict) -> Iterator[tuple[tuple[str, str, str], float, bool]]:
-    """((table, row, metric), median, is it ours) of every ratio but the reference's own, which is 1."""
+def ratios(result: dict) -> Iterator[tuple[tuple[str, str, str], dict[str, float], bool]]:
+    """((table, row, metric), median and quartiles, is it ours) of every ratio but the reference's own, which is 1."""
     for table in result["tables"]:
         for name, row in table["rows"].items():
             for metric, value in row.items():
                 if metric.endswith("_ratio") and name != table["reference"]:
-                    yield (table["name"], name, metric), value["median"], name in table["ours"]
+                    yield (table["name"], name, metric), value, name in table["ours"]
 
 
 def compare(new: dict, old: dict) -> list[Change]:
     """Ratios that both results have and that moved by a quarter or more, the worst first. ValueError for results of two devices or of two kinds."""
     if new["what"] != old["what"] or device_kind(new["env"]) != device_kind(old["env"]):
         raise ValueError(f"{new['what']} on {device_kind(new['env'])} does not compare with {old['what']} on {device_kind(old['env'])}")
-    before = {key: value for key, value, _ in ratios(old)}
-    changes = [Change(*key, before[key], value, ours) for key, value, ours in ratios(new) if key in before]
+    before = {key: value["median"] for key, value, _ in ratios(old)}
+    changes = [Change(*key, before[key], value["median"], value["low"], ours) for key, value, ours in ratios(new) if key in before]
     return sorted((c for c in changes if c.factor >= WORSE or c.factor <= 1 / WORSE), key=lambda c: -c.factor)
 
 

@@ -31,6 +31,13 @@ def test_compare(now, said, bad):
     assert all(c.factor == now for c in changes)
 
 
+def test_a_median_that_few_rounds_moved_is_said_but_not_bad():
+    now = result(8.0)
+    now["tables"][0]["rows"]["dyn torch"]["both_ratio"]["low"] = 1.4
+    changes = compare.compare(now, result(1.0))
+    assert len(changes) == 2 and not any(c.bad for c in changes)
+
+
 def test_compare_takes_what_both_have_and_refuses_other_devices():
     new, old = result(3.0), result(1.0)
     new["tables"].append(new["tables"][0] | {"name": "new"})
