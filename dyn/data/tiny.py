@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,17 +58,25 @@ def tiny_tokens(domains: Sequence[str] = DOMAINS, vocab_size: int = 64, document
     return result
 
 
-def tiny_tokenizer():
-    """A byte-level tokenizer (256 bytes, <unk> 0, <s> 1, </s> 2, no merges: 259 ids) that behaves like any fast tokenizer of transformers."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def tiny_tokenizer(framed: bool = False):
+    """A byte-level tokenizer (256 bytes, <unk> 0, <s> 1, </s> 2, no merges: 259 ids) that behaves like any fast tokenizer of transformers.
+
+    framed: it puts texts between <s> and </s>, two of them as RoBERTa and BART do, and has a padding token of its own (<pad> 259).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters, *(["<pad>"] if framed else [])])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    own = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    if framed:
+        frame = dict(single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+        tokenizer.post_processor = processors.TemplateProcessing(**frame)
+        own |= dict(cls_token="<s>", sep_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **own)
 
 
 def tiny_pictures(count: int = 60, classes: int = 3, size: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -119,6 +128,60 @@ def tiny_glue(folder: str | Path, tasks: Sequence[str] = ("cola", "mrpc", "stsb"
             (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             configs.append(f"  - split: {split}\n    path: {task}/{split}.jsonl")
     (folder / "README.md").write_text("---\nconfigs:\n" + "\n".join(configs) + "\n---\n")
+    return str(folder)
+
+
+def tiny_questions(count: int = 60, unanswerable: bool = False, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+    """Split (a third as many to validate) -> SQuAD's rows: which of some things has which colour. unanswerable: every third question is of a thing that the
+    text does not name."""
+    things, colours = ["cup", "hat", "van", "pen", "jug", "map", "bus", "rug"], ["red", "green", "blue", "black", "white"]
+    result = {}
+    for s, (split, n) in enumerate((("train", count), ("validation", max(count // 3, 4)))):
+        rng, rows = np.random.default_rng([seed, 4, s]), []
+        for i in range(n):
+            named = rng.permutation(things)[: rng.integers(2, 6)]
+            facts = [f"The {thing} is {rng.choice(colours)}." for thing in named]
+            asked, text = int(rng.integers(len(named))), " ".join(facts)
+            start = len(" ".join(facts[:asked])) + bool(asked) + len(f"The {named[asked]} is ")
+            answer, missing = facts[asked].split()[-1][:-1], bool(unanswerable and i % 3 == 0)
+            thing = next(t for t in things if t not in named) if missing else named[asked]
+            rows.append({"id": f"{split}-{i}", "title": "things", "context": text, "question": f"Which colour has the {thing}?",
+                         "answers": {"text": [] if missing else [answer], "answer_start": [] if missing else [start]}})
+        result[split] = rows
+    return result
+
+
+def tiny_squad(folder: str | Path, count: int = 60, unanswerable: bool = False, seed: int = 0) -> str:
+    """Write `tiny_questions` as Parquet files in the hub's layout, below a config as rajpurkar/squad has it; gives the folder."""
+    return _parquet(folder, "plain_text", tiny_questions(count, unanswerable, seed))
+
+
+def tiny_pairs(count: int = 48, seed: int = 0) -> dict[str, tuple[list[str], list[str]]]:
+    """Split (a third as many to validate) -> (documents, summaries): a summary is the first three words of its document."""
+    words, result = [f"{a}{b}{c}" for a in "bdk" for b in "aou" for c in "lmnt"], {}
+    for s, (split, n) in enumerate((("train", count), ("validation", max(count // 3, 4)))):
+        rng = np.random.default_rng([seed, 5, s])
+        documents = [" ".join(rng.choice(words, rng.integers(4, 12))) for _ in range(n)]
+        result[split] = documents, [" ".join(document.split()[:3]) for document in documents]
+    return result
+
+
+def tiny_xsum(folder: str | Path, count: int = 48, seed: int = 0) -> str:
+    """Write `tiny_pairs` as Parquet files in the layout of EdinburghNLP/xsum; gives the folder."""
+    rows = {split: [{"document": d, "summary": s, "id": str(i)} for i, (d, s) in enumerate(zip(*pairs, strict=True))]
+            for split, pairs in tiny_pairs(count, seed).items()}
+    return _parquet(folder, "default", rows)
+
+
+def _parquet(folder: str | Path, config: str, parts: dict[str, list[dict[str, Any]]]) -> str:
+    from datasets import Dataset
+
+    folder, lines = Path(folder), [f"- config_name: {config}\n  data_files:"]
+    (folder / config).mkdir(parents=True, exist_ok=True)
+    for split, rows in parts.items():
+        Dataset.from_list(rows).to_parquet(str(folder / config / f"{split}-00000-of-00001.parquet"))
+        lines.append(f"  - split: {split}\n    path: {config}/{split}-*")
+    (folder / "README.md").write_text("---\nconfigs:\n" + "\n".join(lines) + "\n---\n")
     return str(folder)
 
 

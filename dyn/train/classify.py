@@ -6,13 +6,10 @@ B examples a batch, C classes, N examples of a validation set.
 from __future__ import annotations
 
 import dataclasses
-import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -22,9 +19,9 @@ from torchmetrics.classification import BinaryF1Score, BinaryMatthewsCorrCoef, M
 
 from dyn.data.images import mixing
 from dyn.data.loader import counts
-from dyn.train.optim import RecipeConfig, recipe_optimizer, schedule
+from dyn.train.optim import RecipeConfig
 from dyn.train.settings import ClassifyConfig, TrainerConfig
-from dyn.train.task import Task
+from dyn.train.supervised import Supervised
 
 _NOT_INPUTS = ("labels", "index")
 
@@ -59,15 +56,13 @@ def make_metrics(names: Sequence[str], num_labels: int) -> MetricCollection:
     return MetricCollection(metrics, compute_groups=False)
 
 
-class Classifier(Task):
+class Classifier(Supervised):
     """Cross-entropy on images or sentences, or mean squared error for one label.
 
     Batches have `images`, or the named inputs of an encoder, and `labels` [B]; those that do not count (`dyn.data.loader.blank`) are left out. The net maps
     images, or the inputs by name, to logits [B, C] or to an output with `logits`; an `aux_loss` in the output (a balance loss, already weighted) is added.
 
-    Logged every `cfg.log_every` optimiser steps, as means over micro-batches and ranks: train/loss, train/task_loss and train/aux_loss where there is such a
-    part, train/grad_norm, lr, examples (seen so far, by all ranks). At validation: val/loss and val/<metric>; for several sets val/<set>/loss and
-    val/<set>/<metric>, and val/loss as their mean. `val_metrics` has them all, `answers` what was said to every example.
+    Logged: train/loss, train/task_loss and train/aux_loss where there is such a part, and as in `Supervised`. `answers` are `Answers`.
 
     Args:
         net: the network, or a function that builds it, called in `configure_model`.
@@ -85,17 +80,15 @@ class Classifier(Task):
 
     def __init__(self, net: nn.Module | Callable[[], nn.Module], optim: RecipeConfig, sets: Sequence[str], cfg: TrainerConfig, *, num_labels: int,
                  metrics: Sequence[str] = ("accuracy",), classify: ClassifyConfig | None = None, head: str | None = None) -> None:
-        super().__init__(net, optim, sets, cfg)
+        super().__init__(net, optim, sets, cfg, head=head)
         self.classify = ClassifyConfig() if classify is None else classify
         mixed = self.classify.mixup or self.classify.cutmix
         if num_labels == 1 and (mixed or self.classify.label_smoothing):
             raise ValueError("mixup, cutmix and label smoothing need classes; this is a regression (num_labels=1)")
-        self.num_labels, self.metrics, self.head, self.examples = num_labels, list(metrics), head, 0
+        self.num_labels, self.metrics = num_labels, list(metrics)
         make_metrics(self.metrics, num_labels)  # refuses now what would not fit after the first training steps
         self._mix = mixing(num_labels, mixup=self.classify.mixup, cutmix=self.classify.cutmix, label_smoothing=self.classify.label_smoothing) if mixed else None
         self.average = nn.Module()  # holds the averaged tensors as buffers: moved, saved and loaded with everything else
-        self.val_metrics: dict[str, float] = {}
-        self.answers: dict[str, Answers] = {}
 
     def configure_model(self) -> None:
         """As every task; then memory format, the average, compilation."""
@@ -112,32 +105,7 @@ class Classifier(Task):
         if self.classify.compile:
             self.net.compile()
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """The recipe, by optimiser step."""
-        head = None
-        if self.head is not None:
-            try:
-                head = self.net.get_submodule(self.head)
-            except AttributeError:
-                parts = ", ".join(name for name, _ in self.net.named_children())
-                raise ValueError(f"head={self.head!r} is no part of {type(self.net).__name__}; it has {parts}") from None
-        optimizer = recipe_optimizer(self.net, self.optim, head)
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(self.optim, self.cfg.max_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
-
     # Training
-
-    def amount(self, batch: Mapping[str, Tensor]) -> int:
-        """Examples."""
-        return len(batch["labels"])
-
-    def seen(self) -> dict[str, float]:
-        """Examples."""
-        return {"examples": self.examples}
-
-    def resume_seen(self, seen: Mapping[str, float]) -> None:
-        """Examples."""
-        self.examples = seen["examples"]
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of one micro-batch; Lightning divides by their number."""
@@ -152,10 +120,6 @@ class Classifier(Task):
             loss = task_loss + aux
         self.record(**{"train/loss": loss, "train/task_loss": None if aux is None else task_loss, "train/aux_loss": aux})
         return loss
-
-    def step_metrics(self, sums: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-        """Means."""
-        return {key: value / count for key, value in sums.items()}
 
     @torch.no_grad()
     def stepped(self, sums: dict[str, Tensor]) -> set[str]:
@@ -198,10 +162,6 @@ class Classifier(Task):
 
     # Validation
 
-    def on_validation_epoch_start(self) -> None:
-        """Rows of (index, prediction, label, loss) by set."""
-        self._rows: list[list[Tensor]] = [[] for _ in self.domains]
-
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Keeps what the net, or its average, says; without smoothing and auxiliary losses."""
         wanted = counts(batch["labels"])
@@ -213,44 +173,21 @@ class Classifier(Task):
 
     def on_validation_epoch_end(self) -> None:
         """Exact metrics over all examples, each once, whichever rank saw it."""
-        several = len(self.domains) > 1
-        self.val_losses, self.val_metrics = {}, {}
-        for name, rows in zip(self.domains, self._rows, strict=True):
-            table = _gathered(torch.cat(rows).cpu())
-            if not len(table):
-                raise ValueError(f"validation data without a single label: {name}")
-            table = table[table[:, 0].argsort()]
+        losses, scores = {}, {}
+        for place, name in enumerate(self.domains):
+            table = self.table(place)
             index, predictions, labels = table[:, 0].long(), table[:, 1], table[:, 2]
             if self.num_labels > 1:
                 predictions, labels = predictions.long(), labels.long()
             self.answers[name] = Answers(index, predictions, labels)
-            self.val_losses[name] = table[:, 3].mean().item()
-            prefix = f"val/{name}/" if several else "val/"
-            scores = make_metrics(self.metrics, self.num_labels)(predictions, labels)
-            self.val_metrics |= {f"{prefix}loss": self.val_losses[name], **{f"{prefix}{key}": float(value) for key, value in scores.items()}}
-        self.val_metrics["val/loss"] = math.fsum(self.val_losses.values()) / len(self.domains)
-        self.log_dict({key: torch.tensor(value, dtype=torch.float64) for key, value in self.val_metrics.items()}, logger=False)
-        for logger in self.loggers:
-            logger.log_metrics({**self.seen(), **self.val_metrics}, self.trainer.global_step)
-
-    def val_line(self) -> str:
-        """All metrics."""
-        return "validation " + ", ".join(f"{key.removeprefix('val/')} {value:.4f}" for key, value in self.val_metrics.items())
+            losses[name] = table[:, 3].mean().item()
+            scores[name] = {key: float(value) for key, value in make_metrics(self.metrics, self.num_labels)(predictions, labels).items()}
+        self.report(losses, scores)
 
     def about(self) -> dict[str, Any]:
-        """The task, the settings, and the names and shapes of the net's tensors: classes of CNNs tell little."""
-        shapes = ";".join(f"{name} {tuple(value.shape)}" for name, value in self.net.state_dict().items())
-        return {"tensors": zlib.crc32(shapes.encode()), "num_labels": self.num_labels, "classify": dataclasses.asdict(self.classify), "head": self.head}
+        """The task and its settings too."""
+        return super().about() | {"num_labels": self.num_labels, "classify": dataclasses.asdict(self.classify)}
 
 
 def _key(name: str) -> str:
     return name.replace(".", "|")  # a buffer's name may hold no dot
-
-
-def _gathered(table: Tensor) -> Tensor:
-    """The rows of all ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return table
-    tables: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(tables, table)
-    return torch.cat(tables)
