@@ -26,7 +26,13 @@ _COMMON = 4  # letters: shorter words are mostly grammar
 def gaps(limit_bytes: int = 3_000_000, held_out: float = 0.1) -> tuple[dict[str, list[dict[str, Any]]], str]:
     """Split ("train", "validation") -> questions as SQuAD's rows, at most one a sentence and three a paragraph; and what they are in words."""
     documents = local_text.domains(["docs"], limit_bytes=limit_bytes, limit_validation_bytes=limit_bytes // 10, held_out=held_out)["docs"]
-    parts = {split: [q for document in documents[split] for q in _gaps_of(document)] for split in ("train", "validation")}
+    parts: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
+    seen: set[str] = set()
+    for split in ("validation", "train"):
+        for document in documents[split]:
+            found = [q for q in _gaps_of(document) if q["context"] not in seen]  # documents that differ may share paragraphs
+            parts[split] += found
+            seen |= {q["context"] for q in found}
     return parts, "gaps in the documentation on this machine (a made task on real text, not SQuAD)"
 
 

@@ -71,6 +71,39 @@ class DistillConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class AnswerConfig:
+    """How spans are read from a network that points at their ends."""
+
+    max_answer: int = 30  # tokens of an answer
+    n_best: int = 20  # spans that are kept a window, and then a question
+    null_threshold: float = 0.0  # where questions may have no answer: what a span's score must lie above the null score, less this
+
+    def __post_init__(self) -> None:
+        for name in ("max_answer", "n_best"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"answer.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig:
+    """How a sequence-to-sequence network is trained beside its optimiser, and how it writes at validation; the defaults are XSum's (section 4.2)."""
+
+    label_smoothing: float = 0.1
+    num_beams: int = 6
+    max_length: int = 60  # tokens, those that the network begins with included
+    min_length: int = 10
+    no_repeat_ngram: int = 3  # no run of so many tokens comes twice; 0: it may
+    length_penalty: float = 1.0  # a beam's log-probability is divided by its length to this power
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"generate.label_smoothing={self.label_smoothing} must lie in [0, 1)")
+        if self.num_beams < 1 or self.no_repeat_ngram < 0 or not 0 <= self.min_length < self.max_length:
+            raise ValueError(f"generate.num_beams={self.num_beams} must be at least 1, no_repeat_ngram={self.no_repeat_ngram} at least 0, and "
+                             f"min_length={self.min_length} between 0 and max_length={self.max_length}")
+
+
+@dataclass(kw_only=True, slots=True)
 class ClassifyConfig:
     """How a classification is trained, beside its optimiser."""
 
