@@ -104,7 +104,7 @@ class Summarisation(Supervised):
                                        length_penalty=cfg.length_penalty, early_stopping=cfg.num_beams > 1)
         index = batch["index"][wanted]
         written = (written_BM[:, 1:] != self.tokenizer.pad_token_id).sum(1)  # the first token is given, not written
-        texts = [text.strip() for text in self.tokenizer.batch_decode(written_BM[wanted], skip_special_tokens=True)]
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written_BM[wanted].tolist()]
         references = self.pairs[self.domains[dataloader_idx]].references
         rouge = torch.tensor([rouge_of(text, references[i]) for i, text in zip(index.tolist(), texts, strict=True)], dtype=torch.float64)
         tokens = (batch["labels"] != _AWAY).sum(1)

@@ -79,7 +79,8 @@ def test_other_columns_and_limits_by_the_seed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("settings", "message"), [
     (dict(document="article"), "split 'train': no column document='article'; found document, summary, id"),
-    (dict(path="someone/else"), "no data set; looked for"), (dict(max_summary=3), "max_summary=3 must be at least 4"), (dict(validation_limit=0), "validation_limit=0 must be at least 1"),
+    (dict(path="someone/else"), "no data set; looked for"), (dict(max_summary=3), "max_summary=3 must be at least 4"),
+    (dict(validation_limit=0), "validation_limit=0 must be at least 1"),
     (dict(config="other"), "no config 'other'; there are default"),
 ])
 def test_refusals(folder, settings, message):
