@@ -50,16 +50,18 @@ def tiny_host():
     """(family, task, seed, **settings) -> a tiny random host of adapters in evaluation mode; task: classify | base | lm | qa."""
     import transformers
 
-    bert = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99, max_position_embeddings=64)
+    bert = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99, max_position_embeddings=64,
+                initializer_range=0.2)
     llama = bert | dict(num_key_value_heads=2, pad_token_id=0)
     families = {
         "bert": ("Bert", bert),
         "roberta": ("Roberta", bert | dict(pad_token_id=0)),
         "electra": ("Electra", bert | dict(embedding_size=16)),
         "albert": ("Albert", bert | dict(embedding_size=16)),
-        "distilbert": ("DistilBert", dict(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=99, max_position_embeddings=64)),
+        "distilbert": ("DistilBert", dict(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=99, max_position_embeddings=64,
+                                          initializer_range=0.2)),
         "bart": ("Bart", dict(d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
-                              decoder_ffn_dim=64, vocab_size=99, max_position_embeddings=64)),
+                              decoder_ffn_dim=64, vocab_size=99, max_position_embeddings=64, init_std=0.2)),
         "llama": ("Llama", llama), "mistral": ("Mistral", llama | dict(sliding_window=4)), "qwen2": ("Qwen2", llama),
         "qwen3": ("Qwen3", llama | dict(head_dim=8)),
         "llama_moe": ("LlamaMoe", llama | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, gate="linear", gate_noise=False)),

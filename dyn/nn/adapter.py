@@ -66,7 +66,7 @@ def attach(model: nn.Module, kind: Kind, r: int | None = None, name: str = "defa
         open_site(piece.place, piece.role, active)[name] = piece.module.train(model.training)
         if piece.place.how == "attention":
             _hosts().see_prefix(piece.place.module)
-    own = {id(p) for site in sites(model).values() for p in site[name].parameters() if name in site}
+    own = {id(p) for module in modules_of(model, name).values() for p in module.parameters()}
     for p in host.model.parameters():
         if id(p) not in own:
             p.requires_grad_(False)
@@ -266,7 +266,8 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def _loras(model: nn.Module, name: str) -> list[tuple[nn.Linear, Site, LoRA]]:
-    return [(model.get_submodule(path.rpartition(".")[0]), site, site[name]) for path, site in sites(model).items() if isinstance(site.get(name), LoRA)]
+    found = {path: site for path, site in sites(model).items() if name in site and isinstance(site[name], LoRA)}
+    return [(model.get_submodule(path.rpartition(".")[0]), site, site[name]) for path, site in found.items()]
 
 
 def fusion_penalty(model: nn.Module, name: str = "default", weight: float = 0.01) -> Tensor:
