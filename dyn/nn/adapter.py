@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from fractions import Fraction
 from types import ModuleType
 from typing import Any
 
@@ -19,8 +18,7 @@ from dyn.nn.adapter_sites import Active, Place, Site, check_place, choose, modul
 
 
 def attach(model: nn.Module, kind: Kind, r: int | None = None, name: str = "default", *, head: bool | None = None, official: bool = False,
-           layers: Sequence[int] | None = None, init_keep: float | Fraction = 1.0, seed: int | None = None, dtype: torch.dtype | None = None,
-           **flags: Any) -> nn.Module:
+           layers: Sequence[int] | None = None, seed: int | None = None, dtype: torch.dtype | None = None, **flags: Any) -> nn.Module:
     """Put an adapter on a network of transformers, let it act and train it alone: the host and other adapters are frozen. In place; returns the model.
 
     Hosts: BERT, RoBERTa, ALBERT (whose shared layers share their adapters), ELECTRA, DistilBERT, BART, Llama-like decoders; they may be part of `model`.
@@ -35,8 +33,6 @@ def attach(model: nn.Module, kind: Kind, r: int | None = None, name: str = "defa
         official: placement and defaults of the official code: layer norms "in" before every block, the attention block before the dropout and always of
             init "bert" and scale 1, the host's dropout in the bottleneck, LoRA with both matrices random.
         layers: indices of the layers that get it; default all.
-        init_keep: the share that pruning is going to keep: random matrices spread 1/sqrt(keep) times as wide, so that the masked adapter starts as far
-            from its host as a dense one (section 7.12).
         seed: of the initial values; None: torch's random state.
         dtype: of the adapter's parameters; None: the host's.
         flags: those of `adapter_build.FLAGS[kind]`.
@@ -56,13 +52,11 @@ def attach(model: nn.Module, kind: Kind, r: int | None = None, name: str = "defa
     if name in active.configs:
         raise ValueError(f"an adapter {name!r} is attached already; detach it first, or take another name")
     _refuse_merged(active)
-    if not 0 < init_keep <= 1:
-        raise ValueError(f"init_keep={init_keep} must lie in (0, 1]")
     generator, made = None if seed is None else torch.Generator().manual_seed(seed), pieces(model, host, config, name, dtype)
     for piece in made:
         check_place(piece.place, piece.role)
     for piece in made:
-        piece.module.draw(piece.init, generator, float(init_keep) ** -0.5)
+        piece.module.draw(piece.init, generator)
         open_site(piece.place, piece.role, active)[name] = piece.module.train(model.training)
         if piece.place.how == "attention":
             _hosts().see_prefix(piece.place.module)
@@ -282,15 +276,3 @@ def fusion_penalty(model: nn.Module, name: str = "default", weight: float = 0.01
         raise ValueError(f"adapter {name!r} is no fusion")
     return weight * torch.stack([m.penalty() for m in found]).sum()
 
-
-def large_sparse(r: int, k: int) -> tuple[int, Fraction]:
-    """Large-Sparse (section 3.2): (k r, 1/k), a bottleneck k times as wide and the share to keep of it, so that just as many weights train as at r dense.
-
-    attach(model, kind, r=wide), then prune(..., keep=keep). It trains as many weights and computes k times as much.
-
-    Raises:
-        ValueError: r or k below 1.
-    """
-    if r < 1 or k < 1:
-        raise ValueError(f"large_sparse: r={r} and k={k} must be at least 1")
-    return k * r, Fraction(1, k)
