@@ -106,7 +106,7 @@ def load_adapter(model: nn.Module, d: str | Path, name: str | None = None, *, he
             raise ValueError(f"{folder} was saved from a host with {key} {about['host'].get(key)!r}; {type(host.model).__name__} has {identity[key]!r}")
     heads = {key: p for part in host.heads for key, p in _below(host.model, part).items()}
     head_tensors = head_tensors if head else {}
-    if found := [key for key in dict.fromkeys([*head_tensors, *heads]) if head_tensors and _shape(head_tensors, key) != _shape(heads, key)]:
+    if found := [key for key in dict.fromkeys([*heads, *head_tensors]) if head_tensors and _shape(head_tensors, key) != _shape(heads, key)]:
         raise ValueError(f"{folder}: its head has {found[0]} {_shape(head_tensors, found[0])}, {type(host.model).__name__} has {_shape(heads, found[0])}; "
                          "load_adapter(..., head=False) leaves the head out")
     state = _unpack(folder, about, tensors)

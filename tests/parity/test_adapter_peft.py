@@ -57,7 +57,8 @@ def test_outputs_and_gradients(tiny_host, tiny_text, family, task):
 
 @pytest.mark.parametrize(("family", "task", "where", "form"), [
     ("bert", "classify", ("query", "value"), "mask"), ("bert", "classify", ("query", "key", "value", "output", "ffn"), "flat"),
-    ("bert", "classify", "ffn", "unit"), ("roberta", "qa", ("query", "output"), "mask"), ("bart", "lm", ("query", "value", "ffn"), "mask"), ("albert", "classify", ("query", "value"), None),
+    ("bert", "classify", "ffn", "unit"),
+    ("roberta", "qa", ("query", "output"), "mask"), ("bart", "lm", ("query", "value", "ffn"), "mask"), ("albert", "classify", ("query", "value"), None),
     ("llama", "lm", ("query", "key", "value", "output", "ffn"), "unit"), ("qwen3", "classify", ("query", "value"), "mask"),
 ])
 def test_peft_loads_what_we_export(tiny_host, tiny_text, tmp_path, family, task, where, form):

@@ -231,7 +231,7 @@ def test_damaged_files_are_refused(tiny_host, tmp_path, harm, words):
     ("roberta", {}, "host with model_type 'bert'; RobertaForSequenceClassification has 'roberta'"),
     ("bert", {"hidden_size": 64}, "host with hidden_size 32; .* has 64"),
     ("bert", {"num_hidden_layers": 3}, "host with num_layers 2; .* has 3"),
-    ("bert", {"num_labels": 3}, r"its head has classifier.bias \[2\], .* has \[3\]; .*head=False"),
+    ("bert", {"num_labels": 3}, r"its head has classifier.weight \[2, 32\], .* has \[3, 32\]; .*head=False"),
 ])
 def test_another_host_is_refused(tiny_host, tmp_path, family, settings, words):
     save_adapter(stir(attach(tiny_host(), "houlsby", 4)), tmp_path / "a")
