@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyn.nn.masked import dense_weight
+
 Init = Literal["bert", "lora", "zero_up"]
 Norm = Literal["none", "in", "out"]
 Activation = Literal["relu", "gelu", "silu", "tanh"]
@@ -36,8 +38,8 @@ class AdapterModule(nn.Module):
         super().__init__()
         self.adapter_name = adapter_name
 
-    def draw(self, init: Init, generator: torch.Generator | None = None, gain: float = 1.0) -> None:
-        """Fill all parameters anew; `gain` multiplies the spread of every random matrix."""
+    def draw(self, init: Init, generator: torch.Generator | None = None) -> None:
+        """Fill all parameters anew."""
         raise NotImplementedError
 
     def flow(self) -> Tensor:
@@ -57,15 +59,15 @@ def _uniform(weight: Tensor, bound: float, generator: torch.Generator | None) ->
         weight.copy_((torch.rand(weight.shape, generator=generator) * 2 - 1) * bound)
 
 
-def _draw_pair(first: Tensor, second: Tensor, init: Init, generator: torch.Generator | None, gain: float) -> None:
+def _draw_pair(first: Tensor, second: Tensor, init: Init, generator: torch.Generator | None) -> None:
     """Two matrices in a row (section 1.1): "bert" N(0, 0.02^2) both; "lora" Kaiming-uniform with a = sqrt(5), which is U(+-1/sqrt(fan in)), and zero;
     "zero_up" N(0, 0.02^2) and zero."""
     if init == "lora":
-        _uniform(first, gain / math.sqrt(first.shape[1]), generator)
+        _uniform(first, 1 / math.sqrt(first.shape[1]), generator)
     else:
-        _normal(first, STD * gain, generator)
+        _normal(first, STD, generator)
     if init == "bert":
-        _normal(second, STD * gain, generator)
+        _normal(second, STD, generator)
     else:
         nn.init.zeros_(second)
 
@@ -95,9 +97,9 @@ class Bottleneck(AdapterModule):
         self.norm_at, self.activation, self.dropout = norm, activation, dropout
         self.scale: float | nn.Parameter = nn.Parameter(torch.ones(1, device=device, dtype=dtype)) if scale == "learnable" else scale
 
-    def draw(self, init: Init, generator: torch.Generator | None = None, gain: float = 1.0) -> None:
+    def draw(self, init: Init, generator: torch.Generator | None = None) -> None:
         """Weights as in `_draw_pair`, biases 0, layer norm (1, 0), learnable scale 1."""
-        _draw_pair(self.down.weight, self.up.weight, init, generator, gain)
+        _draw_pair(self.down.weight, self.up.weight, init, generator)
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.bias)
         if self.norm is not None:
@@ -131,9 +133,9 @@ class LoRA(AdapterModule):
         self.B = nn.Linear(r, d_out, bias=False, device=device, dtype=dtype)
         self.scaling, self.dropout = scaling, dropout
 
-    def draw(self, init: Init, generator: torch.Generator | None = None, gain: float = 1.0) -> None:
+    def draw(self, init: Init, generator: torch.Generator | None = None) -> None:
         """Weights as in `_draw_pair`."""
-        _draw_pair(self.A.weight, self.B.weight, init, generator, gain)
+        _draw_pair(self.A.weight, self.B.weight, init, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, I] -> [T, O], what is added to the linear map's output."""
@@ -141,7 +143,7 @@ class LoRA(AdapterModule):
 
     def change(self) -> Tensor:
         """What is added to the linear map's weight: alpha/r B A, [O, I]."""
-        return self.scaling * (self.B.weight @ self.A.weight)
+        return self.scaling * (dense_weight(self.B) @ dense_weight(self.A))
 
     def flow(self) -> Tensor:
         """See `AdapterModule.flow`."""
@@ -161,10 +163,10 @@ class Prefix(AdapterModule):
         self.key = nn.Parameter(torch.empty(length, dim, device=device, dtype=dtype))
         self.value = nn.Parameter(torch.empty(length, dim, device=device, dtype=dtype))
 
-    def draw(self, init: Init = "bert", generator: torch.Generator | None = None, gain: float = 1.0) -> None:
+    def draw(self, init: Init = "bert", generator: torch.Generator | None = None) -> None:
         """N(0, 0.02^2) whatever `init`: a prefix of zeros is not without effect, and its keys would not learn."""
-        _normal(self.key, STD * gain, generator)
-        _normal(self.value, STD * gain, generator)
+        _normal(self.key, STD, generator)
+        _normal(self.value, STD, generator)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Keys and values, [P, key/value heads * head size] each."""
@@ -186,10 +188,10 @@ class PrefixSource(AdapterModule):
         self.embedding = nn.Parameter(torch.empty(length, dim, device=device, dtype=dtype))
         self.hidden = nn.Linear(dim, width, device=device, dtype=dtype)
 
-    def draw(self, init: Init = "bert", generator: torch.Generator | None = None, gain: float = 1.0) -> None:
+    def draw(self, init: Init = "bert", generator: torch.Generator | None = None) -> None:
         """Embedding N(0, 1), torch's default of nn.Embedding; the linear map N(0, 0.02^2), bias 0."""
         _normal(self.embedding, 1.0, generator)
-        _normal(self.hidden.weight, STD * gain, generator)
+        _normal(self.hidden.weight, STD, generator)
         nn.init.zeros_(self.hidden.bias)
 
     def forward(self) -> Tensor:
@@ -209,9 +211,9 @@ class SharedPrefix(AdapterModule):
         self.source = (source,)  # in a tuple, so that its parameters have one name only
         self.length, self.dropout = len(source.embedding), dropout
 
-    def draw(self, init: Init = "bert", generator: torch.Generator | None = None, gain: float = 1.0) -> None:
+    def draw(self, init: Init = "bert", generator: torch.Generator | None = None) -> None:
         """N(0, 0.02^2), bias 0."""
-        _normal(self.out.weight, STD * gain, generator)
+        _normal(self.out.weight, STD, generator)
         nn.init.zeros_(self.out.bias)
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -240,10 +242,10 @@ class Fusion(AdapterModule):
             self.prunable = self.prunable[:2]
 
     @torch.no_grad()
-    def draw(self, init: Init = "bert", generator: torch.Generator | None = None, gain: float = 1.0) -> None:
+    def draw(self, init: Init = "bert", generator: torch.Generator | None = None) -> None:
         """Query and key N(0, 0.02^2), biases 0; value the identity plus 1e-6 off the diagonal."""
         for linear in (self.query, self.key):
-            _normal(linear.weight, STD * gain, generator)
+            _normal(linear.weight, STD, generator)
             nn.init.zeros_(linear.bias)
         if self.value is not None and not self.value.weight.is_meta:
             self.value.weight.fill_(1e-6).fill_diagonal_(1.0)
