@@ -31,7 +31,9 @@ class Tower(nn.Module):
             linear.weight.data.copy_(torch.randn(linear.weight.shape, generator=g) / d**0.5)
             linear.bias.data.zero_()
         for block in (*self.blocks, self.lora):
-            block.draw(init, g, gain=10.0)
+            block.draw(init, g)
+            for p in block.parameters():
+                p.data.mul_(10)
 
     def forward(self, x):
         for layer, block in zip(self.layers, self.blocks, strict=True):
