@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 Loss = Callable[[nn.Module, Any], Tensor]  # loss_fn(model, batch) -> scalar
 Named = Mapping[str, Tensor]  # parameters by name
+APART = 0x5EED_0001  # added to seeds: weights are often drawn with the same small ones, and equal streams would tie a random choice to their values
 
 
 def score(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, method: str = "snip", params: str | Sequence[str] | None = None, *, seed: int = 0,
@@ -160,7 +161,7 @@ def _summed(model: nn.Module, named: Named, batches: Sequence[Any], loss_fn: Los
 
 
 def _random(model: nn.Module, named: Named, *_: Any) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(torch.initial_seed())  # on the CPU, so that every device gets the same
+    generator = torch.Generator().manual_seed(torch.initial_seed() + APART)  # on the CPU, so that every device gets the same
     return {name: torch.rand(p.shape, generator=generator).to(p.device) for name, p in named.items()}
 
 

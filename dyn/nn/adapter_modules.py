@@ -46,7 +46,7 @@ class AdapterModule(nn.Module):
         """Take the width that these shapes of its parameters have, where it has one; values are left open. Other shapes are left as they are."""
 
     def flow(self) -> Tensor:
-        """The module by itself on ones, its layer norm left out (of a constant vector that is zero), summed: R of SynFlow (section 2.2)."""
+        """The module by itself on ones, its layer norm left out (of a constant vector that is zero), as a mean: R of SynFlow (section 2.2)."""
         raise NotImplementedError
 
 
@@ -132,9 +132,9 @@ class Bottleneck(AdapterModule):
         return self.norm(h) if self.norm_at == "out" else h
 
     def flow(self) -> Tensor:
-        """See `AdapterModule.flow`; the mean over the outputs, as in the official code, is the sum but for a constant."""
+        """See `AdapterModule.flow`."""
         ones = torch.ones(self.down.in_features, device=self.down.weight.device, dtype=self.down.weight.dtype)
-        return (self.up(ACTIVATIONS[self.activation](self.down(ones))) * self.scale).sum()
+        return (self.up(ACTIVATIONS[self.activation](self.down(ones))) * self.scale).mean()
 
 
 class LoRA(AdapterModule):
@@ -169,7 +169,7 @@ class LoRA(AdapterModule):
 
     def flow(self) -> Tensor:
         """See `AdapterModule.flow`."""
-        return self.forward(torch.ones(self.A.in_features, device=self.A.weight.device, dtype=self.A.weight.dtype)).sum()
+        return self.forward(torch.ones(self.A.in_features, device=self.A.weight.device, dtype=self.A.weight.dtype)).mean()
 
 
 class Prefix(AdapterModule):
@@ -196,7 +196,7 @@ class Prefix(AdapterModule):
 
     def flow(self) -> Tensor:
         """See `AdapterModule.flow`: a prefix is linear in its values, so SynFlow ranks it by magnitude."""
-        return self.key.sum() + self.value.sum()
+        return self.key.mean() + self.value.mean()
 
 
 class PrefixSource(AdapterModule):
@@ -290,7 +290,7 @@ class Fusion(AdapterModule):
     def flow(self) -> Tensor:
         """See `AdapterModule.flow`: each matrix by itself."""
         ones = torch.ones(self.query.in_features, device=self.query.weight.device, dtype=self.query.weight.dtype)
-        return sum(linear(ones).sum() for linear in (self.query, self.key, self.value) if linear is not None)
+        return sum(linear(ones).mean() for linear in (self.query, self.key, self.value) if linear is not None)
 
 
 def check_choice(what: str, value: object, allowed: object) -> None:

@@ -5,7 +5,8 @@ The parameter keeps its key. Its mask lies beside it in one of two forms:
 mask: the parameter is dense, the mask a bool buffer, `mask` where the module has one weight, else `<parameter>_mask`. The forward pass sees the weight
     masked, so that pruned positions have zero gradients, and with them zero moments in SGD and in Adam's family.
 flat: the parameter is the 1-D tensor of surviving values, in the weight's own order, so that gradients and moments are as small; the mask is packed, 8
-    positions a byte, as the buffer `bits` or `<parameter>_bits`. The dense weight exists from a forward pass to its backward pass only.
+    positions a byte, as the buffer `bits` or `<parameter>_bits`. The dense weight exists from a forward pass to its backward pass only. Zeros fill the values
+    up to a multiple of 32: fused optimisers round what is left over from their vectors in another way, and the two forms are to train bit by bit alike.
 
 Nothing here is bound to a kind of module: hooks put what the forward pass is to see before the parameter, under its name. Copies of a model are whole, its
 parameters are the optimiser's, under DDP and FSDP2 too (`prune` first, then shard; masks are not sharded).
@@ -23,31 +24,33 @@ from torch import Tensor, nn
 from dyn.core.partition import pack_bits, unpack_bits
 
 Form = Literal["mask", "flat"]
+LINE = 32  # values that no vectorised loop splits: 128 bytes of float32
 
 
 class _Held(NamedTuple):
     """What a module remembers of a masked parameter of its own."""
 
     buffer: str  # the name of the mask, or of the bits
-    shape: torch.Size | None  # flat: of the dense weight
+    shape: torch.Size | None = None  # flat: of the dense weight
+    count: int = 0  # flat: survivors
 
 
 class _Scatter(torch.autograd.Function):
-    """Values in the places of a packed mask, zeros elsewhere; keeps the bits alone for the backward pass."""
+    """The first of the values in the places of a packed mask, zeros elsewhere; keeps the bits alone for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, values_K: Tensor, bits: Tensor, shape: torch.Size) -> Tensor:
+    def forward(ctx: Any, values_K: Tensor, bits: Tensor, shape: torch.Size, count: int) -> Tensor:
         ctx.save_for_backward(bits)
-        ctx.shape, ctx.count = shape, len(values_K)
+        ctx.shape, ctx.count = shape, count
         return values_K.new_zeros(shape).masked_scatter_(unpack_bits(bits, shape, check=False), values_K)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         mask = unpack_bits(ctx.saved_tensors[0], ctx.shape, check=False)
         if grad.device.type == "cpu":
-            return grad.masked_select(mask), None, None
+            return _fill(grad.masked_select(mask)), None, None, None
         # The count is known: a masked selection would wait for the device to find it.
-        return grad.flatten().index_select(0, torch.nonzero_static(mask.flatten(), size=ctx.count).squeeze(1)), None, None
+        return _fill(grad.flatten().index_select(0, torch.nonzero_static(mask.flatten(), size=ctx.count).squeeze(1))), None, None, None
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
@@ -103,7 +106,7 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor], form: Form = "mask"
             raise ValueError(f"{key} is shared by {len(found[key])} modules, which form='flat' cannot serve; take form='mask'")
         for m, n in found[key]:
             taken = _buffer(m, n, form)
-            if hasattr(m, taken) and getattr(m, "_kept", {}).get(n, _Held("", None)).buffer != taken:
+            if hasattr(m, taken) and getattr(m, "_kept", {}).get(n, _Held("")).buffer != taken:
                 raise ValueError(f"{type(m).__name__} has something else named {taken!r}, where the mask of its {n!r} belongs")
     for key, mask in masks.items():
         (module, name), *sharers = found[key]
@@ -111,9 +114,9 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor], form: Form = "mask"
         mask = mask.to(dense.device, copy=True)
         _release(module, name)
         if form == "flat":
-            kept = nn.Parameter(dense[mask], requires_grad=module._parameters[name].requires_grad)
-            module._parameters[name] = kept
-            _hold(module, name, pack_bits(mask), mask.shape)
+            values = dense[mask]
+            module._parameters[name] = nn.Parameter(_fill(values), requires_grad=module._parameters[name].requires_grad)
+            _hold(module, name, pack_bits(mask), mask.shape, len(values))
             continue
         p = module._parameters[name]
         if p.shape != mask.shape:  # it was flat
@@ -160,9 +163,9 @@ def flat_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 def count_pruned(model: nn.Module) -> dict[nn.Parameter, int]:
-    """How many positions of each parameter are dead: pruned, but stored (form "mask")."""
-    return {module._parameters[name]: int((~getattr(module, held.buffer)).sum()) for _, module, name in _masked(model)
-            if (held := module._kept[name]).shape is None}
+    """How many positions of each masked parameter are dead: stored, but pruned."""
+    return {p: int((~getattr(module, held.buffer)).sum()) if held.shape is None else p.numel() - held.count for _, module, name in _masked(model)
+            for p, held in [(module._parameters[name], module._kept[name])]}
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -180,6 +183,10 @@ def _masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         if name in getattr(module, "_kept", ()) and id(p) not in seen:
             seen.add(id(p))
             yield key, module, name
+
+
+def _fill(values_K: Tensor) -> Tensor:
+    return nn.functional.pad(values_K, (0, -len(values_K) % LINE))
 
 
 def _is_sharded(p: Tensor) -> bool:
@@ -213,7 +220,7 @@ def _seen(module: nn.Module, name: str) -> Tensor:
     there = getattr(module, held.buffer)
     if _is_sharded(p):
         p = p.full_tensor()
-    return torch.where(there, p, 0) if held.shape is None else _Scatter.apply(p, there, held.shape)
+    return torch.where(there, p, 0) if held.shape is None else _Scatter.apply(p, there, held.shape, held.count)
 
 
 def _buffer(module: nn.Module, name: str, form: Form) -> str:
@@ -222,9 +229,9 @@ def _buffer(module: nn.Module, name: str, form: Form) -> str:
     return what if weights == [name] else f"{name}_{what}"
 
 
-def _hold(module: nn.Module, name: str, stored: Tensor, shape: torch.Size | None = None, persistent: bool = True) -> None:
+def _hold(module: nn.Module, name: str, stored: Tensor, shape: torch.Size | None = None, count: int = 0, persistent: bool = True) -> None:
     """Remember a mask (or, given the dense shape, bits), and hang the hooks if this is the module's first."""
-    held = _Held(_buffer(module, name, "mask" if shape is None else "flat"), shape)
+    held = _Held(_buffer(module, name, "mask" if shape is None else "flat"), shape, count)
     module.register_buffer(held.buffer, stored, persistent=persistent)
     if not hasattr(module, "_kept"):
         module._kept = {}
@@ -286,9 +293,14 @@ def _read(module: nn.Module, state: dict[str, Tensor], prefix: str, _: dict, __:
                 del state[f"{prefix}{stem}bits"]
             elif held.shape is not None and values is not None:
                 if mask is not None and values.shape == mask.shape == held.shape:
-                    state[prefix + name] = values = values[mask]
+                    state[prefix + name] = values = _fill(values[mask])
                     state[f"{prefix}{stem}bits"] = bits = pack_bits(state.pop(f"{prefix}{stem}mask"))
-                if bits is not None and int(unpack_bits(bits, held.shape).sum()) == len(values) != len(p) and not _is_sharded(p):
-                    p.data = p.new_empty(len(values))
+                if bits is not None:
+                    count = int(unpack_bits(bits, held.shape).sum())
+                    if len(values) != count + -count % LINE:
+                        raise ValueError(f"{count} positions survive by the bits, the file has {len(values)} values")
+                    module._kept[name] = held._replace(count=count)
+                    if len(values) != len(p) and not _is_sharded(p):
+                        p.data = p.new_empty(len(values))
         except (ValueError, RuntimeError) as error:
             errors.append(f"{prefix}{name}: {error}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dyn.core.partition import Scope, keep_masks, kept_count, mask_hash, refuse_uninformative
 from dyn.core.rounds import Masks, Schedule, partition_in_rounds
-from dyn.core.saliency import DATA_DRIVEN, METHODS, Loss, score, select
+from dyn.core.saliency import APART, DATA_DRIVEN, METHODS, Loss, score, select
 from dyn.nn.adapter_modules import STD, AdapterModule
 from dyn.nn.masked import apply_masks, dense_weight, dense_weights, drop_masks, masks, set_masks
 from dyn.nn.structured import Units, narrow, two_of_four
@@ -99,7 +99,7 @@ def prune(model: nn.Module, batches: Iterable[Any] | None = None, loss_fn: Loss 
         if scope == "local":
             raise ValueError("method='erdos_renyi' is an allocation of its own; scope='local' contradicts it")
         scope = "erdos_renyi"
-    share = _share(keep, form)
+    share, draws = _share(keep, form), seed + APART
     chosen = _adapter_weights(model, name, biases, prefix, fusion) if params is None else select(model, params)
     there = {key: mask for key, mask in masks(model).items() if key in chosen}
     _check_form(form, chosen, there, scope, rounds, params)
@@ -118,7 +118,7 @@ def prune(model: nn.Module, batches: Iterable[Any] | None = None, loss_fn: Loss 
         raise ValueError(f"keep={keep} of {total} positions keeps none of them")
     found = start
     if share < 1:
-        with _stand_ins(chosen, None if method in ("random", "erdos_renyi") else seed) as values:
+        with _stand_ins(chosen, None if method in ("random", "erdos_renyi") else draws) as values:
             take = _scorer(model, chosen, batches, loss_fn, method, seed, values if not monotone else None,
                            flow or (_blocks_alone(model, chosen) if params is None and method == "synflow" else None))
 
@@ -130,12 +130,12 @@ def prune(model: nn.Module, batches: Iterable[Any] | None = None, loss_fn: Loss 
                 scores = take()
                 if method in DATA_DRIVEN:
                     refuse_uninformative(scores, method)
-                found = two_of_four(scores, seed, shuffle is not None)
+                found = two_of_four(scores, draws, shuffle is not None)
             else:
-                found = partition_in_rounds(lambda _: collapse(take()), start, keep=share, rounds=rounds, schedule=schedule, scope=scope, seed=seed,
+                found = partition_in_rounds(lambda _: collapse(take()), start, keep=share, rounds=rounds, schedule=schedule, scope=scope, seed=draws,
                                             monotone=monotone, informative=method if method in DATA_DRIVEN else None, apply=apply)
     if shuffle and form != "2:4":
-        found = keep_masks({key: m.float() for key, m in found.items()}, sum(int(m.sum()) for m in found.values()), seed=seed, shuffle=shuffle)
+        found = keep_masks({key: m.float() for key, m in found.items()}, sum(int(m.sum()) for m in found.values()), seed=draws, shuffle=shuffle)
     _agree(found)
     if units:
         narrow(model, units, found)

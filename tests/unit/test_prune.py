@@ -184,6 +184,15 @@ def test_the_shuffled_twin_keeps_counts_by_tensor():
     assert {k: int(m.sum()) for k, m in found.items()} == {k: int(m.sum()) for k, m in twin.items()} and mask_hash(found) != mask_hash(twin)
 
 
+def test_random_masks_do_not_depend_on_weights_of_the_same_seed():
+    torch.manual_seed(0)
+    block = Bottleneck(64, 64)
+    block.draw("bert")
+    prune(block, None, None, "random", keep=0.5, seed=0)
+    kept_weights = [w[m] for w, m in zip(dense_weights(block).values(), masks(block).values(), strict=True)]
+    assert all(w.std().item() == pytest.approx(0.02, rel=0.06) and abs(w.mean()) < 2e-3 for w in kept_weights)
+
+
 def test_keep_one_is_the_dense_adapter():
     for whole in (1.0, 1, Fraction(1)):
         model = prune(Host(), keep=whole)
