@@ -1,6 +1,6 @@
-"""Run the benchmarks on this machine: experts and routing (checked against float64 first), then whole models; then compare with what is committed.
+"""Run the benchmarks on this machine: experts and routing (checked against float64 first), whole models, adapters; then compare with what is committed.
 
-    python -m benchmarks [--quick | --tiny] [--device cuda] [--parts ops,routing,steps] [--only TEXT] [--out FOLDER] [--save]
+    python -m benchmarks [--quick | --tiny] [--device cuda] [--parts ops,routing,steps,adapters] [--only TEXT] [--out FOLDER] [--save]
 
 Writes Markdown, JSON and a plot a part. `--cpu-time --threads 1` counts the process's own time, for a machine that is busy. Exit status 1 where a
 result of ours is wrong or a ratio twice as bad as the committed one of the same device.
@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, ops, routing, steps
+from benchmarks import adapters, compare, ops, routing, steps
 from benchmarks.measure import environment, make_clock
 
-PARTS = ("ops", "routing", "steps")
+PARTS = ("ops", "routing", "steps", "adapters")
 ROUNDS = {"tiny": 2, "quick": 5, "full": 15}
 
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     size.add_argument("--quick", dest="size", action="store_const", const="quick", help="some shapes, few rounds: under five minutes on two cores")
     size.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="the whole path on tiny shapes; with TRITON_INTERPRET=1 our kernels too")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--parts", default=",".join(PARTS), help="some of ops,routing,steps")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--only", default="", help="tables of ops whose name has this text")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder of the reports")
     parser.add_argument("--rounds", type=int, help=f"of each table (default: {ROUNDS})")
@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         (args.out / f"{part}.json").unlink(missing_ok=True)  # of an earlier run: it would be compared again
     for part, run in (("ops", lambda: ops.run(env, size, args.out, rounds, clock, args.only)),
                       ("routing", lambda: routing.run(env, size, args.out, rounds, clock)),
-                      ("steps", lambda: steps.run(env, size, args.out, rounds, clock))):
+                      ("steps", lambda: steps.run(env, size, args.out, rounds, clock)),
+                      ("adapters", lambda: adapters.run(env, size, args.out, rounds, clock))):
         if part in parts:
             start = time.perf_counter()
             run()

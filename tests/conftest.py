@@ -43,3 +43,55 @@ def fake(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     return folder
+
+
+@pytest.fixture
+def tiny_host():
+    """(family, task, seed, **settings) -> a tiny random host of adapters in evaluation mode; task: classify | base | lm | qa."""
+    import transformers
+
+    bert = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99, max_position_embeddings=64,
+                initializer_range=0.2)
+    llama = bert | dict(num_key_value_heads=2, pad_token_id=0)
+    families = {
+        "bert": ("Bert", bert),
+        "roberta": ("Roberta", bert | dict(pad_token_id=0)),
+        "electra": ("Electra", bert | dict(embedding_size=16)),
+        "albert": ("Albert", bert | dict(embedding_size=16)),
+        "distilbert": ("DistilBert", dict(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=99, max_position_embeddings=64,
+                                          initializer_range=0.2)),
+        "bart": ("Bart", dict(d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+                              decoder_ffn_dim=64, vocab_size=99, max_position_embeddings=64, init_std=0.2)),
+        "llama": ("Llama", llama), "mistral": ("Mistral", llama | dict(sliding_window=4)), "qwen2": ("Qwen2", llama),
+        "qwen3": ("Qwen3", llama | dict(head_dim=8)),
+        "llama_moe": ("LlamaMoe", llama | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, gate="linear", gate_noise=False)),
+    }
+
+    def make(family: str = "bert", task: str = "classify", seed: int = 0, **settings):
+        prefix, fields = families[family]
+        suffix = {"classify": "ForSequenceClassification", "base": "Model", "qa": "ForQuestionAnswering",
+                  "lm": "ForConditionalGeneration" if family == "bart" else "ForCausalLM"}[task]
+        if family == "llama_moe":
+            from dyn.models import llama_moe as source
+        else:
+            source = transformers
+        config = getattr(source, f"{prefix}Config")(**(fields | settings))
+        torch.manual_seed(seed)
+        return getattr(source, prefix + suffix)(config).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_text():
+    """(samples, length, seed) -> input_ids and attention_mask of a padded batch."""
+
+    def make(samples: int = 4, length: int = 10, seed: int = 0) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, 99, (samples, length), generator=generator)
+        mask = torch.ones_like(ids)
+        for i in range(1, samples):
+            mask[i, length - i :] = 0
+        return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+    return make

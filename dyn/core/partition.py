@@ -125,8 +125,8 @@ def refuse_uninformative(scores: Mapping[str, Tensor], method: str, candidates: 
         raise ValueError(f"{method} scores of {', '.join(broken[:3])} are not finite: the loss or its gradient overflowed")
     low, high = min(v.min().item() for v in values), max(v.max().item() for v in values)
     if low == high and sum(v.numel() for v in values) > 1:
-        raise ValueError(f"all {method} scores are {low:g}: they say nothing about which positions to keep. A zero-initialised matrix or identical experts "
-                         "have no first-order effect; break the symmetry first, or take another method (random, magnitude)")
+        raise ValueError(f"all {method} scores are {low + 0.0:g}: they say nothing about which positions to keep. A zero-initialised matrix or identical "
+                         "experts have no first-order effect; break the symmetry first, or take another method (random, magnitude)")
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 Loss = Callable[[nn.Module, Any], Tensor]  # loss_fn(model, batch) -> scalar
 Named = Mapping[str, Tensor]  # parameters by name
+APART = 0x5EED_0001  # added to seeds: weights are often drawn with the same small ones, and equal streams would tie a random choice to their values
 
 
 def score(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, method: str = "snip", params: str | Sequence[str] | None = None, *, seed: int = 0,
-          flow: Callable[[nn.Module], Tensor] | None = None) -> dict[str, Tensor]:
+          flow: Callable[[nn.Module], Tensor] | None = None, weights: Named | None = None) -> dict[str, Tensor]:
     """Importance of every entry of the chosen parameters, float32; larger is kept.
 
     random: uniform. magnitude: |w|. snip: |w dL/dw|, gradients summed over batches before the absolute value (Lee et al., ICLR 2019; the gradient of a mask of
@@ -39,6 +40,8 @@ def score(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, method: str =
         seed: of random scores and of whatever the loss draws.
         flow: synflow only: model -> R, where ones through the whole network make no sense (adapters). None: the network on ones in the shape of the first
             batch, a tensor, or of its first element.
+        weights: what stands for w in |w dL/dw| and its kin, by name: the values before some were masked, so that a masked position has a score too. None: the
+            parameters themselves.
 
     Raises:
         ValueError: an unknown method, no such parameter, no batch for a method that needs one, a loss that is no finite scalar, one that does not depend on
@@ -52,7 +55,8 @@ def score(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, method: str =
         raise ValueError(f"method={method!r} looks at data, and there are no batches")
     with _undisturbed(model, seed):
         named = {name: p.requires_grad_(True) for name, p in model.named_parameters(remove_duplicate=False) if name in names}
-        found = METHODS[method](model, named, batches, loss_fn, flow)
+        factor = {name: p.detach() if weights is None else weights[name].to(p.dtype) for name, p in named.items()}
+        found = METHODS[method](model, named, factor, batches, loss_fn, flow)
         return {name: found[name].detach().to(torch.promote_types(found[name].dtype, torch.float32)) for name in names}
 
 
@@ -157,19 +161,19 @@ def _summed(model: nn.Module, named: Named, batches: Sequence[Any], loss_fn: Los
 
 
 def _random(model: nn.Module, named: Named, *_: Any) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(torch.initial_seed())  # on the CPU, so that every device gets the same
+    generator = torch.Generator().manual_seed(torch.initial_seed() + APART)  # on the CPU, so that every device gets the same
     return {name: torch.rand(p.shape, generator=generator).to(p.device) for name, p in named.items()}
 
 
-def _magnitude(model: nn.Module, named: Named, *_: Any) -> dict[str, Tensor]:
-    return {name: p.detach().abs() for name, p in named.items()}
+def _magnitude(model: nn.Module, named: Named, factor: Named, *_: Any) -> dict[str, Tensor]:
+    return {name: w.abs() for name, w in factor.items()}
 
 
-def _snip(model: nn.Module, named: Named, batches: Sequence[Any], loss_fn: Loss, _: Any) -> dict[str, Tensor]:
-    return {name: (p.detach() * g).abs() for (name, p), g in zip(named.items(), _summed(model, named, batches, loss_fn), strict=True)}
+def _snip(model: nn.Module, named: Named, factor: Named, batches: Sequence[Any], loss_fn: Loss, _: Any) -> dict[str, Tensor]:
+    return {name: (w * g).abs() for (name, w), g in zip(factor.items(), _summed(model, named, batches, loss_fn), strict=True)}
 
 
-def _grasp(model: nn.Module, named: Named, batches: Sequence[Any], loss_fn: Loss, _: Any) -> dict[str, Tensor]:
+def _grasp(model: nn.Module, named: Named, factor: Named, batches: Sequence[Any], loss_fn: Loss, _: Any) -> dict[str, Tensor]:
     products = [torch.zeros_like(p) for p in named.values()]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the fused kernels have no second derivative
         fixed = _summed(model, named, batches, loss_fn)
@@ -179,16 +183,16 @@ def _grasp(model: nn.Module, named: Named, batches: Sequence[Any], loss_fn: Loss
             if isinstance(along, Tensor):
                 for total, product in zip(products, _gradients(along, named), strict=True):
                     total += product
-    return {name: p.detach() * product for (name, p), product in zip(named.items(), _over_processes(products), strict=True)}
+    return {name: w * product for (name, w), product in zip(factor.items(), _over_processes(products), strict=True)}
 
 
-def _synflow(model: nn.Module, named: Named, batches: Sequence[Any], _: Any, flow: Callable[[nn.Module], Tensor] | None) -> dict[str, Tensor]:
+def _synflow(model: nn.Module, named: Named, factor: Named, batches: Sequence[Any], _: Any, flow: Callable[[nn.Module], Tensor] | None) -> dict[str, Tensor]:
     kept = {t: t.data for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
     try:
         for t, data in kept.items():
             t.data = data.abs()  # another memory: signs come back bit for bit
         gradients = _gradients((flow or (lambda m: _of_ones(m, batches[0])))(model), named)
-        return {name: (p.detach() * g).abs() for (name, p), g in zip(named.items(), gradients, strict=True)}
+        return {name: (w * g).abs() for (name, w), g in zip(factor.items(), gradients, strict=True)}
     finally:
         for t, data in kept.items():
             t.data = data
@@ -198,7 +202,8 @@ def _of_ones(model: nn.Module, batch: Any) -> Tensor:
     x = batch if isinstance(batch, Tensor) else next(iter(batch.values() if isinstance(batch, Mapping) else batch))
     if not x.is_floating_point():
         raise ValueError(f"synflow sends ones through the network, whose input is {x.dtype}; give flow=... for networks over ids")
-    return model(torch.ones_like(x, dtype=torch.promote_types(x.dtype, torch.float32))).sum()
+    out = model(torch.ones_like(x, dtype=torch.promote_types(x.dtype, torch.float32)))
+    return (out if isinstance(out, Tensor) else out.logits).sum()
 
 
 METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {"random": _random, "magnitude": _magnitude, "snip": _snip, "grasp": _grasp, "synflow": _synflow}

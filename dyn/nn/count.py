@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dyn.nn.bank import Banked, CompactBank, PartialBank
 from dyn.nn.dynamic_conv import MixedConv2d, ODConv2d
 from dyn.nn.experts import Gate, MoeFeedForward
+from dyn.nn.masked import count_pruned
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -18,12 +19,15 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
     total: all that the modules hold. gate: of what chooses or weighs parameter sets (gates with their noise projections, attention branches). active: what one
     input is computed with, gates apart, input embeddings included (the count that LLaMA-MoE publishes): of K mixed kernels one, of E experts the chosen.
-    trainable: those with requires_grad. stored: what the compact form keeps (PAD-Net section 3.6), i.e. total without dead entries of partial layers and
-    without scale factors, which fold away. dynamic: of the stored, parameter sets that are mixed or chosen for each input (with biases of their own).
-    static: the rest of the stored, gates apart; so stored = static + dynamic + gate.
+    trainable: those with requires_grad, pruned positions apart. stored: what the compact forms keep (PAD-Net section 3.6, SparseAdapter section 7.3), i.e.
+    total without dead entries of partial layers, without scale factors, which fold away, and without pruned positions. dynamic: of the stored,
+    parameter sets that are mixed or chosen for each input (with biases of their own). static: the rest of the stored, gates apart; so stored = static +
+    dynamic + gate.
     """
     total = sum(p.numel() for p in model.parameters())
-    gate = dead = dynamic = idle = 0
+    pruned = count_pruned(model)
+    gate = dynamic = idle = 0
+    dead = sum(pruned.values())
     for module in model.modules():
         if isinstance(module, Gate):
             gate += sum(p.numel() for p in module.parameters())
@@ -42,7 +46,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
                 gate += sum(p.numel() for p in attention.parameters())
     stored = total - dead
     return {"total": total, "active": stored - gate - idle, "gate": gate, "dynamic": dynamic, "static": stored - gate - dynamic, "stored": stored,
-            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+            "trainable": sum(p.numel() - pruned.get(p, 0) for p in model.parameters() if p.requires_grad)}
 
 
 def _of_bank(layer: Banked) -> tuple[int, int, int]:

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from dyn.nn.masked import flat_matrices
+
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
@@ -106,12 +108,13 @@ def recipe_optimizer(module: nn.Module, cfg: RecipeConfig, head: nn.Module | Non
 def param_groups(module: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict]:
     """Two groups for an optimiser: matrices (two or more dimensions: embeddings and stacked experts too) with decay, the rest (biases, norms, scales) without.
 
-    Only parameters with requires_grad; tied ones once. What belongs to a module whose class name ends in "Norm" is never decayed, whatever its shape.
-    `decay_all` puts everything under decay.
+    Only parameters with requires_grad; tied ones once. The surviving values of a pruned matrix in flat form decay as the matrix does. What belongs to a
+    module whose class name ends in "Norm" is never decayed, whatever its shape. `decay_all` puts everything under decay.
     """
     norms = {id(p) for m in module.modules() if type(m).__name__.endswith("Norm") for p in m.parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
-    decayed = [decay_all or (p.ndim >= 2 and id(p) not in norms) for p in trained]
+    flat = {id(p) for p in flat_matrices(module)}
+    decayed = [decay_all or ((p.ndim >= 2 or id(p) in flat) and id(p) not in norms) for p in trained]
     groups = [{"params": [p for p, d in zip(trained, decayed, strict=True) if d is wanted], "weight_decay": weight_decay if wanted else 0.0}
               for wanted in (True, False)]
     return [group for group in groups if group["params"]]
