@@ -1,0 +1,152 @@
+"""How an adapter experiment makes its network: which adapter, pruned how (SparseAdapter); what its rows are called and compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dyn.core.saliency import Loss
+from dyn.nn.adapter import adapter_parameters, attach, head_parameters
+from dyn.nn.adapter_sites import adapter_modules
+from dyn.nn.masking import large_sparse, mask_hash, masks, prune
+
+
+@dataclass(kw_only=True, slots=True)
+class SparseConfig:
+    """An adapter and its pruning at initialisation; `attach` and `prune` explain the fields that they share. The defaults are the paper's: SNIP, keep 0.6."""
+
+    kind: Literal["none", "houlsby", "pfeiffer", "parallel", "lora", "prefix", "mam"] = "houlsby"  # none: full fine-tuning
+    r: int = 64
+    factor: int = 1  # Large-Sparse: a bottleneck of factor x r, of which 1 / factor is kept: as many weights train as in the dense adapter of r
+    method: Literal["random", "magnitude", "erdos_renyi", "snip", "grasp", "synflow"] = "snip"
+    keep: float | None = 0.6  # 1: dense; with a factor null, for 1 / factor exactly
+    scope: Literal["global", "local"] = "global"
+    form: Literal["mask", "flat", "unit", "2:4"] = "mask"
+    shuffle: bool = False  # each mask inside its tensor: the control that tells a criterion from its layer ratios
+    samples: int = 320  # training examples that scores look at
+    rounds: int = 1
+    rescale: bool = False  # density-corrected start (section 7.12)
+    prefix: bool = False  # prune prefixes too
+    official: bool = False  # the official code's placement and defaults, and as there no head is trained
+    name: str = "default"
+    flags: dict[str, Any] = field(default_factory=dict)  # of `attach`: alpha, where, length, scale, init, layer_norm, ...
+
+    def check(self) -> None:
+        """ValueError for settings that exclude each other, before anything is loaded."""
+        for name in ("r", "factor", "samples", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.kind != "none" and (self.keep is None) is (self.factor == 1):
+            raise ValueError(f"keep={self.keep} with factor={self.factor}: Large-Sparse keeps 1 / factor exactly, set keep=null; without a factor give keep")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise ValueError(f"keep={self.keep} must lie in (0, 1]")
+        if self.dense() and self.shuffle:
+            raise ValueError("shuffle=true permutes a mask, and there is none: everything is kept")
+
+    def share(self) -> Fraction:
+        """The share of the adapter's weights that trains."""
+        return Fraction(1, self.factor) if self.keep is None else Fraction(str(self.keep))
+
+    def dense(self) -> bool:
+        """Nothing is pruned."""
+        return self.kind == "none" or self.share() == 1
+
+    def what(self) -> str:
+        """The row in words: a row and its controls are found by these."""
+        if self.kind == "none":
+            return "full fine-tuning"
+        made = [f"{self.kind} {self.r * self.factor}"]
+        if not self.dense():
+            share = f"1/{self.factor}" if self.keep is None else f"{self.keep:g}"
+            made.append(f"{self.method.replace('_', '-')} {share}")
+            usual = SparseConfig()
+            made += [text for text, wanted in (("local", self.scope == "local"), (f"{self.rounds} rounds", self.rounds > 1), ("shuffled", self.shuffle),
+                                               ("rescaled", self.rescale), ("prefix too", self.prefix), (self.form, self.form in ("unit", "2:4")),
+                                               (f"{self.samples} samples", self.samples != usual.samples)) if wanted]
+        made += [f"{key} {value}" for key, value in sorted(self.flags.items())] + (["official"] if self.official else [])
+        return ", ".join(made)
+
+    def controls(self) -> list[str]:
+        """Rows that this one is compared with: full fine-tuning; of a pruned adapter the dense one of its r and that of its budget; of a criterion random masks
+        and its own shuffled."""
+        if self.dense():
+            return [] if self.kind == "none" else ["full fine-tuning"]
+        plain = dataclasses.replace(self, factor=1, keep=1.0, shuffle=False, rescale=False, scope="global", rounds=1, prefix=False, form="mask")
+        if self.shuffle:
+            return [plain.what(), dataclasses.replace(self, shuffle=False).what()]
+        found = ["full fine-tuning", plain.what()]
+        if self.method not in ("random", "erdos_renyi"):
+            found += [self.twin().what(), dataclasses.replace(self, method="random").what(), dataclasses.replace(self, shuffle=True).what()]
+        return list(dict.fromkeys(found))
+
+    def twin(self) -> SparseConfig:
+        """The dense adapter that trains about as many weights: of r x keep, rounded; of Large-Sparse exactly as many."""
+        r = self.r if self.keep is None else max(1, round(self.r * self.share()))
+        return dataclasses.replace(self, r=r, factor=1, keep=1.0, shuffle=False, rescale=False, scope="global", rounds=1, prefix=False, form="mask")
+
+
+def sparsify(net: nn.Module, cfg: SparseConfig, batches: Callable[[], Iterable[Mapping[str, Tensor]]], loss_fn: Loss, *, seed: int = 0,
+             device: str | torch.device = "cpu", log: Callable[[str], None] = print) -> dict[str, Any]:
+    """Attach the adapter and prune it, in place; kind "none" leaves the network as it is, all of it trained.
+
+    What was drawn and kept follows from the network, the seed and the batches, so that it is found again when a run is resumed.
+
+    Args:
+        net: the network, on the CPU; it is there again afterwards.
+        cfg: what to make.
+        batches: gives batches of training examples, until there are `samples` of them; called where scores look at data.
+        loss_fn: (network, batch) -> scalar.
+        seed: of the adapter's start, of random scores, ties and shuffles.
+        device: where scores are computed.
+        log: gets a line.
+
+    Returns:
+        Plain facts: weights (of the adapter that could be pruned), kept of them, keep (their ratio), trained_parameters, adapter_parameters among them (kept
+        weights, biases, norms), head_parameters, density (by tensor), mask (hash; "" where there is none), seconds (of attaching and pruning).
+
+    Raises:
+        ValueError: as `attach` and `prune`.
+    """
+    began = time.monotonic()
+    if cfg.kind == "none":
+        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        log(f"{cfg.what()}: {trained:,} parameters are trained")
+        return {"weights": 0, "kept": 0, "keep": 1.0, "trained_parameters": trained, "adapter_parameters": 0, "head_parameters": 0, "density": {}, "mask": "",
+                "seconds": 0.0}
+    attach(net, cfg.kind, cfg.r if cfg.keep is not None else large_sparse(cfg.r, cfg.factor).r, cfg.name, official=cfg.official, seed=seed, **cfg.flags)
+    before = {key: p.numel() for key, p in adapter_parameters(net, cfg.name).items()}
+    matrices = [f"{path}.{key}" for path, module in adapter_modules(net).items() if module.adapter_name == cfg.name
+                and (module.kind not in ("prefix", "fusion") or cfg.prefix) for key in module.prunable]
+    if not cfg.dense():
+        net.to(device)
+        try:
+            prune(net, _moved(batches, device), loss_fn, cfg.method, cfg.share(), cfg.scope, cfg.form, name=cfg.name, prefix=cfg.prefix, rounds=cfg.rounds,
+                  samples=cfg.samples, shuffle="within_tensor" if cfg.shuffle else None, rescale=cfg.rescale, seed=seed)
+        finally:
+            net.cpu()
+    found = {key: mask for key, mask in masks(net).items() if key in before}
+    after = {key: int(found[key].sum()) if key in found else p.numel() for key, p in adapter_parameters(net, cfg.name).items()}
+    weights, kept = (sum(counts[key] for key in matrices) for counts in (before, after))
+    head = sum(p.numel() for p in head_parameters(net, cfg.name).values())
+    facts = {"weights": weights, "kept": kept, "keep": kept / weights if weights else 1.0, "trained_parameters": sum(after.values()) + head,
+             "adapter_parameters": sum(after.values()), "head_parameters": head, "density": {key: after[key] / before[key] for key in matrices},
+             "mask": mask_hash(found) if found else "", "seconds": time.monotonic() - began}
+    log(f"{cfg.what()}: {kept:,} of {weights:,} adapter weights train, {facts['trained_parameters']:,} parameters in all, found in {facts['seconds']:.1f} s")
+    return facts
+
+
+class _moved:
+    """Batches on a device, made when they are read."""
+
+    def __init__(self, batches: Callable[[], Iterable[Mapping[str, Tensor]]], device: str | torch.device) -> None:
+        self.batches, self.device = batches, device
+
+    def __iter__(self) -> Any:
+        return ({key: value.to(self.device) for key, value in batch.items()} for batch in self.batches())

@@ -1,0 +1,102 @@
+"""The network of an adapter experiment: what is attached and kept, what rows are called and compared with, what is refused."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dyn.nn.adapter import adapter_parameters
+from dyn.nn.masking import masks
+from dyn.train.sparse import SparseConfig, sparsify
+
+silent = dict(log=lambda _: None)
+
+
+def net():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                                                    max_position_embeddings=16))
+
+
+def batches(count=3):
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(5, 50, (4, 8), generator=generator), "labels": torch.randint(0, 2, (4,), generator=generator)} for _ in range(count)]
+
+
+def loss(model, batch):
+    return model(**batch).loss
+
+
+@pytest.mark.parametrize(("changes", "words", "controls"), [
+    ({}, "houlsby 64, snip 0.6", ["full fine-tuning", "houlsby 64", "houlsby 38", "houlsby 64, random 0.6", "houlsby 64, snip 0.6, shuffled"]),
+    (dict(kind="none"), "full fine-tuning", []), (dict(keep=1.0), "houlsby 64", ["full fine-tuning"]),
+    (dict(factor=4, keep=None), "houlsby 256, snip 1/4", ["full fine-tuning", "houlsby 64", "houlsby 256, random 1/4", "houlsby 256, snip 1/4, shuffled"]),
+    (dict(shuffle=True, keep=0.2), "houlsby 64, snip 0.2, shuffled", ["houlsby 64", "houlsby 64, snip 0.2"]),
+    (dict(method="erdos_renyi"), "houlsby 64, erdos-renyi 0.6", ["full fine-tuning", "houlsby 64"]),
+    (dict(kind="mam", r=512, flags={"length": 30}, prefix=True, scope="local", rounds=5), "mam 512, snip 0.6, local, 5 rounds, prefix too, length 30",
+     ["full fine-tuning", "mam 512, length 30", "mam 307, length 30", "mam 512, random 0.6, local, 5 rounds, prefix too, length 30",
+      "mam 512, snip 0.6, local, 5 rounds, shuffled, prefix too, length 30"]),
+])
+def test_rows_have_names_and_controls(changes, words, controls):
+    cfg = SparseConfig(**changes)
+    cfg.check()
+    assert cfg.what() == words and cfg.controls() == controls
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(factor=4), "keep=0.6 with factor=4: Large-Sparse keeps 1 / factor exactly"), (dict(keep=None), "without a factor give keep"),
+    (dict(keep=0.0), r"keep=0.0 must lie in \(0, 1\]"), (dict(keep=1.0, shuffle=True), "shuffle=true permutes a mask, and there is none"),
+    (dict(r=0), "r=0 must be at least 1"), (dict(samples=0), "samples=0 must be at least 1"),
+])
+def test_settings_that_exclude_each_other(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SparseConfig(**changes).check()
+
+
+def test_full_fine_tuning_leaves_the_network():
+    model = net()
+    facts = sparsify(model, SparseConfig(kind="none"), batches, loss, **silent)
+    assert facts["trained_parameters"] == sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("form", ["mask", "flat", "unit", "2:4"])
+def test_what_is_kept_is_counted_in_every_form(form):
+    model, lines = net(), []
+    facts = sparsify(model, SparseConfig(r=8, keep=0.5, form=form, samples=8), batches, loss, log=lines.append)
+    dense = sparsify(net(), SparseConfig(r=8, keep=1.0), batches, loss, **silent)
+    assert facts["weights"] == dense["weights"] == dense["kept"] == 2 * 2 * 2 * 8 * 16 and facts["kept"] == facts["weights"] // 2 and facts["keep"] == 0.5
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert dense["trained_parameters"] == dense["adapter_parameters"] + dense["head_parameters"] and dense["mask"] == ""
+    if form == "unit":
+        assert facts["trained_parameters"] == trained and not masks(model)
+    else:
+        biases = sum(p.numel() for key, p in adapter_parameters(model).items() if key.endswith("bias"))
+        assert facts["adapter_parameters"] == facts["kept"] + biases == dense["adapter_parameters"] - facts["weights"] // 2
+        assert facts["mask"] and set(facts["density"]) == set(masks(model))
+        for key, mask in masks(model).items():
+            assert facts["density"][key] == mask.double().mean().item()
+    assert len(lines) == 1 and "512 of 1,024 adapter weights train" in lines[0]
+    assert facts["head_parameters"] == 2 * 16 + 2 and not model.bert.embeddings.word_embeddings.weight.requires_grad
+
+
+def test_large_sparse_trains_as_many_weights_as_its_dense_twin():
+    cfg = SparseConfig(r=4, factor=3, keep=None)
+    facts, dense = (sparsify(net(), each, batches, loss, **silent) for each in (cfg, cfg.twin()))
+    assert facts["kept"] == dense["weights"] and facts["weights"] == 3 * dense["weights"]
+
+
+def test_masks_follow_from_the_seed_and_the_data_alone():
+    cfg = SparseConfig(r=8, samples=8)
+    hashes = [sparsify(net(), cfg, data, loss, seed=seed, **silent)["mask"] for seed, data in ((0, batches), (0, lambda: batches()[:2]), (1, batches))]
+    assert hashes[0] == hashes[1] != hashes[2]  # eight samples are two batches of four
+    asked = []
+    sparsify(net(), dataclasses.replace(cfg, method="random"), lambda: asked.append(1) or batches(), loss, **silent)
+    assert not asked
+
+
+def test_prefixes_are_counted_where_they_are_pruned():
+    plain, pruned = (sparsify(net(), SparseConfig(kind="mam", r=4, keep=0.5, prefix=prefix), batches, loss, **silent) for prefix in (False, True))
+    assert pruned["weights"] == plain["weights"] + 2 * 2 * 4 * 16 and all(f["kept"] * 2 == f["weights"] for f in (plain, pruned))
+    assert sparsify(net(), SparseConfig(kind="prefix", r=4, keep=1.0), batches, loss, **silent)["keep"] == 1.0
