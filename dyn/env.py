@@ -8,7 +8,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -88,6 +90,14 @@ def facts() -> dict[str, Any]:
         "world_size": world_size(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
+
+
+def peak_memory() -> dict[str, int]:
+    """The most that this process has held at a time, in bytes: peak_memory_bytes, and peak_device_memory_bytes where there is a GPU."""
+    import torch
+
+    device = {"peak_device_memory_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)} | device
 
 
 def code(*rooms: str) -> str:

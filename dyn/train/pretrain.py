@@ -35,9 +35,10 @@ from dyn.models.packaged import PACKAGED, cache_folder, dense_config, packaged
 from dyn.nn.surgery import count_parameters, flops_per_token
 from dyn.train.callbacks import ExpertLoad, Remix, Throughput
 from dyn.train.distill import parent_hash, taught
-from dyn.train.evaluate import domain_distances, overlaps, perplexity, sample, seconds_per_micro_batch
+from dyn.train.evaluate import domain_distances, overlaps, perplexity, sample
 from dyn.train.export import load_net
 from dyn.train.plan import shape
+from dyn.train.speed import seconds_per_micro_batch
 from dyn.train.tasks import CausalLM
 from dyn.train.trainer import evaluate, find_checkpoint, fit, make_trainer, world
 
@@ -157,12 +158,11 @@ def _measure_dense(cfg: Any, source: Any, tokenizer: Any, corpus: Corpus) -> dic
     samples = _samples(cfg, net, tokenizer)  # before evaluating, which may shard the network
     steps = cfg.steps()
     if cfg.minutes is not None:
-        batch = next(iter(_loader(cfg, corpus, 1, 0, 1)))
+        batch = {k: v.to(net.device) for k, v in next(iter(_loader(cfg, corpus, 1, 0, 1))).items() if k != "domain"}
         # The dense model's step is the longer one; a fifth of the time goes to the optimiser, to validations within training, and to noise.
-        seconds = seconds_per_micro_batch(net, batch, None if cfg.trainer.precision == "32-true" else torch.bfloat16) * cfg.trainer.accumulate
+        seconds = seconds_per_micro_batch(net, lambda: net(**batch, use_cache=False).loss, cfg.trainer.dtype) * cfg.trainer.accumulate
         steps = max(2, min(steps, int(0.8 * 60 * cfg.minutes / seconds)))
-    parameters = count_parameters(net)["total"]
-    return {"losses": evaluate(net, corpus.validation, cfg.trainer), "samples": samples, "steps": steps, "parameters": parameters}
+    return {"losses": evaluate(net, corpus.validation, cfg.trainer), "samples": samples, "steps": steps, "parameters": count_parameters(net)["total"]}
 
 
 def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: Corpus, dense: dict[str, Any], name: str) -> dict[str, Any]:
