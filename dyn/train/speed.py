@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,3 +79,17 @@ def seconds_per_micro_batch(net: nn.Module, loss: Callable[[], Tensor], dtype: t
         net.zero_grad(set_to_none=True)
     net.train(training)
     return min(times[1:])
+
+
+def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every one of `runs` in each of `rounds` rounds, whose order alternates, after a round to warm up: ratios within a round bear what else the
+    machine does."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name in runs if number % 2 else reversed(runs):
+            began = time.perf_counter()
+            runs[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: values[1:] for name, values in seconds.items()}
