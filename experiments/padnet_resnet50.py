@@ -147,9 +147,9 @@ def rows(*changes: dict[str, Any], suffix: str = "", **more: Any) -> list[dict[s
 STATIC, DY4, DY2 = dict(method="static"), dict(method="dyconv"), dict(method="dyconv", num_kernels=2)
 SAME_STORAGE = [dict(num_kernels=k, keep=keep) for k, keep in ((2, 0.9), (4, 0.3), (8, 0.9 / 7), (16, 0.06))]  # 1 + (K - 1) keep = 1.9 times the static weights
 CPU = dict(  # what one CPU core does in less than 8 minutes a row: a part of CIFAR-10, few epochs
-    model__backbone="resnet10", model__stem="stride2", data__path="cifar10", data__train_limit=10_000, data__validation_limit=2_000, epochs=4.0, batch_size=64,
-    workers=0, trainer__precision="bf16-mixed", trainer__val_every=156, trainer__checkpoint_every=0, compact_images=500, timing_rounds=5,
-    classify__compile=False)
+    model__backbone="resnet10", model__stem="stride2", model__batches=5, data__path="cifar10", data__train_limit=10_000, data__validation_limit=2_000,
+    epochs=3.0, batch_size=64, workers=0, optim__lr=0.05, trainer__precision="bf16-mixed", trainer__val_every=156, trainer__checkpoint_every=0,
+    compact_images=500, timing_rounds=5)
 
 SWEEPS: dict[str, list[dict[str, Any]]] = {
     "methods": rows(STATIC, dict(method="condconv", num_kernels=8), DY4, DY2, dict(method="odconv"), dict(method="odconv", num_kernels=1), {}),
@@ -172,6 +172,6 @@ def main(cfg: Config, run: Any) -> dict[str, Any]:
 
 def plan(cfg: Config) -> dict[str, Any]:
     """What the run would be, from shapes alone."""
-    from dyn.train.convnet import plan_convnets
+    from dyn.train.plan_convnet import plan_convnets
 
     return plan_convnets(cfg)
