@@ -129,7 +129,7 @@ def _experiment(name: str, results: list[tuple[Path, dict[str, Any]]], out: Path
     head = ["row", "profile", "status", "seeds", *main, "digest", "commit", "device"]
     table = [[g.row, g.profile, _status(g), _seeds(g), *(_spread(g.values("metrics", key)) for key in main), *_origin(g)] for g in rows]
     blocks: list[page.Block] = [("h2", name), ("table", [head, *table])]
-    if about := union(sentence for group in rows for result in group.good for sentence in result["notes"].get("about", [])):
+    if about := union(result["notes"].get("about", []) for group in rows for result in group.good):
         blocks.append(("list", about))
     if costs:
         blocks += [("h3", "Costs"), ("table", [["row", *costs], *([g.row, *(_spread(g.values("cost", key)) for key in costs)] for g in rows if g.good)])]

@@ -62,7 +62,7 @@ def _outputs(net: nn.Module, shape: tuple[int, ...]) -> int:
     """Numbers that the network's layers give for one image: about what a backward pass needs kept."""
     counted = [0]
 
-    def add(_: nn.Module, __: tuple, out: Tensor) -> None:
+    def add(_: nn.Module, __: tuple, out: torch.Tensor) -> None:
         counted[0] += out.numel()
 
     handles = [m.register_forward_hook(add) for m in net.modules() if isinstance(m, Banked) or not any(m.children())]
