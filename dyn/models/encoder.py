@@ -19,7 +19,7 @@ import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, modeling_outputs
 from transformers import initialization as init
 from transformers.models.albert.modeling_albert import AlbertConfig, AlbertLayer
 from transformers.models.bert.modeling_bert import BertConfig, BertLayer
@@ -278,11 +278,18 @@ def moe_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
         f"{dense.__name__} with experts, see `make_moe`. `output_router_stats` (None: while training) fills aux_loss, expert_load and expert_importance.")})
 
 
-@functools.cache
 def _output_class(dense: type[ModelOutput]) -> type[ModelOutput]:
     """The same output with the balance loss, weighted and summed, and [applications of a layer of experts, E]: tokens, and sums of scores, of each expert."""
-    fields = [(name, Tensor | None, None) for name in ("aux_loss", "expert_load", "expert_importance")]
-    return make_dataclass(f"Moe{dense.__name__}", fields, bases=(dense,), namespace={"__module__": __name__})
+    if dense not in _outputs:
+        fields = [(name, Tensor | None, None) for name in ("aux_loss", "expert_load", "expert_importance")]
+        _outputs[dense] = make_dataclass(f"Moe{dense.__name__}", fields, bases=(dense,), namespace={"__module__": __name__})
+    return _outputs[dense]
+
+
+_outputs: dict[type[ModelOutput], type[ModelOutput]] = {}
+for _name in ("BaseModelOutputWithPooling", "BaseModelOutputWithPoolingAndCrossAttentions", "MaskedLMOutput", "SequenceClassifierOutput",
+              "TokenClassifierOutput", "QuestionAnsweringModelOutput", "MultipleChoiceModelOutput"):
+    _output_class(getattr(modeling_outputs, _name))  # made now, since torch.compile cannot trace the making of a class
 
 
 def _with_statistics(model: Any, out: ModelOutput, layers: list[LinearExperts], length: int, mask: Tensor | None) -> ModelOutput:

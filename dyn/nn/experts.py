@@ -42,7 +42,7 @@ class Choice(NamedTuple):
     """A gate's choice for T tokens with the logits that it came from; None where the gate has none, or (std) no noise."""
 
     idx_TK: Tensor  # int64
-    weight_TK: Tensor  # float32
+    weight_TK: Tensor  # float32 (of float64 tokens float64)
     clean_TE: Tensor | None = None
     noisy_TE: Tensor | None = None
     std_TE: Tensor | None = None  # of the noise
@@ -121,7 +121,7 @@ class Gate(nn.Module):
                 idx_TK = torch.arange(E, device=x_TD.device).expand(T, E)
             else:
                 idx_TK = torch.rand(T, E, device=x_TD.device).topk(k, dim=-1).indices
-            return Choice(idx_TK, torch.full((T, k), 1.0 / k, dtype=torch.float32, device=x_TD.device))
+            return Choice(idx_TK, torch.full((T, k), 1.0 / k, dtype=torch.promote_types(x_TD.dtype, torch.float32), device=x_TD.device))
         clean_TE, std_TE = self.logits(x_TD), None
         noisy_TE = clean_TE
         if self.has_noise and self.training:
