@@ -49,8 +49,8 @@ def indexing(idx: Tensor, num_experts: int) -> dict[str, Callable[[], object]]:
         return flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts).cumsum(0)
 
     def ours() -> tuple[object, Tensor | None]:
-        expert, slot = idx.flatten().sort(stable=True)
-        return rows_module.pad(rows_module.ends_of(expert, weights), slot, rows_module.row_block(idx, num_experts))
+        ends, slot = rows_module.arrange("benchmark", idx, weights)
+        return rows_module.usable(ends, slot, weights), slot
 
     calls = {"torch": torch_index, "torch: sort": lambda: idx.flatten().sort(stable=True), f"{OURS}torch": ours}
     if "triton" in runnable(route_module._BACKENDS, idx.device.type):

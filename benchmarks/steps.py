@@ -28,6 +28,7 @@ REFERENCE = "dense"
 METRICS = {"seconds_ratio": "time / dense model"}
 MIXTURES = {"4 of 8 experts": (8, 4), "16 of 32 experts": (32, 16)}  # name: E, K
 PRUNED = "pruned to half"
+LOOPED = "eager"  # the mixtures' training without our op: a plain loop over experts, as transformers' own "eager" has it
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,14 @@ def loss(net: nn.Module, ids: Tensor) -> Tensor:
         return net(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-def training_step(net: nn.Module, ids: Tensor) -> Callable[[], None]:
-    """Forward, loss, backward, AdamW."""
+def training_step(net: nn.Module, ids: Tensor, experts: str | None = None) -> Callable[[], None]:
+    """Forward, loss, backward, AdamW; with another implementation of the experts than ours if `experts` names it."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
     net.train()
 
     def step() -> None:
+        if hasattr(net.config, "num_experts"):
+            net.set_experts_implementation(experts or "dyn")
         loss(net, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -126,6 +129,7 @@ def measure(what: Size, device: str, rounds: int, clock: Callable[[], float]) ->
     ids = tokens(*what.train)
     print(f"training {what.name}", flush=True)
     steps = {name: training_step(net, ids) for name, net in nets.items()}
+    steps |= {f"{name}, a loop over them": training_step(nets[name], ids, LOOPED) for name in MIXTURES}
     tables = [table(f"training, {what.name}, {what.train[0]} x {what.train[1]} tokens", "forward, loss, backward and AdamW", steps, ids.numel(), rounds, clock)]
     models = {}
     for name, net in nets.items():
@@ -136,6 +140,9 @@ def measure(what: Size, device: str, rounds: int, clock: Callable[[], float]) ->
             "saved_bytes": saved_bytes(lambda net=net: loss(net, ids), net.parameters())}
         if device == "cuda":
             model["training_peak_bytes"] = peak_bytes(steps[name])
+    for name, net in nets.items():
+        if name in MIXTURES:
+            net.set_experts_implementation("dyn")
     del steps
     nets = {name: net.to(torch.bfloat16).eval() for name, net in nets.items()}
     free()

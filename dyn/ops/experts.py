@@ -23,7 +23,7 @@ from torch import Tensor
 from dyn.ops import triton_experts, triton_launch
 from dyn.ops.arguments import autocast, check_dtypes, check_routing, pick, refuse_negative
 from dyn.ops.linear import routed_linear as routed_linear
-from dyn.ops.rows import arrange, arranged, clear_skipped, gather_sum, outer_products, places, products, row_weights, rows_needed, segments
+from dyn.ops.rows import arrange, clear_skipped, gather_sum, outer_products, places, products, row_weights, rows_needed, scratch, segments, usable
 
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
@@ -101,37 +101,38 @@ def _torch(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor,
 @torch.library.custom_op("dyn::experts", mutates_args=())
 def _forward(
     x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y_TD, the pre-activations [S, 2F] in expert order (no rows unless `keep`), and the slot t * K + k of every row [S] (-1: padding)."""
-    ends, slot_S = arrange("experts", idx_TK, gate_up_E2FD, down_EDF)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y_TD, the pre-activations [S, 2F] in expert order (no rows unless `keep`), where each expert's rows end [E], and the slot of every row [S]."""
+    ends_E, slot_S = arrange("experts", idx_TK, gate_up_E2FD, down_EDF)
+    ends = usable(ends_E, slot_S, gate_up_E2FD, down_EDF)
     token_S = slot_S.clamp(min=0) // idx_TK.shape[1]
     num_rows, double_width = slot_S.numel(), gate_up_E2FD.shape[1]
-    y_SD = x_TD.new_empty(num_rows, x_TD.shape[1])
+    y_SD = scratch(x_TD, num_rows, x_TD.shape[1])
     kept_S2F = x_TD.new_empty(num_rows if keep else 0, double_width)
-    for some, rows, local in segments(ends, num_rows, double_width * x_TD.element_size()):
+    for some, rows, local in segments(ends, num_rows, max(x_TD.shape[1], double_width) * x_TD.element_size()):
         gate_up = kept_S2F[rows] if keep else x_TD.new_empty(rows.stop - rows.start, double_width)
         products(x_TD.index_select(0, token_S[rows]), gate_up_E2FD[some].transpose(1, 2), local, gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         products(F.silu(gate).mul_(up), down_EDF[some].transpose(1, 2), local, y_SD[rows])
     clear_skipped(ends, y_SD, kept_S2F)
-    return gather_sum(y_SD, slot_S, weight_TK.to(x_TD.dtype)), kept_S2F, slot_S
+    return gather_sum(y_SD, slot_S, weight_TK.to(x_TD.dtype)), kept_S2F, ends_E, slot_S
 
 
 @torch.library.custom_op("dyn::experts_backward", mutates_args=())
 def _backward(
     dy_TD: Tensor, x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor,
-    kept_S2F: Tensor, slot_S: Tensor, need_x: bool, need_params: bool,
+    kept_S2F: Tensor, ends_E: Tensor, slot_S: Tensor, need_x: bool, need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down, weight; without elements where they are not needed."""
-    ends = arranged(idx_TK, slot_S, gate_up_E2FD, down_EDF)
+    ends = usable(ends_E, slot_S, gate_up_E2FD, down_EDF)
     token_S = slot_S.clamp(min=0) // idx_TK.shape[1]
     weight_S1 = row_weights(slot_S, weight_TK)[:, None].to(x_TD.dtype)
     num_rows, width = slot_S.numel(), down_EDF.shape[2]
     sum_dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    dx_SD = x_TD.new_empty(num_rows if need_x else 0, x_TD.shape[1])
+    dx_SD = scratch(x_TD, num_rows if need_x else 0, x_TD.shape[1])
     dweight_S = x_TD.new_empty(num_rows, dtype=sum_dtype)
     dgate_up_E2FD, ddown_EDF = (w.new_empty(w.shape if need_params else 0) for w in (gate_up_E2FD, down_EDF))
-    for some, rows, local in segments(ends, num_rows, 2 * width * x_TD.element_size()):
+    for some, rows, local in segments(ends, num_rows, max(x_TD.shape[1], 2 * width) * x_TD.element_size()):
         x = x_TD.index_select(0, token_S[rows])
         gate_up = kept_S2F[rows]
         if not kept_S2F.numel():
@@ -157,7 +158,7 @@ def _backward(
         if need_x:
             products(dgate_up, gate_up_E2FD[some], local, dx_SD[rows])
     clear_skipped(ends, dx_SD, dweight_S)
-    dx_TD = gather_sum(dx_SD, slot_S, weight_TK, weighted=False) if need_x else dx_SD
+    dx_TD = gather_sum(dx_SD, slot_S, weight_TK, weighted=False) if need_x else x_TD.new_empty(0, x_TD.shape[1])
     dweight_TK = dweight_S[places(slot_S, weight_TK)]
     return dx_TD, dgate_up_E2FD, ddown_EDF, dweight_TK.to(weight_TK.dtype)
 
@@ -166,11 +167,12 @@ def _backward(
 def _(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, keep):
     num_rows = rows_needed(idx_TK, down_EDF.shape[0])
     kept_S2F = x_TD.new_empty(num_rows if keep else 0, gate_up_E2FD.shape[1])
-    return x_TD.new_empty(x_TD.shape), kept_S2F, idx_TK.new_empty(num_rows, dtype=torch.int64)
+    ends_E = idx_TK.new_empty(down_EDF.shape[0], dtype=torch.int32)
+    return x_TD.new_empty(x_TD.shape), kept_S2F, ends_E, idx_TK.new_empty(num_rows, dtype=torch.int64)
 
 
 @_backward.register_fake
-def _(dy_TD, x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, kept_S2F, slot_S, need_x, need_params):
+def _(dy_TD, x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, kept_S2F, ends_E, slot_S, need_x, need_params):
     dx_TD = x_TD.new_empty(x_TD.shape if need_x else (0, x_TD.shape[1]))
     dgate_up_E2FD, ddown_EDF = (w.new_empty(w.shape if need_params else 0) for w in (gate_up_E2FD, down_EDF))
     return dx_TD, dgate_up_E2FD, ddown_EDF, weight_TK.new_empty(weight_TK.shape)
@@ -178,12 +180,11 @@ def _(dy_TD, x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, kept_S2F, slot_S, 
 
 def _setup(ctx, inputs, output) -> None:
     x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, _ = inputs
-    _, kept_S2F, slot_S = output
     ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
-    ctx.save_for_backward(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, kept_S2F, slot_S)
+    ctx.save_for_backward(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, *output[1:])
 
 
-def _differentiate(ctx, dy_TD, _dkept, _dslot):
+def _differentiate(ctx, dy_TD, *_):
     if dy_TD is None:  # only the outputs without a gradient were used
         return (None,) * 6
     need_x, need_gate_up, need_down, *_ = ctx.needs_input_grad

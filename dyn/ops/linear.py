@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyn.ops.arguments import autocast, check_dtypes, check_routing, pick, refuse_negative
-from dyn.ops.rows import arrange, arranged, clear_skipped, gather_sum, outer_products, places, products, row_weights, rows_needed, segments
+from dyn.ops.rows import arrange, clear_skipped, gather_sum, outer_products, places, products, row_weights, rows_needed, scratch, segments, usable
 
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
@@ -159,27 +159,29 @@ def _torch(x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor, 
 
 
 @torch.library.custom_op("dyn::routed_linear", mutates_args=())
-def _forward(x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """y_TO without bias, and the slot t * K + k of every row in expert order [S] (-1: padding)."""
-    ends, slot_S = arrange("routed_linear", idx_TK, weight_EOI)
+def _forward(x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y_TO without bias, where each expert's rows end [E], and the slot of every row [S]."""
+    ends_E, slot_S = arrange("routed_linear", idx_TK, weight_EOI)
+    ends = usable(ends_E, slot_S, weight_EOI)
     token_S = slot_S.clamp(min=0) // idx_TK.shape[1]
-    y_SO = x_TI.new_empty(slot_S.numel(), weight_EOI.shape[1])
+    y_SO = scratch(x_TI, slot_S.numel(), weight_EOI.shape[1])
     for some, rows, local in segments(ends, slot_S.numel(), x_TI.shape[1] * x_TI.element_size()):
         products(x_TI.index_select(0, token_S[rows]), weight_EOI[some].transpose(1, 2), local, y_SO[rows])
     clear_skipped(ends, y_SO)
-    return gather_sum(y_SO, slot_S, weight_TK.to(x_TI.dtype)), slot_S
+    return gather_sum(y_SO, slot_S, weight_TK.to(x_TI.dtype)), ends_E, slot_S
 
 
 @torch.library.custom_op("dyn::routed_linear_backward", mutates_args=())
 def _backward(
-    dy_TO: Tensor, x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor, slot_S: Tensor, need_x: bool, need_weight: bool, need_scores: bool
+    dy_TO: Tensor, x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor, ends_E: Tensor, slot_S: Tensor, need_x: bool,
+    need_weight: bool, need_scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight_EOI and weight_TK; without elements where they are not needed."""
-    ends = arranged(idx_TK, slot_S, weight_EOI)
+    ends = usable(ends_E, slot_S, weight_EOI)
     token_S = slot_S.clamp(min=0) // idx_TK.shape[1]
     weight_S1 = row_weights(slot_S, weight_TK)[:, None].to(x_TI.dtype)
     num_rows, sum_dtype = slot_S.numel(), torch.promote_types(x_TI.dtype, torch.float32)
-    dx_SI = x_TI.new_empty(num_rows if need_x else 0, x_TI.shape[1])
+    dx_SI = scratch(x_TI, num_rows if need_x else 0, x_TI.shape[1])
     dweight_S = x_TI.new_empty(num_rows if need_scores else 0, dtype=sum_dtype)
     dweight_EOI = weight_EOI.new_empty(weight_EOI.shape if need_weight else 0)
     for some, rows, local in segments(ends, num_rows, sum(weight_EOI.shape[1:]) * x_TI.element_size()):
@@ -193,7 +195,7 @@ def _backward(
         if need_weight:
             outer_products(dy.mul_(weight_S1[rows]), x, local, dweight_EOI[some])
     clear_skipped(ends, dx_SI, dweight_S)
-    dx_TI = gather_sum(dx_SI, slot_S, weight_TK.to(x_TI.dtype)) if need_x else dx_SI
+    dx_TI = gather_sum(dx_SI, slot_S, weight_TK.to(x_TI.dtype)) if need_x else x_TI.new_empty(0, x_TI.shape[1])
     dweight_TK = dweight_S[places(slot_S, weight_TK)] if need_scores else dweight_S
     return dx_TI, dweight_EOI, dweight_TK.to(weight_TK.dtype)
 
@@ -201,21 +203,21 @@ def _backward(
 @_forward.register_fake
 def _(x_TI, weight_EOI, idx_TK, weight_TK):
     slot_S = idx_TK.new_empty(rows_needed(idx_TK, weight_EOI.shape[0]), dtype=torch.int64)
-    return x_TI.new_empty(x_TI.shape[0], weight_EOI.shape[1]), slot_S
+    return x_TI.new_empty(x_TI.shape[0], weight_EOI.shape[1]), idx_TK.new_empty(weight_EOI.shape[0], dtype=torch.int32), slot_S
 
 
 @_backward.register_fake
-def _(dy_TO, x_TI, weight_EOI, idx_TK, weight_TK, slot_S, need_x, need_weight, need_scores):
+def _(dy_TO, x_TI, weight_EOI, idx_TK, weight_TK, ends_E, slot_S, need_x, need_weight, need_scores):
     dx_TI = x_TI.new_empty(x_TI.shape if need_x else (0, x_TI.shape[1]))
     return dx_TI, weight_EOI.new_empty(weight_EOI.shape if need_weight else 0), weight_TK.new_empty(weight_TK.shape if need_scores else 0)
 
 
 def _setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # no zeros for the rows' slots, which nobody differentiates
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(*inputs, *output[1:])
 
 
-def _differentiate(ctx, dy_TO, _dslot):
+def _differentiate(ctx, dy_TO, *_):
     if dy_TO is None:
         return (None,) * 4
     need_x, need_weight, _, need_scores = ctx.needs_input_grad

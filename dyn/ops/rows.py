@@ -8,7 +8,10 @@ from __future__ import annotations
 import functools
 import itertools
 import platform
+import threading
+import types
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,22 +29,27 @@ _SEGMENT_BYTES = 4 << 20
 # about as long as the product itself at a few hundred rows, and routing gives new row counts at every step.
 _ROW_BLOCK = 32
 
+_SCRATCH_BYTES = 64 << 20  # what a thread may keep between calls
+_memory = threading.local()
+_inside = types.SimpleNamespace(lock=threading.Lock(), threads=0, before=None)  # of `_by_onednn`
+
 Ends = list[int] | Tensor  # where each expert's rows end: numbers on the host, or int32 [E] on the device
 
 
-def arrange(op: str, idx_TK: Tensor, *weights: Tensor) -> tuple[Ends, Tensor]:
-    """Where each expert's rows end, and the slot t * K + k of every row [S], -1 for padding. ValueError on CPU for negative ids, in the name of `op`."""
+def arrange(op: str, idx_TK: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each expert's rows end, int32 [E], and the slot t * K + k of every row [S], -1 for padding. ValueError for negative ids on CPU, by `op`."""
     sorted_S, slot_S = idx_TK.flatten().sort(stable=True)
     if sorted_S.numel():
         refuse_negative(op, sorted_S[0])
-    return pad(ends_of(sorted_S, *weights), slot_S, row_block(idx_TK, weights[0].shape[0]))
+    num_experts = weights[0].shape[0]
+    ids_E = torch.arange(num_experts, device=sorted_S.device, dtype=sorted_S.dtype)
+    ends_E = torch.searchsorted(sorted_S, ids_E, right=True, out_int32=True)
+    return pad(ends_E, slot_S, row_block(idx_TK, num_experts))
 
 
-def arranged(idx_TK: Tensor, slot_S: Tensor, *weights: Tensor) -> Ends:
-    """The ends that `arrange` gave with these slots."""
-    block = row_block(idx_TK, weights[0].shape[0])
-    ids_S = idx_TK.flatten()[slot_S] if block == 1 else idx_TK.flatten().sort().values
-    return pad(ends_of(ids_S, *weights), None, block)[0]
+def usable(ends_E: Tensor, slot_S: Tensor, *weights: Tensor) -> Ends:
+    """Ends for products with these weights: on the device where grouped_mm takes them, so that nothing waits."""
+    return ends_E if slot_S.numel() and can_group(*weights) else ends_E.tolist()
 
 
 def rows_needed(idx_TK: Tensor, num_experts: int) -> int:
@@ -52,14 +60,6 @@ def rows_needed(idx_TK: Tensor, num_experts: int) -> int:
 def row_weights(slot_S: Tensor, weight_TK: Tensor) -> Tensor:
     """The weight of every row [S]; 0 for padding."""
     return weight_TK.flatten()[slot_S.clamp(min=0)].mul_(slot_S >= 0)
-
-
-def ends_of(sorted_S: Tensor, *weights: Tensor) -> Ends:
-    """Where each expert's rows end, from sorted ids and all stacked weights [E, I, O]; on the device where grouped_mm takes them, so that nothing waits."""
-    num_experts = weights[0].shape[0]
-    ids_E = torch.arange(num_experts, device=sorted_S.device, dtype=sorted_S.dtype)
-    ends_E = torch.searchsorted(sorted_S, ids_E, right=True, out_int32=True)
-    return ends_E if len(sorted_S) and can_group(*weights) else ends_E.tolist()
 
 
 def can_group(*weights: Tensor) -> bool:
@@ -93,9 +93,10 @@ def products(rows_SI: Tensor, weight_EIO: Tensor, ends: Ends, out_SO: Tensor) ->
         routed_S1 = torch.arange(out_SO.shape[0], device=ends.device)[:, None] < ends[-1]
         torch.where(routed_S1, product, product.new_zeros(()), out=out_SO)
         return
-    for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
-        if end > start:
-            _product(rows_SI[start:end], weight_EIO[e], end - start, out_SO[start:end])
+    with _mm(ends, rows_SI):
+        for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+            if end > start:
+                torch.mm(rows_SI[start:end], weight_EIO[e], out=out_SO[start:end])
 
 
 def outer_products(left_SI: Tensor, right_SO: Tensor, ends: Ends, out_EIO: Tensor) -> None:
@@ -105,40 +106,67 @@ def outer_products(left_SI: Tensor, right_SO: Tensor, ends: Ends, out_EIO: Tenso
         filled_E11 = ends.diff(prepend=ends.new_zeros(1)).gt(0)[:, None, None]
         torch.where(filled_E11, product, product.new_zeros(()), out=out_EIO)
         return
-    for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
-        if end > start:
-            _product(left_SI[start:end].t(), right_SO[start:end], end - start, out_EIO[e])
-        else:
-            out_EIO[e].zero_()
+    with _mm(ends, left_SI):
+        for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+            if end > start:
+                torch.mm(left_SI[start:end].t(), right_SO[start:end], out=out_EIO[e])
+            else:
+                out_EIO[e].zero_()
 
 
-def _product(left_MN: Tensor, right_NO: Tensor, num_rows: int, out_MO: Tensor) -> None:
-    """out = left @ right, by oneDNN where it pays. It compiles a kernel for every number of an expert's rows, so only the padded numbers go there."""
-    if left_MN.dtype == torch.float32 and left_MN.is_cpu and num_rows % _ROW_BLOCK == 0 and torch.backends.mkldnn.enabled and _onednn_pays():
-        out_MO.copy_(_onednn(left_MN, right_NO))
-    else:
-        torch.mm(left_MN, right_NO, out=out_MO)
+def _mm(ends: list[int], left_MN: Tensor) -> AbstractContextManager[None]:
+    """Where float32 products go to oneDNN. It compiles a kernel for every number of an expert's rows, so only padded numbers go there."""
+    pays = left_MN.dtype == torch.float32 and left_MN.is_cpu and all(end % _ROW_BLOCK == 0 for end in ends) and _onednn_pays()
+    return _by_onednn() if pays else nullcontext()
 
 
-def _onednn(left_MN: Tensor, right_NO: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(left_MN, right_NO.t(), None, "none", [], "")
+@contextmanager
+def _by_onednn() -> Iterator[None]:
+    """oneDNN may take bfloat16 inside float32 products; `_onednn_pays` has seen that it does not. The setting is the process's: of threads that are here at
+    once, the last puts back what the first found, and products elsewhere may meanwhile be summed in oneDNN's order."""
+    matmul = torch.backends.mkldnn.matmul
+    with _inside.lock:
+        if not _inside.threads:
+            _inside.before = matmul.fp32_precision
+        matmul.fp32_precision = "bf16"
+        _inside.threads += 1
+    try:
+        yield
+    finally:
+        with _inside.lock:
+            _inside.threads -= 1
+            if not _inside.threads:
+                matmul.fp32_precision = _inside.before
 
 
 @functools.cache
 def _onednn_pays() -> bool:
-    """Whether float32 products go to oneDNN: where torch.mm is MKL's, which takes AVX2 on CPUs other than Intel's and reaches half of oneDNN's rate. The op is
-    private to torch, so it has to give the right values here first. The choice is not timed, since two runs of one machine must make the same."""
+    """Whether float32 products go to oneDNN: where torch.mm is MKL's, which takes AVX2 on CPUs other than Intel's and reaches half of oneDNN's rate. The
+    way there is a permission to round, so the products have to be float32's here first. The choice is not timed, as two runs must make the same."""
     info = Path("/proc/cpuinfo")
     cpu = platform.processor() + (info.read_text() if info.exists() else "")
-    if not torch.backends.mkl.is_available() or "Intel" in cpu or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not torch.backends.mkl.is_available() or not torch.backends.mkldnn.is_available() or "Intel" in cpu:
         return False
     g = torch.Generator().manual_seed(0)
-    left_MN, right_NO = torch.randn(_ROW_BLOCK, 17, generator=g), torch.randn(17, 5, generator=g)
+    left_MN, right_NO = (torch.randn(256, 256, generator=g) for _ in range(2))
     try:
-        found = [_onednn(left_MN, right_NO), _onednn(left_MN, right_NO.t().contiguous().t()), _onednn(left_MN.t().contiguous().t(), right_NO)]
-    except (RuntimeError, TypeError):
+        with _by_onednn():
+            found = [left_MN @ right_NO, left_MN @ right_NO.t().contiguous().t(), left_MN.t().contiguous().t() @ right_NO]
+    except (AttributeError, RuntimeError):
         return False
-    return all(torch.allclose(product, left_MN @ right_NO, rtol=1e-4, atol=1e-4) for product in found)
+    exact = left_MN.double() @ right_NO.double()
+    return all((product - exact).abs().max() < 1e-5 * exact.abs().max() for product in found)
+
+
+def scratch(like: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    """An empty [num_rows, num_columns] for rows that nobody sees after the op. On CPU it is the thread's own memory, used by every call: malloc gives large
+    blocks back to the system, and faulting them in again costs as much as a tenth of the op."""
+    size = num_rows * num_columns * like.element_size()
+    if not like.is_cpu or size > _SCRATCH_BYTES:
+        return like.new_empty(num_rows, num_columns)
+    if len(getattr(_memory, "block", ())) < size:
+        _memory.block = torch.empty(size, dtype=torch.uint8)
+    return _memory.block[:size].view(like.dtype).view(num_rows, num_columns)
 
 
 def clear_skipped(ends: Ends, *tensors: Tensor) -> None:
@@ -154,17 +182,16 @@ def row_block(idx_TK: Tensor, num_experts: int) -> int:
     return _ROW_BLOCK if idx_TK.device.type == "cpu" and rows_each >= 4 * _ROW_BLOCK else 1
 
 
-def pad(ends: Ends, slot_S: Tensor | None, block: int) -> tuple[Ends, Tensor | None]:
+def pad(ends_E: Tensor, slot_S: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Ends in multiples of `block`, and the slots at their new rows with -1 between; as many rows as any routing could need."""
     if block == 1:
-        return ends, slot_S
+        return ends_E, slot_S
+    ends = ends_E.tolist()
     padded = list(itertools.accumulate(-(-(end - start) // block) * block for start, end in itertools.pairwise([0, *ends])))
-    if slot_S is None:
-        return padded, None
     out_S = slot_S.new_full((slot_S.numel() + len(ends) * (block - 1),), -1)
     for start, end, to in zip([0, *ends], [*ends, slot_S.numel()], [0, *padded], strict=True):  # the last: rows of no expert
         out_S[to : to + end - start] = slot_S[start:end]
-    return padded, out_S
+    return torch.tensor(padded, dtype=ends_E.dtype), out_S
 
 
 def places(slot_S: Tensor, weight_TK: Tensor) -> Tensor:

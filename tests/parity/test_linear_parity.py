@@ -1,5 +1,8 @@
 """Backends of `routed_linear` against the eager reference in float64, the partial form against dense masks, and oneDNN's products against torch.mm's."""
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -12,9 +15,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1.5e-2} 
 SHAPES = [(33, 13, 7, 5, 3), (7, 6, 5, 1, 1), (50, 10, 3, 16, 16), (640, 24, 86, 4, 2), (1, 8, 4, 6, 2)]  # T I O E K; the fourth is padded
 
 
-def problem(T, I, O, E, K, dtype, routing="uniform"):
+def problem(T, I, O, E, K, dtype, routing="uniform", seed=0):
     """Leaves x, weight, scores, bias in `dtype` (the scores at least float32), and ids."""
-    g = torch.Generator().manual_seed(T + 31 * E)
+    g = torch.Generator().manual_seed(T + 31 * E + seed)
     x, weight, bias = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((T, I), (E, O, I), (E, O)))
     logits = torch.randn(T, E, generator=g, dtype=torch.float64)
     if routing == "skewed":  # nearly all tokens take the first experts, others stay empty
@@ -98,39 +101,68 @@ def test_partial_under_autocast(form):
     assert got.dtype == torch.bfloat16 and (got - want).norm() < 2e-2 * want.norm()
 
 
-@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN linear op")
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 @pytest.mark.parametrize("layout", ["plain", "transposed"])
-def test_onednn_products(layout, monkeypatch):
+@pytest.mark.parametrize("ends", [[64, 64, 96, 160], [64, 64, 118, 150]])
+def test_onednn_products(layout, ends, monkeypatch):
     """The float32 way of CPUs other than Intel's, forced: products and outer products, an empty expert, padded and other row counts."""
     monkeypatch.setattr(rows, "_onednn_pays", lambda: True)
-    calls, op = [], rows._onednn
-    monkeypatch.setattr(rows, "_onednn", lambda *args: (calls.append(1), op(*args))[1])
+    used, way = [], rows._by_onednn
+    monkeypatch.setattr(rows, "_by_onednn", lambda: (used.append(1), way())[1])
+    before = torch.backends.mkldnn.matmul.fp32_precision
     g = torch.Generator().manual_seed(0)
-    left, right, weight = (torch.randn(*s, generator=g) for s in ((150, 13), (150, 6), (4, 13, 6)))
+    left, right, weight = (torch.randn(*s, generator=g) for s in ((ends[-1], 13), (ends[-1], 6), (4, 13, 6)))
     if layout == "transposed":
         weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
-    ends = [64, 64, 118, 150]
-    out, outer = torch.empty(150, 6), torch.empty(4, 13, 6)
+    out, outer = torch.empty(ends[-1], 6), torch.empty(4, 13, 6)
     rows.products(left, weight, ends, out)
     rows.outer_products(left, right, ends, outer)
     for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         some = slice(start, end)
         torch.testing.assert_close(out[some].double(), left[some].double() @ weight[e].double(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(outer[e].double(), left[some].double().t() @ right[some].double(), rtol=1e-5, atol=1e-5)
-    assert len(calls) == 4  # 64 and 32 rows, twice; 54 rows go to torch.mm
+    assert len(used) == (2 if ends[-1] == 160 else 0)  # a row count that is not padded would have a kernel compiled for it
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
-@pytest.mark.parametrize("fault", ["values", "missing", "arguments", "intel"])
+@pytest.mark.parametrize("fault", ["values", "missing", "intel"])
 def test_onednn_is_not_trusted_blindly(fault, monkeypatch):
     monkeypatch.setattr(rows.platform, "processor", lambda: "Intel" if fault == "intel" else "x86_64")
-    if fault == "values":
-        monkeypatch.setattr(rows, "_onednn", lambda left, right: left @ right + 1)
-    elif fault == "missing":
-        monkeypatch.setattr(torch.ops, "mkldnn", object())
-    elif fault == "arguments":
-        monkeypatch.setattr(rows, "_onednn", lambda left, right: torch.ops.aten.mm(left))
+
+    @contextlib.contextmanager
+    def rounding():
+        if fault == "missing":
+            raise AttributeError("fp32_precision")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+
+    monkeypatch.setattr(rows, "_by_onednn", rounding)
     rows._onednn_pays.cache_clear()
     try:
         assert rows._onednn_pays() is False
     finally:
         rows._onednn_pays.cache_clear()
+
+
+def test_a_users_precision_survives_an_error():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(RuntimeError, match="inside"), rows._by_onednn():
+        raise RuntimeError("inside")
+    assert torch.backends.mkldnn.matmul.fp32_precision == before and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_threads_at_once(monkeypatch):
+    """Each has rows of its own; and the user's precision is back afterwards."""
+    monkeypatch.setattr(rows, "_onednn_pays", lambda: True)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    problems = [problem(1300, 9, 7, 5, 3, torch.float32, seed=seed) for seed in range(4)]
+
+    def run(p):
+        (x, w, scores, b), idx = p
+        return [routed_linear(x, w, idx, scores, b, backend="torch") for _ in range(20)][-1]
+
+    want = [run(p) for p in problems]
+    with ThreadPoolExecutor(4) as pool:
+        for a, b in zip(pool.map(run, problems), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # the other threads' products may go to oneDNN meanwhile
+    assert torch.backends.mkldnn.matmul.fp32_precision == before

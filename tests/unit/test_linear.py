@@ -108,8 +108,8 @@ def test_opcheck_forward():
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)])
 def test_opcheck_backward(T, needs):
     args = [t.detach() for t in problem(T=T, ids=7)[:4]]
-    y, slots = torch.ops.dyn.routed_linear(*args)
-    torch.library.opcheck(torch.ops.dyn.routed_linear_backward.default, (torch.ones_like(y), *args, slots, *needs))
+    y, ends, slots = torch.ops.dyn.routed_linear(*args)
+    torch.library.opcheck(torch.ops.dyn.routed_linear_backward.default, (torch.ones_like(y), *args, ends, slots, *needs))
 
 
 @pytest.mark.parametrize("wanted", [[0], [1], [3], [4], [0, 3]])
@@ -126,10 +126,10 @@ def test_only_the_gradients_asked_for(wanted):
 
 
 def test_nothing_but_indices_is_kept():
-    """Beside x, weights, ids and scores: the rows' order. The bias adds the matrix of scores."""
+    """Beside x, weights, ids and scores: the rows' order and the experts' ends. The bias adds the matrix of scores."""
     args = problem(T=200)
     given = {t.untyped_storage().data_ptr() for t in args}
-    for bias, most in ((None, 200 * 2 * 8), (args[4], 200 * 2 * 8 + 200 * 6 * 4 + 200 * 2 * 8)):
+    for bias, most in ((None, 200 * 2 * 8 + 6 * 4), (args[4], 200 * 2 * 8 + 6 * 4 + 200 * 6 * 4 + 200 * 2 * 8)):
         kept = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}), t)[1],
                                                       lambda t: t):

@@ -175,8 +175,8 @@ def test_opcheck_forward(keep):
 @pytest.mark.parametrize("need_x, need_params", [(True, True), (False, True), (True, False)])
 def test_opcheck_backward(need_x, need_params):
     args = [t.detach() for t in problem(ids=7)]
-    y, kept, order = torch.ops.dyn.experts(*args, True)
-    torch.library.opcheck(torch.ops.dyn.experts_backward.default, (torch.ones_like(y), *args, kept, order, need_x, need_params))
+    y, kept, ends, order = torch.ops.dyn.experts(*args, True)
+    torch.library.opcheck(torch.ops.dyn.experts_backward.default, (torch.ones_like(y), *args, kept, ends, order, need_x, need_params))
 
 
 def test_recompute_is_bitwise_the_same_and_keeps_less():
