@@ -8,8 +8,12 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
+import shutil
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -72,6 +76,31 @@ def _slurm_file() -> Path:
     return Path(".dyn-" + "-".join(os.environ.get(key, "0") for key in keys))
 
 
+def once(folder: Path, make: Callable[[Path], None], rank: int) -> None:
+    """`make` a folder beside `folder` and rename it, on rank 0; the others wait. TimeoutError after two hours, RuntimeError when rank 0 failed."""
+    part, failed = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.failed")
+    if folder.is_dir():
+        return
+    if rank == 0:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        failed.unlink(missing_ok=True)
+        try:
+            make(part)
+        except BaseException:
+            failed.touch()
+            raise
+        part.replace(folder)
+        return
+    end = time.monotonic() + 7200
+    while not folder.is_dir():
+        if failed.exists():
+            raise RuntimeError(f"rank 0 could not make {folder.name}; its own message says why")
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited two hours for rank 0 to make {folder.name}")
+        time.sleep(0.5)
+
+
 def facts() -> dict[str, Any]:
     """Versions, commit, device, threads, world size and platform; no path and no host name."""
     import torch
@@ -88,6 +117,14 @@ def facts() -> dict[str, Any]:
         "world_size": world_size(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
+
+
+def peak_memory() -> dict[str, int]:
+    """The most that this process has held at a time, in bytes: peak_memory_bytes, and peak_device_memory_bytes where there is a GPU."""
+    import torch
+
+    device = {"peak_device_memory_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)} | device
 
 
 def code(*rooms: str) -> str:

@@ -98,6 +98,35 @@ def by_layer(path: str | Path, lines: Mapping[str, Sequence[float]], ylabel: str
     return _save(fig, path)
 
 
+def points(path: str | Path, found: Mapping[str, tuple[float, float]], xlabel: str, ylabel: str) -> Path:
+    """Named points (x, y), with a line through them in the order of x."""
+    fig, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    ordered = sorted(found.items(), key=lambda item: item[1])
+    ax.plot(*zip(*(place for _, place in ordered), strict=True), color="lightgrey", zorder=1)
+    for name, (x, y) in ordered:
+        ax.scatter([x], [y], label=name, zorder=2)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(fontsize=7)
+    return _save(fig, path)
+
+
+def attention_curves(path: str | Path, runs: Mapping[str, Rows]) -> Path | None:
+    """Entropy of the attention over kernels ("attention/entropy") and its temperature ("train/temperature") over the steps of training; `runs`: name -> rows.
+    Nothing is drawn, and None returned, where no run has them."""
+    panels = {"attention/entropy": "entropy of the attention / log K", "train/temperature": "temperature"}
+    found = {key: {name: points for name, rows in runs.items() if (points := [(row["step"], row[key]) for row in rows if key in row])} for key in panels}
+    if not any(found.values()):
+        return None
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for ax, (key, label) in zip(axes, panels.items(), strict=True):
+        for name, line in found[key].items():
+            ax.plot(*zip(*line, strict=True), marker="o" if len(line) < 20 else None, markersize=3, label=name)
+        ax.set(xlabel="step", ylabel=label)
+        if found[key]:
+            ax.legend(fontsize=7)
+    return _save(fig, path)
+
+
 def loss_bars(path: str | Path, losses: Mapping[str, Mapping[str, float]]) -> Path:
     """Held-out loss in nats a token, a group of bars a domain and one for the mean; `losses`: network -> domain -> loss, the dense one first. Over each
     other bar stands what it lies above the first."""

@@ -10,7 +10,6 @@ import fcntl
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import threading
@@ -206,22 +205,16 @@ class Run:
         return "failed", 1
 
     def _result(self, metrics: Mapping[str, Any], status: str, error: BaseException | None) -> dict[str, Any]:
-        import torch
-
         seconds = self._state["seconds"] + time.monotonic() - self._began
         self._state["seconds"] = seconds
         write_json(self.folder / "stages.json", self._state)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        measured = {"wall_seconds": seconds, "peak_memory_bytes": memory}
-        if torch.cuda.is_available():
-            measured["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
         return {
             "schema": SCHEMA,
             "what": self._state["what"],
             "status": status,
             "error": None if error is None else {"type": type(error).__name__, "message": _message(error)},
             "metrics": metrics,
-            "cost": plain(self.cost) | measured,
+            "cost": plain(self.cost) | {"wall_seconds": seconds} | env.peak_memory(),
             "notes": plain(self.notes),
             "config": plain(config.read_dict(self.folder / "config.yaml")),
             "env": env.facts(),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dyn.core.mixture import mix
 from dyn.core.routing import attend
 from dyn.nn.bank import Banked, CompactBank, normal
+from dyn.nn.probe import for_statistics, watch
 from dyn.ops.dynamic_conv import FORMS, dynamic_conv2d
 
 _log = logging.getLogger(__name__)
@@ -298,6 +299,22 @@ def set_temperature(model: nn.Module, temperature: float) -> int:
     for layer in layers:
         layer.temperature.fill_(temperature)
     return len(layers)
+
+
+@torch.no_grad()
+def attention_entropy(model: nn.Module, images_BCHW: Tensor) -> dict[str, float]:
+    """Entropy of every dynamic layer's attention over its kernels as a share of log K, mean over the images, in evaluation mode: 1 for equal weights, 0 for one
+    kernel alone. Weights that do not sum to one (CondConv) are divided by their sum. Layers with one kernel are left out."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, MixedConv2d) and m.num_kernels > 1}
+    found: dict[int, Tensor] = {}
+
+    def look(place: int, x_BCHW: Tensor) -> None:
+        alpha_BK = list(layers.values())[place].alpha(x_BCHW)
+        found[place] = torch.special.entr(alpha_BK / alpha_BK.sum(1, keepdim=True)).sum(1).mean() / math.log(alpha_BK.shape[1])
+
+    with for_statistics(model), watch(list(layers.values()), look):
+        model(images_BCHW)
+    return dict(zip(layers, torch.stack([found[i] for i in range(len(layers))]).tolist() if layers else [], strict=True))
 
 
 def _pair(value: Size, where: str) -> tuple[int, int]:

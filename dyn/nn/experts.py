@@ -7,6 +7,7 @@ Papers: Shazeer et al. 2017 (noisy top-k), Fedus et al. 2022 (switch), LLaMA-MoE
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -111,7 +112,7 @@ class Gate(nn.Module):
 
     def choose(self, x_TD: Tensor) -> Choice:
         """Route x [T, D], and keep what `statistics` needs: for layers that see their tokens in parts, or without knowing which are padding."""
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with _exact(x_TD):
             return self._choose(x_TD)
 
     def _choose(self, x_TD: Tensor) -> Choice:
@@ -138,7 +139,7 @@ class Gate(nn.Module):
 
     def statistics(self, choice: Choice, mask_T: Tensor | None = None) -> Routing:
         """What there is to say about a choice of this gate."""
-        with torch.autocast(choice.weight_TK.device.type, enabled=False):
+        with _exact(choice.weight_TK):
             return self._statistics(*choice, mask_T)
 
     def _statistics(self, idx_TK: Tensor, weight_TK: Tensor, clean_TE: Tensor | None, noisy_TE: Tensor | None, std_TE: Tensor | None,
@@ -255,3 +256,8 @@ def check_gate(num_experts: int, k: int, kind: str, noise: bool, balance: str, w
 
 def _float(x: Tensor, like: Tensor | None = None) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32) if like is None else like.dtype)
+
+
+def _exact(x: Tensor) -> AbstractContextManager:
+    """No autocast; on the meta device, which has none, nothing to switch off."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -180,6 +180,7 @@ def _snip(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, s
         size = {name: (switch[name][mask].norm().item(), removal[name][mask].norm().item()) for name, mask in masks.items()}
         eps = torch.finfo(next(iter(switch.values())).dtype).eps
         blind = {name for name, (s, r) in size.items() if _is_noise(s, r, eps)}
+        mute = {name for name, (s, r) in size.items() if s == r == 0 and masks[name].any()}
         # One ranking over all layers needs one criterion: removal where all together are degenerate. Else a blind layer's positions, whose mode has no
         # effect, go first. Where each layer has its own budget, each has its own criterion.
         if scope == "global":
@@ -192,7 +193,10 @@ def _snip(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, s
             if names:
                 _log.warning("make_partial: in %d of %d layers (%s, ...) the parameter sets, or their weights, are so alike that switching a position's mode "
                              "changes nothing; %s", len(names), len(masks), min(names), how)
-        told.update(blind | by_removal)
+        if mute - told:
+            _log.warning("make_partial: in %d of %d layers (%s, ...) no position has any effect on the loss (is a batch norm behind them zero, as timm "
+                         "starts ResNets from scratch?); positions there turn static first", len(mute - told), len(masks), min(mute))
+        told.update(blind | by_removal | mute)
         return {name: (removal if name in by_removal else switch)[name].abs() for name in masks}
 
     return scores

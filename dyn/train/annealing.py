@@ -1,12 +1,18 @@
-"""What a training changes by schedule or mends after each step: temperatures of attention over kernels, masks of pruned weights."""
+"""What a training changes by schedule or mends after each step: temperatures of attention over kernels (and what became of it), masks of pruned weights."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from dyn.nn.surgery import attention_entropy
 
 
 class Temperature(Callback):
@@ -41,6 +47,28 @@ class Temperature(Callback):
         if self.log_every and done and trainer.global_step % self.log_every == 0:
             for logger in trainer.loggers:
                 logger.log_metrics({"train/temperature": self.schedule(self._step)}, trainer.global_step)
+
+
+class AttentionEntropy(Callback):
+    """Looks at the attention over kernels at every validation (`dyn.nn.surgery.attention_entropy`); the layers' mean is logged as attention/entropy.
+
+    `layers`: the newest, by layer.
+
+    Args:
+        images: what the network is shown, [B, C, H, W].
+        compiled: the network is, which hooks cannot look into.
+    """
+
+    def __init__(self, images: Tensor, compiled: bool = False) -> None:
+        self.images, self.compiled = images, compiled
+        self.layers: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See the class."""
+        with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+            self.layers = attention_entropy(pl_module.net, self.images.to(pl_module.device))
+        for logger in trainer.loggers if self.layers else ():
+            logger.log_metrics({"attention/entropy": statistics.fmean(self.layers.values())}, trainer.global_step)
 
 
 class KeepMask(Callback):

@@ -35,6 +35,7 @@ from dyn.models.packaged import cache_folder, dense_config
 from dyn.nn.surgery import count_parameters, flops_per_token
 from dyn.train.distill import parent_hash
 from dyn.train.pretrain import Corpus, find_source, load_corpus, load_tokenizer
+from dyn.train.speed import interleaved
 
 PAPER_SIZE = 6_000_000_000  # parameters of the smallest model of the training-free papers (LLaMA-2-7B)
 SAME = ("model.source", "dtype", "matmul_precision", "leave_out", "calibration_tokens", "calibration_length", "texts", "data.text", "data.bos", "data.weights",
@@ -231,16 +232,9 @@ def _size(cfg: Any, net: nn.Module) -> dict[str, Any]:
 def relative_time(net: nn.Module, dense: nn.Module, ids: Tensor, rounds: int) -> dict[str, float]:
     """Medians over `rounds` interleaved forward passes of ids [B, L], after one each to warm up: tokens a second of both, and time a token over the dense
     model's in the same round."""
-    models, seconds = {"net": net, "dense": dense}, {"net": [], "dense": []}
     ids = ids.to(dense.device)
-    for number in range(rounds + 1):
-        for name in models if number % 2 else reversed(models):
-            began = time.perf_counter()
-            models[name](input_ids=ids, use_cache=False)
-            if ids.is_cuda:
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - began)
-    ours, theirs = seconds["net"][1:], seconds["dense"][1:]
+    seconds = interleaved({name: lambda model=model: model(input_ids=ids, use_cache=False) for name, model in (("net", net), ("dense", dense))}, rounds)
+    ours, theirs = seconds["net"], seconds["dense"]
     return {"time a token / dense": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
             "tokens_per_second": ids.numel() / statistics.median(ours), "dense tokens_per_second": ids.numel() / statistics.median(theirs)}
 

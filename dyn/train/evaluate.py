@@ -1,11 +1,10 @@
-"""What a language model's run shows beside its losses: sampled text, distances between domains, overlap of experts, the time of a step.
+"""What a language model's run shows beside its losses: sampled text, distances between domains, overlap of experts.
 
 M domains, E experts.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,20 +55,3 @@ def domain_distances(load: Mapping[str, Tensor], layer: int = -1) -> tuple[list[
 def overlaps(groups: Sequence[Tensor]) -> list[list[list[float]]]:
     """Share of common neurons between the experts of every layer (section 1.7's diagnostic); `groups`: a LongTensor [E, F] a layer."""
     return [overlap_matrix(groups_EF).tolist() for groups_EF in groups]
-
-
-def seconds_per_micro_batch(net: nn.Module, batch: Mapping[str, Tensor], dtype: torch.dtype | None, trials: int = 3) -> float:
-    """Least of `trials` measured forward and backward passes after one to warm up; gradients are dropped afterwards."""
-    inputs = {k: v.to(net.device) for k, v in batch.items() if k != "domain"}
-    training, times = net.training, []
-    net.train()
-    for _ in range(trials + 1):
-        began = time.perf_counter()
-        with torch.autocast(net.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            net(**inputs, use_cache=False).loss.backward()
-        if net.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-        net.zero_grad(set_to_none=True)
-    net.train(training)
-    return min(times[1:])

@@ -48,6 +48,7 @@ class RecipeConfig:
     decay_all: bool = False  # biases, norms and scales too
     schedule: Literal["linear", "cosine", "step", "constant"] = "linear"  # after the warm-up; linear and cosine fall to `floor`
     warmup_steps: int = 0  # linear from 0
+    warmup_share: float = 0.0  # the same as a share of all steps; the longer of both counts
     floor: float = 0.0  # of the peak
     milestones: tuple[float, ...] = (1 / 3, 2 / 3, 0.9)  # step: shares of all steps at which the rate is multiplied by `gamma`
     gamma: float = 0.1
@@ -55,7 +56,7 @@ class RecipeConfig:
 
     def __post_init__(self) -> None:
         for name, low, high in (("lr", 0, math.inf), ("head_lr", 0, math.inf), ("eps", 0, math.inf), ("momentum", 0, 1), ("weight_decay", 0, math.inf),
-                                ("warmup_steps", 0, math.inf), ("floor", 0, 1), ("gamma", 0, 1), ("clip", 0, math.inf)):
+                                ("warmup_steps", 0, math.inf), ("warmup_share", 0, 0.99), ("floor", 0, 1), ("gamma", 0, 1), ("clip", 0, math.inf)):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"optim.{name}={value} must lie in [{low}, {high}]")
@@ -70,10 +71,12 @@ class RecipeConfig:
 def schedule(cfg: RecipeConfig, total: int) -> Callable[[int], float]:
     """Multiplier of the peak learning rate by optimiser step (from 0)."""
 
+    warmup = max(cfg.warmup_steps, round(cfg.warmup_share * total))
+
     def multiplier(step: int) -> float:
-        if step < cfg.warmup_steps:
-            return step / cfg.warmup_steps
-        p = min(1.0, (step - cfg.warmup_steps) / max(1, total - cfg.warmup_steps))
+        if step < warmup:
+            return step / warmup
+        p = min(1.0, (step - warmup) / max(1, total - warmup))
         if cfg.schedule == "step":
             return cfg.gamma ** sum(step >= share * total for share in cfg.milestones)
         shape = {"linear": 1 - p, "cosine": 0.5 * (1 + math.cos(math.pi * p)), "constant": 1.0}[cfg.schedule]

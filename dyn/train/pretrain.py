@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,12 @@ from dyn.models.packaged import PACKAGED, cache_folder, dense_config, packaged
 from dyn.nn.surgery import count_parameters, flops_per_token
 from dyn.train.callbacks import ExpertLoad, Remix, Throughput
 from dyn.train.distill import parent_hash, taught
-from dyn.train.evaluate import domain_distances, overlaps, perplexity, sample, seconds_per_micro_batch
+from dyn.train.evaluate import domain_distances, overlaps, perplexity, sample
 from dyn.train.export import load_net
 from dyn.train.plan import shape
+from dyn.train.speed import seconds_per_micro_batch
 from dyn.train.tasks import CausalLM
-from dyn.train.trainer import evaluate, find_checkpoint, fit, make_trainer, world
+from dyn.train.trainer import check_world, evaluate, find_checkpoint, fit, make_trainer, world
 
 PAPER_TOKENS = 5_000_000_000  # the shortest of its comparisons (score scales, section 2.3)
 SAME = ("tokens", "minutes", "optim", "model.source", "data.text", "data.bos", "data.weights", "data.dynamic", "data.filters", "data.block_size",
@@ -79,9 +79,7 @@ def pretrain(cfg: Any, run: Any) -> dict[str, float]:
 
 def check(cfg: Any, run: Any, source: Any, tokenizer: Any) -> None:
     """ValueError for what cannot work, before text is sharded and weights are read: sizes, gates, constructions, the tokenizer, processes, disk."""
-    launched = env.world_size()
-    if launched not in (1, cfg.trainer.world_size):
-        raise ValueError(f"{launched} processes were started, trainer.devices x trainer.num_nodes = {cfg.trainer.world_size}: set them to what is started")
+    check_world(cfg.trainer)
     dense = read_config(source)
     if len(tokenizer) > dense.vocab_size:
         raise ValueError(f"model.source={cfg.model.source}: the tokenizer has {len(tokenizer)} entries and the model vocab_size={dense.vocab_size}; "
@@ -157,12 +155,11 @@ def _measure_dense(cfg: Any, source: Any, tokenizer: Any, corpus: Corpus) -> dic
     samples = _samples(cfg, net, tokenizer)  # before evaluating, which may shard the network
     steps = cfg.steps()
     if cfg.minutes is not None:
-        batch = next(iter(_loader(cfg, corpus, 1, 0, 1)))
+        batch = {k: v.to(net.device) for k, v in next(iter(_loader(cfg, corpus, 1, 0, 1))).items() if k != "domain"}
         # The dense model's step is the longer one; a fifth of the time goes to the optimiser, to validations within training, and to noise.
-        seconds = seconds_per_micro_batch(net, batch, None if cfg.trainer.precision == "32-true" else torch.bfloat16) * cfg.trainer.accumulate
+        seconds = seconds_per_micro_batch(net, lambda: net(**batch, use_cache=False).loss, cfg.trainer.dtype) * cfg.trainer.accumulate
         steps = max(2, min(steps, int(0.8 * 60 * cfg.minutes / seconds)))
-    parameters = count_parameters(net)["total"]
-    return {"losses": evaluate(net, corpus.validation, cfg.trainer), "samples": samples, "steps": steps, "parameters": parameters}
+    return {"losses": evaluate(net, corpus.validation, cfg.trainer), "samples": samples, "steps": steps, "parameters": count_parameters(net)["total"]}
 
 
 def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: Corpus, dense: dict[str, Any], name: str) -> dict[str, Any]:
@@ -216,7 +213,7 @@ def _build(cfg: Any, run: Any, kind: str, source: Any, corpus: Corpus) -> nn.Mod
         (part / KEY).write_text(key)
         run.log(f"converted by {model.construction if kind == 'moe' else 'prune_dense'} in {time.monotonic() - began:.0f} s")
 
-    _once(folder, convert, world(cfg.trainer)[0])
+    env.once(folder, convert, world(cfg.trainer)[0])
     if kind == "prune":
         return _pretrained(folder, attention_dropout=model.attention_dropout)
     return LlamaMoeForCausalLM.from_pretrained(folder, attention_dropout=model.attention_dropout, dtype=torch.float32)
@@ -237,30 +234,6 @@ def _link(old: str, new: str) -> None:
         os.link(old, new)
     except OSError:
         shutil.copyfile(old, new)
-
-
-def _once(folder: Path, make: Callable[[Path], None], rank: int) -> None:
-    """`make` a folder beside `folder` and rename it, on rank 0; the others wait. TimeoutError after two hours, RuntimeError when rank 0 failed."""
-    part, failed = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.failed")
-    if folder.is_dir():
-        return
-    if rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        failed.unlink(missing_ok=True)
-        try:
-            make(part)
-        except BaseException:
-            failed.touch()
-            raise
-        part.replace(folder)
-        return
-    end = time.monotonic() + 7200
-    while not folder.is_dir():
-        if failed.exists():
-            raise RuntimeError(f"rank 0 could not make {folder.name}; its own message says why")
-        if time.monotonic() > end:
-            raise TimeoutError(f"waited two hours for rank 0 to make {folder.name}")
-        time.sleep(0.5)
 
 
 def _reads_text(model: Any) -> bool:
@@ -297,7 +270,7 @@ def _tiny(cfg: Any, run: Any, rank: int) -> Any:
         tiny_tokenizer().save_pretrained(part)
         tiny_corpus(part / "text")
 
-    _once(folder, make, rank)
+    env.once(folder, make, rank)
     if cfg.data.text.path == "tiny":
         cfg.data.text.path, cfg.data.cache = str(folder / "text"), str(run.folder / "tokens")
     return folder

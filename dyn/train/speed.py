@@ -1,11 +1,14 @@
-"""The rate that a device could reach: what model FLOPs utilisation is measured against."""
+"""The rate that a device could reach, which model FLOPs utilisation is measured against, and the time that a step takes."""
 
 from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 # Dense bfloat16 matrix products without sparsity, FLOP/s, from the vendor's data sheets; the first name that the device's name contains counts.
 GPU_BF16 = {
@@ -59,3 +62,34 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 def mfu(active_parameters: int, tokens_per_second: float, peak: float) -> float:
     """Model FLOPs utilisation, 6 P R / peak, with P the parameters that a token passes through, not all that are stored (section 4.6, fact 32)."""
     return 6 * active_parameters * tokens_per_second / peak
+
+
+def seconds_per_micro_batch(net: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype, trials: int = 3) -> float:
+    """Least of `trials` measured forward and backward passes of `loss()`, a loss of `net` in training mode, after one to warm up; under autocast to `dtype`
+    unless that is float32. Gradients are dropped afterwards and the mode comes back; batch statistics move."""
+    device, training, times = next(net.parameters()).device, net.training, []
+    net.train()
+    for _ in range(trials + 1):
+        began = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+        net.zero_grad(set_to_none=True)
+    net.train(training)
+    return min(times[1:])
+
+
+def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every one of `runs` in each of `rounds` rounds, whose order alternates, after a round to warm up: ratios within a round bear what else the
+    machine does."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name in runs if number % 2 else reversed(runs):
+            began = time.perf_counter()
+            runs[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: values[1:] for name, values in seconds.items()}

@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
+from dyn import env
 from dyn.data.loader import blank
 from dyn.train.callbacks import BarProgress, JsonlLogger, PlainProgress, RngState, Throughput
 from dyn.train.checkpoint import AtomicCheckpointIO, Checkpoints, Stop, Stopped, find_checkpoint, newest_checkpoint, verify_checkpoint
@@ -27,7 +28,7 @@ from dyn.train.settings import TrainerConfig
 from dyn.train.task import Task
 from dyn.train.tasks import CausalLM
 
-__all__ = ["TrainerConfig", "evaluate", "find_checkpoint", "fit", "make_trainer", "validate", "verify_checkpoint", "world"]
+__all__ = ["TrainerConfig", "check_world", "evaluate", "find_checkpoint", "fit", "make_trainer", "validate", "verify_checkpoint", "world"]
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notices on devices and tips would break up the progress lines
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's, about its own use of torch
@@ -125,6 +126,12 @@ def world(cfg: TrainerConfig) -> tuple[int, int]:
     local, node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0)))
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", node * cfg.devices + local))) if cfg.world_size > 1 else 0
     return rank, cfg.world_size
+
+
+def check_world(cfg: TrainerConfig) -> None:
+    """ValueError when another number of processes was started than the settings say."""
+    if (launched := env.world_size()) not in (1, cfg.world_size):
+        raise ValueError(f"{launched} processes were started, trainer.devices x trainer.num_nodes = {cfg.world_size}: set them to what is started")
 
 
 def _machine(cfg: TrainerConfig) -> dict[str, Any]:

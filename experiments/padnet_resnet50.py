@@ -1,0 +1,177 @@
+"""PAD-Net on images: static, dynamic and partially dynamic convolutional networks (ACL 2023; docs/padnet.md).
+
+The defaults are the recipe of the official code for ResNet-50 on ImageNet, 30 % dynamic: section numbers are those of the specification in docs/padnet.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dyn.data.images import ImageSource
+from dyn.train.optim import RecipeConfig
+from dyn.train.settings import ClassifyConfig, TrainerConfig
+
+Method = Literal["static", "dyconv", "condconv", "odconv", "pad"]
+LABELS = {"static": "static", "dyconv": "DY-Conv", "condconv": "CondConv", "odconv": "ODConv", "pad": "PAD"}
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """What is trained. `make_dynamic` and `make_partial` explain the fields that they share."""
+
+    backbone: str = "resnet50"  # of timm, or resnet10; auto: resnet10 on a CPU, resnet50 on a GPU
+    stem: Literal["auto", "imagenet", "stride1", "stride2"] = "imagenet"  # auto: for small images stride2 on a CPU, stride1 on a GPU
+    method: Method = "pad"
+    num_kernels: int = 4
+    reduction: int = 16  # section 1.2; the original DY-Conv has 4
+    pretrained: bool = False  # begin with timm's weights
+    dropout: float = 0.0
+    temperature: float = 30.0  # of DY-Conv's and ODConv's attention at the first step, falling to 1 in a straight line (section 1.3)
+    temperature_share: float = 1 / 6  # of all steps until it is 1; 15 of 90 epochs
+    # Mode partition (section 4), of method=pad
+    keep: float = 0.3  # the share that stays dynamic
+    criterion: Literal["snip", "removal", "random", "magnitude", "grasp", "synflow"] = "snip"
+    rounds: int = 3  # the paper's number was not recovered
+    schedule: Literal["exponential", "linear"] = "exponential"
+    scope: Literal["global", "local", "erdos_renyi"] = "global"
+    monotone: bool = True
+    scales: Literal["both", "s", "d", "none", "prune"] = "both"  # section 3.3; prune: nothing in place of what is not dynamic
+    static: Literal["mean", "fresh"] = "fresh"  # what a position that turns static becomes; the official code draws it
+    shuffle: bool = False  # each mask inside its layer: the control that tells the criterion from its layer ratios
+    batches: int = 10  # that the criterion looks at, the same in every round
+    partition_temperature: float = 31.0
+
+    def check(self) -> None:
+        """ValueError for settings that cannot be, before anything is loaded."""
+        if not 0 <= self.keep <= 1:
+            raise ValueError(f"keep={self.keep} must lie in [0, 1]: 0 is the static network, 1 the dynamic one")
+        for name, least in {"num_kernels": 1, "reduction": 1, "rounds": 1, "batches": 1, "temperature": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name in ("temperature_share", "dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+        if self.pretrained and self.stem != "imagenet":
+            raise ValueError(f"pretrained=true keeps the stem that the weights are for: stem={self.stem} must be imagenet")
+
+    def what(self) -> str:
+        """The network in words, as rows are called: a row and its controls are found by these."""
+        if self.method == "static":
+            return "static"
+        if self.method != "pad":
+            return f"{LABELS[self.method]}, K = {self.num_kernels}"
+        usual, rounds = ModelConfig(), "one shot" if self.rounds == 1 else f"{self.rounds} rounds"
+        criterion = f"{self.criterion}, {rounds}" if self.criterion in ("snip", "removal") else self.criterion  # the others rank alike in every round
+        more = [criterion] if (self.criterion, self.rounds) != (usual.criterion, usual.rounds) else []
+        more += ["shuffled"] if self.shuffle else []
+        more += {"both": [], "prune": ["pruned"], "none": ["no scales"]}.get(self.scales, [f"scale {self.scales} only"])
+        more += [f"{name} {getattr(self, name)}" for name in ("schedule", "scope", "static") if getattr(self, name) != getattr(usual, name)]
+        return ", ".join([f"PAD {self.keep:.4g}, K = {self.num_kernels}", *more])
+
+    def controls(self) -> list[str]:
+        """Rows that a row of this network is compared with: fully dynamic, and at about the same storage; a mask with itself shuffled."""
+        if self.method != "pad":
+            return [] if self.method == "static" else ["static"]
+        if self.shuffle:
+            return [dataclasses.replace(self, shuffle=False).what()]
+        usual, storage = ModelConfig(), max(1, round(1 + (self.num_kernels - 1) * self.keep))
+        found = [dataclasses.replace(self, method="dyconv", num_kernels=k) for k in ((4, storage) if storage > 1 else (4,))]
+        found += [dataclasses.replace(self, scales="none")] if self.scales == "prune" else []
+        own = (self.criterion, self.rounds) != (usual.criterion, usual.rounds) and self.criterion != "random"
+        found += [dataclasses.replace(self, shuffle=True)] if own else []
+        return list(dict.fromkeys(["static", *(model.what() for model in found)]))
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """Section 5.1: SGD with momentum, weight decay on everything, 256 images a step, 90 epochs, label smoothing 0.1."""
+
+    seed: int = 0
+    epochs: float = 90.0
+    minutes: float | None = None  # for all trainings of the run: fewer steps where these do not fit, decided once from measured steps
+    batch_size: int = 32  # images a device and micro-batch; 256 over 8 devices
+    eval_batch_size: int = 128
+    workers: int = 8  # processes that read images
+    beside: list[Method] = field(default_factory=list)  # networks that are trained in the same run, on the same batches
+    timing_batch: int = 32
+    timing_rounds: int = 7
+    compact_images: int | None = None  # validation images on which the compact form is compared with the trained one; None: all
+    export: bool = True  # keep the trained network as safetensors (partially dynamic ones in compact form)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: ImageSource = field(default_factory=ImageSource)  # auto_augment, erase: timm's augmentation (not in the official recipe)
+    optim: RecipeConfig = field(default_factory=lambda: RecipeConfig(optimizer="sgd", lr=0.1, weight_decay=1e-4, decay_all=True, schedule="step",
+                                                                     milestones=(1 / 3, 2 / 3, 8 / 9), clip=0.0))
+    classify: ClassifyConfig = field(default_factory=lambda: ClassifyConfig(label_smoothing=0.1, channels_last=True, compile=True))  # ema: an option
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(devices=8, val_first=False, val_every=5005, checkpoint_every=5005, log_every=50))
+
+    def images_per_step(self) -> int:
+        """Over all devices and micro-batches."""
+        return self.batch_size * self.trainer.accumulate * self.trainer.world_size
+
+    def steps(self, images: int) -> int:
+        """Optimiser steps in the epochs; what fills no batch at an epoch's end is left out."""
+        return math.floor(self.epochs * (images // (self.batch_size * self.trainer.world_size)) / self.trainer.accumulate)
+
+    def check(self) -> None:
+        """ValueError for settings that cannot be, before anything is loaded."""
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size={self.batch_size}: batch norm needs at least 2 images to have a variance")
+        for name, least in {"eval_batch_size": 1, "timing_batch": 1, "timing_rounds": 1, "workers": 0, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.epochs <= 0 or (self.minutes is not None and self.minutes <= 0):
+            raise ValueError(f"epochs={self.epochs} and minutes={self.minutes} must be above 0")
+        for name, instead in {"max_steps": "epochs", "seed": "seed"}.items():
+            if getattr(self.trainer, name) != getattr(TrainerConfig(), name):
+                raise ValueError(f"trainer.{name}={getattr(self.trainer, name)} would be ignored by this experiment; set {instead}")
+        if self.minutes is not None and self.trainer.world_size > 1:
+            raise ValueError(f"minutes={self.minutes} is for one device; give epochs for {self.trainer.world_size}")
+        if self.trainer.strategy == "fsdp2" or (self.trainer.strategy == "auto" and self.trainer.num_nodes > 1):
+            raise ValueError("these networks fit a device: set trainer.strategy=ddp")
+        if len({*self.beside, self.model.method}) <= len(self.beside):
+            raise ValueError(f"beside={self.beside} must be methods other than model.method={self.model.method}, each once")
+
+
+def rows(*changes: dict[str, Any], suffix: str = "", **more: Any) -> list[dict[str, Any]]:
+    """Sweep rows for three seeds, a network for each of `changes` to the paper's, named after it; `more`: other keys, a__b for a.b."""
+    more = {key.replace("__", "."): value for key, value in more.items()}
+    kept = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("backbone", "stem", "dropout", "pretrained")]
+    models = [ModelConfig(**change) for change in changes]
+    return [{"row": model.what() + suffix, "seed": seed, "beside": [], "minutes": None, "export": False} | {f"model.{key}": getattr(model, key) for key in kept}
+            | more for seed in range(3) for model in models]
+
+
+STATIC, DY4, DY2 = dict(method="static"), dict(method="dyconv"), dict(method="dyconv", num_kernels=2)
+SAME_STORAGE = [dict(num_kernels=k, keep=keep) for k, keep in ((2, 0.9), (4, 0.3), (8, 0.9 / 7), (16, 0.06))]  # 1 + (K - 1) keep = 1.9 times the static weights
+CPU = dict(  # what one CPU core does in less than 8 minutes a row: a part of CIFAR-10, few epochs
+    model__backbone="resnet10", model__stem="stride2", data__path="cifar10", data__train_limit=10_000, data__validation_limit=2_000, epochs=4.0, batch_size=64,
+    workers=0, trainer__precision="bf16-mixed", trainer__val_every=156, trainer__checkpoint_every=0, compact_images=500, timing_rounds=5,
+    classify__compile=False)
+
+SWEEPS: dict[str, list[dict[str, Any]]] = {
+    "methods": rows(STATIC, dict(method="condconv", num_kernels=8), DY4, DY2, dict(method="odconv"), dict(method="odconv", num_kernels=1), {}),
+    "keep": rows(STATIC, *(dict(keep=share / 10) for share in range(1, 11)), DY4, DY2),
+    "partition": rows(*(dict(criterion=c, rounds=r, shuffle=s) for c, r in (("random", 3), ("magnitude", 3), ("snip", 1), ("snip", 3), ("snip", 10))
+                        for s in (False, True)), dict(static="mean"), STATIC, DY4, DY2),
+    "scales": rows({}, dict(scales="s"), dict(scales="d"), dict(scales="none"), STATIC, DY4, DY2),
+    "pruning": rows(dict(scales="none"), dict(scales="prune"), {}, STATIC, DY4, DY2),
+    "kernels": rows(*SAME_STORAGE, STATIC, DY4, DY2),
+    "cpu": rows(STATIC, DY4, {}, DY2, suffix=", part of CIFAR-10", **CPU),
+}
+
+
+def main(cfg: Config, run: Any) -> dict[str, Any]:
+    """Partition, train, compact, measure; see `dyn.train.convnet`."""
+    from dyn.train.convnet import train_convnets
+
+    return train_convnets(cfg, run)
+
+
+def plan(cfg: Config) -> dict[str, Any]:
+    """What the run would be, from shapes alone."""
+    from dyn.train.convnet import plan_convnets
+
+    return plan_convnets(cfg)
