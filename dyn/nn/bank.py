@@ -181,12 +181,19 @@ class CompactBank(nn.Module):
     as fast as the dynamic layer's; files are the same with and without.
     """
 
-    def __init__(self, bank: Tensor, mask: Tensor, static: Tensor | None, *, expand: bool = False, folded: bool = True) -> None:
-        """bank [K, ...], mask, static of one set's shape; `folded`: `sets` is what the layer will ask for, else `parts`."""
+    def __init__(self, shape: torch.Size, bits: Tensor, dynamic: Tensor, static: Tensor, *, pruned: bool = False, expand: bool = False,
+                 folded: bool = True) -> None:
+        """shape: of one set; `pruned`: static positions are zero, and `static` is empty; `folded`: `sets` is what the layer will ask for, else `parts`."""
         super().__init__()
-        self.num_sets, self.shape, self.pruned, self.expand, self.folded = len(bank), mask.shape, static is None, expand, folded
-        self.register_buffer("bits", pack_bits(mask))
-        self._take(bank.flatten(1)[:, mask.flatten()], bank.new_zeros(0) if static is None else static[~mask])
+        self.num_sets, self.shape, self.pruned, self.expand, self.folded = len(dynamic), shape, pruned, expand, folded
+        self.register_buffer("bits", bits)
+        self._take(dynamic, static)
+
+    @classmethod
+    def of(cls, bank: Tensor, mask: Tensor, static: Tensor | None, *, expand: bool = False, folded: bool = True) -> CompactBank:
+        """From bank [K, ...], mask and static values (None: pruned) of one set's shape."""
+        return cls(mask.shape, pack_bits(mask), bank.flatten(1)[:, mask.flatten()], bank.new_zeros(0) if static is None else static[~mask],
+                   pruned=static is None, expand=expand, folded=folded)
 
     @torch.no_grad()
     def _take(self, dynamic: Tensor, static: Tensor) -> None:
@@ -264,5 +271,21 @@ class CompactBank(nn.Module):
         self.pruned = found["static"].shape[0] == 0 and dynamic < total
         self._take(found["dynamic"].detach().to(like, copy=True), found["static"].detach().to(like, copy=True))
 
+    def check(self) -> None:
+        """ValueError where the bits say another number of dynamic positions than there are values: for loaders without `load_state_dict`."""
+        if (said := int(self.mask().sum())) != self.num_dynamic:
+            raise ValueError(f"the bits say {said} of {math.prod(self.shape)} positions are dynamic, and there are values for {self.num_dynamic}")
+
+    def make_dense(self) -> None:
+        """As if made with `expand`."""
+        if self.dense is None:
+            self.expand = True
+            self._take(self.dynamic.detach(), self.static.detach())
+
     def extra_repr(self) -> str:
         return f"{self.num_sets} x {self.num_dynamic} of {math.prod(self.shape)}, expand={self.expand}"
+
+
+def normal(shape: tuple[int, ...], deviation: float, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """N(0, deviation^2) drawn in float32 on the generator's device, so that a seed means the same on every device."""
+    return (torch.randn(shape, device=generator.device if generator else like.device, generator=generator) * deviation).to(like)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dyn.nn.bank import Banked, CompactBank, PartialBank
 from dyn.nn.dynamic_conv import MixedConv2d, ODConv2d
 from dyn.nn.experts import Gate, MoeFeedForward
+from dyn.nn.linear_experts import LinearExperts
 from dyn.nn.masked import count_pruned
 
 
@@ -80,28 +81,58 @@ def macs_per_image(model: nn.Module, shape: Sequence[int] = (3, 224, 224)) -> in
     A dynamic layer adds its attention, and K for every dynamic position (mixing; mode and scale factors fold away). Nothing is computed: tensors have shapes
     only. `shape` is [C, H, W].
     """
-    counted = [0]
     mixing = {m: math.prod(_of_bank(m)[:2]) for m in model.modules() if isinstance(m, MixedConv2d)}
 
-    def add(module: nn.Module, args: tuple, out: Tensor) -> None:
+    def count(module: nn.Module, out: Tensor) -> int:
         if isinstance(module, nn.Linear):
-            counted[0] += out.numel() * module.in_features
-            return
+            return out.numel() * module.in_features
         kernel = module.in_channels // module.groups * math.prod(module.kernel_size)
-        counted[0] += out.numel() * kernel + mixing.get(module, 0)
-        if isinstance(module, ODConv2d) and module.partial is not None and module.partial.has_static and mixing[module]:
-            counted[0] += out.numel() * kernel  # static positions have a convolution of their own
+        static = isinstance(module, ODConv2d) and module.partial is not None and module.partial.has_static and mixing[module]
+        return out.numel() * kernel * (2 if static else 1) + mixing.get(module, 0)  # ODConv's static positions have a convolution of their own
 
-    handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear | MixedConv2d)]
+    return _counted(model, (nn.Conv2d, nn.Linear, MixedConv2d), count, torch.empty(1, *shape, device="meta"))
+
+
+def macs_per_sentence(model: nn.Module, length: int) -> int:
+    """Multiply-adds of one sentence's forward pass in an encoder of transformers: linear layers, gates, the chosen experts, attention over `length` tokens.
+
+    What experts have in common is not computed apart (`dyn.ops.linear`, "merged"), so modes change nothing here. Nothing is computed, as in `macs_per_image`.
+    """
+
+    def count(module: nn.Module, out: Tensor) -> int:
+        if isinstance(module, nn.Linear):
+            return out.numel() * module.in_features
+        gates = 0 if module.gate.kind in ("uniform", "random") else len(module.gate.weight if hasattr(module.gate, "weight") else module.gate.network[0].weight)
+        return (out.numel() * module.sets_per_input + out.shape[:-1].numel() * gates) * module.in_features
+
+    ids = torch.ones(1, length, dtype=torch.int64, device="meta")
+    attention = 2 * model.config.num_hidden_layers * length * length * model.config.hidden_size
+    return attention + _counted(model, (nn.Linear, LinearExperts), count, ids)
+
+
+def dynamic_shares(model: nn.Module) -> dict[str, float]:
+    """Share of positions that is dynamic, of every layer with a bank of parameter sets."""
+    return {name: _of_bank(m)[1] / math.prod(m.partial.shape if isinstance(m.partial, CompactBank) else m.weight.shape[1:])
+            for name, m in model.named_modules() if isinstance(m, Banked)}
+
+
+def _counted(model: nn.Module, kinds: tuple[type[nn.Module], ...], count: Callable[[nn.Module, Tensor], int], example: Tensor) -> int:
+    """The sum of `count(module, its output)` over every call of a module of `kinds` in an evaluation of `model` on shapes alone."""
+    total = [0]
+
+    def add(module: nn.Module, args: tuple, out: Tensor) -> None:
+        total[0] += count(module, out)
+
+    handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, kinds)]
     training = [m for m in model.modules() if m.training]
     try:
         model.eval()
         tensors = {name: t.detach().to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
         with torch.no_grad():
-            torch.func.functional_call(model, tensors, (torch.empty(1, *shape, device="meta"),))
+            torch.func.functional_call(model, tensors, (example,))
     finally:
         for handle in handles:
             handle.remove()
         for module in training:
             module.training = True
-    return counted[0]
+    return total[0]

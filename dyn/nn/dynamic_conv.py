@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dyn.core.mixture import mix
 from dyn.core.routing import attend
-from dyn.nn.bank import Banked, CompactBank
+from dyn.nn.bank import Banked, CompactBank, normal
 from dyn.nn.probe import for_statistics, watch
 from dyn.ops.dynamic_conv import FORMS, dynamic_conv2d
 
@@ -63,7 +63,7 @@ class MixedConv2d(Banked):
     def draw(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """N(0, 2 / (h w O)), He's fan-out, which does not divide by groups (section 1.2)."""
         deviation = math.sqrt(2 / (math.prod(self.kernel_size) * self.out_channels))
-        return _normal((num, *self.weight.shape[1:]), deviation, self.weight, generator)
+        return normal((num, *self.weight.shape[1:]), deviation, self.weight, generator)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -324,8 +324,3 @@ def _pair(value: Size, where: str) -> tuple[int, int]:
     if len(pair) != 2:
         raise ValueError(f"{where}: {value} must be an int or two")
     return pair
-
-
-def _normal(shape: tuple[int, ...], deviation: float, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """N(0, deviation^2) drawn in float32 on the generator's device, so that a seed means the same on every device."""
-    return (torch.randn(shape, device=generator.device if generator else like.device, generator=generator) * deviation).to(like)

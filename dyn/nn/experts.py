@@ -7,6 +7,7 @@ Papers: Shazeer et al. 2017 (noisy top-k), Fedus et al. 2022 (switch), LLaMA-MoE
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -36,6 +37,16 @@ class Routing(NamedTuple):
     def stats(self) -> tuple[Tensor, ...]:
         """(balance_loss, z_loss, load_E, importance_E, dropped_mass), the part that a layer hands up."""
         return self.balance_loss, self.z_loss, self.load_E, self.importance_E, self.dropped_mass
+
+
+class Choice(NamedTuple):
+    """A gate's choice for T tokens with the logits that it came from; None where the gate has none, or (std) no noise."""
+
+    idx_TK: Tensor  # int64
+    weight_TK: Tensor  # float32 (of float64 tokens float64)
+    clean_TE: Tensor | None = None
+    noisy_TE: Tensor | None = None
+    std_TE: Tensor | None = None  # of the noise
 
 
 class Gate(nn.Module):
@@ -96,18 +107,22 @@ class Gate(nn.Module):
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, stats: bool = True) -> Routing:
         """Route x [T, D]; mask_T (bool, True = a real token) leaves padding out of the statistics."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return self._forward(x_TD, mask_T, stats)
+        choice = self.choose(x_TD)
+        return self.statistics(choice, mask_T) if stats else Routing(choice.idx_TK, choice.weight_TK, choice.clean_TE)
 
-    def _forward(self, x_TD: Tensor, mask_T: Tensor | None, stats: bool) -> Routing:
+    def choose(self, x_TD: Tensor) -> Choice:
+        """Route x [T, D], and keep what `statistics` needs: for layers that see their tokens in parts, or without knowing which are padding."""
+        with _exact(x_TD):
+            return self._choose(x_TD)
+
+    def _choose(self, x_TD: Tensor) -> Choice:
         k, E, T = self.num_experts_per_tok, self.num_experts, len(x_TD)
         if self.kind in ("uniform", "random"):
             if self.kind == "uniform":
                 idx_TK = torch.arange(E, device=x_TD.device).expand(T, E)
             else:
                 idx_TK = torch.rand(T, E, device=x_TD.device).topk(k, dim=-1).indices
-            weight_TK = torch.full((T, k), 1.0 / k, dtype=torch.float32, device=x_TD.device)
-            return self._with_stats(Routing(idx_TK, weight_TK), None, None, mask_T) if stats else Routing(idx_TK, weight_TK)
+            return Choice(idx_TK, torch.full((T, k), 1.0 / k, dtype=torch.promote_types(x_TD.dtype, torch.float32), device=x_TD.device))
         clean_TE, std_TE = self.logits(x_TD), None
         noisy_TE = clean_TE
         if self.has_noise and self.training:
@@ -120,11 +135,15 @@ class Gate(nn.Module):
         idx_TK, weight_TK = route(noisy_TE, k, bias_E=bias_E)
         if self.kind == "switch":
             weight_TK = clean_TE.softmax(-1).gather(-1, idx_TK)
-        routed = Routing(idx_TK, weight_TK, clean_TE)
-        return self._with_stats(routed, noisy_TE, std_TE, mask_T) if stats else routed
+        return Choice(idx_TK, weight_TK, clean_TE, noisy_TE, std_TE)
 
-    def _with_stats(self, routed: Routing, noisy_TE: Tensor | None, std_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
-        idx_TK, weight_TK, clean_TE = routed.idx_TK, routed.weight_TK, routed.logits_TE
+    def statistics(self, choice: Choice, mask_T: Tensor | None = None) -> Routing:
+        """What there is to say about a choice of this gate."""
+        with _exact(choice.weight_TK):
+            return self._statistics(*choice, mask_T)
+
+    def _statistics(self, idx_TK: Tensor, weight_TK: Tensor, clean_TE: Tensor | None, noisy_TE: Tensor | None, std_TE: Tensor | None,
+                    mask_T: Tensor | None) -> Routing:
         E = self.num_experts
         zero = weight_TK.new_zeros(())
         importance_E = routing.importance(idx_TK, weight_TK, E, mask_T)
@@ -141,7 +160,7 @@ class Gate(nn.Module):
                 balance = routing.importance_load_loss(importance_E, load)
             elif self.balance == "switch":
                 balance = routing.switch_loss(clean_TE, idx_TK, mask_T)
-        return routed._replace(balance_loss=balance, z_loss=z, load_E=load_E, importance_E=importance_E.detach(), dropped_mass=dropped)
+        return Routing(idx_TK, weight_TK, clean_TE, balance, z, load_E, importance_E.detach(), dropped)
 
     @torch.no_grad()
     def update_bias(self, load_E: Tensor, rate: float = 1e-3) -> None:
@@ -237,3 +256,8 @@ def check_gate(num_experts: int, k: int, kind: str, noise: bool, balance: str, w
 
 def _float(x: Tensor, like: Tensor | None = None) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32) if like is None else like.dtype)
+
+
+def _exact(x: Tensor) -> AbstractContextManager:
+    """No autocast; on the meta device, which has none, nothing to switch off."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

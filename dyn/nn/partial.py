@@ -21,6 +21,7 @@ from dyn.core.rounds import Masks, Schedule, partition_in_rounds
 from dyn.core.saliency import Loss, gradient, score
 from dyn.nn.bank import Banked, CompactBank, PartialBank, StaticStart
 from dyn.nn.dynamic_conv import DynamicConv2d, set_temperature
+from dyn.nn.linear_experts import LinearExperts
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,22 @@ class PartialConv2d(DynamicConv2d):
         static: values of static positions: "mean" of the kernels there, "fresh" ones, or a tensor [O, I, h, w].
         scales: both | s | d | none: which of lambda_s and lambda_d are learnt; prune: zero instead of static.
         The others as in `DynamicConv2d`.
+    """
+
+    def __init__(self, *args, mask: Tensor | None = None, static: Tensor | StaticStart = "mean", scales: Scales = "both", **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_partial(scales)
+        if mask is not None:
+            self.partition(mask, static)
+
+
+class PartialExperts(LinearExperts):
+    """Linear experts with modes from the start (section 3.2): E'_e = lambda_d M * W_e + lambda_s (1 - M) * static.
+
+    Args:
+        mask: bool [O, I], True = dynamic; None: all.
+        static, scales: as in `PartialConv2d`.
+        The others as in `LinearExperts`.
     """
 
     def __init__(self, *args, mask: Tensor | None = None, static: Tensor | StaticStart = "mean", scales: Scales = "both", **kwargs) -> None:
@@ -252,4 +269,4 @@ def _compact_bank(layer: Banked, expand: bool) -> CompactBank:
     dynamic, static = partial.scale()
     mask = torch.ones_like(bank[0], dtype=torch.bool) if partial.mask is None else partial.mask
     values = None if partial.scales == "prune" else torch.zeros_like(bank[0]) if partial.static is None else partial.static * static
-    return CompactBank(bank * dynamic, mask, values, expand=expand, folded=layer.sums_to_one).train(layer.training)
+    return CompactBank.of(bank * dynamic, mask, values, expand=expand, folded=layer.sums_to_one).train(layer.training)

@@ -6,8 +6,10 @@ from torch import nn
 
 from dyn.nn.convert_conv import make_dynamic as make_dynamic
 from dyn.nn.count import count_parameters as count_parameters
+from dyn.nn.count import dynamic_shares as dynamic_shares
 from dyn.nn.count import flops_per_token as flops_per_token
 from dyn.nn.count import macs_per_image as macs_per_image
+from dyn.nn.count import macs_per_sentence as macs_per_sentence
 from dyn.nn.dynamic_conv import attention_entropy as attention_entropy
 from dyn.nn.dynamic_conv import set_temperature as set_temperature
 from dyn.nn.partial import compact as compact

@@ -1,0 +1,272 @@
+"""Static, MoE and partially dynamic MoE encoders on sentences, from data to a report: the stages of experiments/padnet_bert_glue.py.
+
+Every stage's numbers are remembered in the run folder, so that a resumed run goes on where it stopped. A run trains `cfg.model` on every task of `cfg.tasks`,
+and for comparison the networks of `cfg.beside`, for equally many steps on the same batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoTokenizer
+
+from dyn import env, figures
+from dyn.core.partition import kept_count
+from dyn.data.glue import DOCSTRINGS, TASKS, SentenceData, SentenceSet
+from dyn.models.encoder import make_moe
+from dyn.models.packaged import sentence_classifier
+from dyn.nn.bank import Banked
+from dyn.nn.surgery import compact, count_parameters, dynamic_shares, macs_per_sentence, make_partial
+from dyn.train import sentences
+from dyn.train.fit import Trained, train_classifier
+from dyn.train.plan import GIB
+from dyn.train.trainer import check_world, world
+
+# What a row and its control share
+SAME = ("tasks", "epochs", "batch_size", "model.source", "data", "optim", "classify", "trainer.accumulate", "trainer.precision")
+CLAIM = "fully dynamic (MoE) BERT on GLUE: 1.9 points less average score than with 50 % dynamic parameters (the paper's abstract)"
+NOT_IN_MEANS = "wnli"  # its validation set is built against its training set: most models do worse than always giving one answer
+TOLERANCE = 0.01  # between the logits of a network and of its compact form, of the largest
+
+
+def train_encoders(cfg: Any, run: Any) -> dict[str, Any]:
+    """Partition, train, compact, measure. Returns the metrics, fills `run.cost` and `run.notes`."""
+    check_world(cfg.trainer)
+    data = {task: sentences.open_task(cfg, run, cfg.model.source, task) for task in cfg.tasks}
+    for caveat in (warnings := sentences.caveats(cfg.model.source, (d.task for d in data.values()))):
+        run.log(f"warning: {caveat}")
+    models = {method: dataclasses.replace(cfg.model, method=method) for method in [*cfg.beside, cfg.model.method]}
+    steps = run.stage("steps", lambda: _steps(cfg, run, data, models))
+    results = {task: {name: run.stage(f"{task}-{name}", functools.partial(_train, cfg, run, data[task], task, name, models[name], steps[task]))
+                      for name in models} for task in data}
+    if world(cfg.trainer)[0]:
+        return {}
+    first = next(iter(data.values()))
+    speed = run.stage("timing", lambda: _timing(cfg, run, first, models))
+    _draw(run, results, cfg.model)
+    return _numbers(cfg, run, data, results, speed, steps, warnings)
+
+
+def build(cfg: Any, run: Any, model: Any, data: SentenceData) -> nn.Module:
+    """The network of a ModelConfig as it starts, all positions dynamic."""
+    return _with_experts(sentences.build(cfg, run, model.source, data), model)
+
+
+def _with_experts(net: nn.Module, model: Any) -> nn.Module:
+    if model.method == "static":
+        return net
+    return make_moe(net, model.num_experts, model.num_experts_per_tok, model.where, noise=model.noise, gate=model.gate, gate_noise=model.gate_noise,
+                    gate_std=model.gate_std, balance_weight=model.balance_weight)
+
+
+def _steps(cfg: Any, run: Any, data: Mapping[str, SentenceData], models: Mapping[str, Any]) -> dict[str, int]:
+    first = next(iter(data.values()))
+    nets = [functools.partial(_partitioned, cfg, run, model, first) for model in models.values()]
+    return sentences.fitting_steps(cfg, run, {task: sentences.full_steps(cfg, len(d.train)) for task, d in data.items()}, nets, first)
+
+
+def _partitioned(cfg: Any, run: Any, model: Any, data: SentenceData) -> nn.Module:
+    """The network with a random mask of the right size: what it costs does not depend on which positions are dynamic."""
+    net = build(cfg, run, model, data)
+    return make_partial(net, None, None, keep=model.keep, method="random", scales=model.scales, static=model.static) if model.method == "pad" else net
+
+
+# One training
+
+
+def _train(cfg: Any, run: Any, data: SentenceData, task: str, name: str, model: Any, steps: int) -> dict[str, Any]:
+    """Build and partition one network, train it on one task, compact and export it."""
+    rank, label = world(cfg.trainer)[0], f"{task}-{name}"
+    train, validation = sentences.loaders(cfg, data, steps)
+    net, start = build(cfg, run, model, data), run.folder / "start" / label
+    if model.method == "pad":  # kept, so that a resumed training has these modes and no others
+        env.once(start, lambda part: _partition(cfg, run, data, net, model, part), rank)
+        net.load_state_dict(load_file(start / "model.safetensors"))
+    trainer = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_every=min(cfg.trainer.val_every, math.ceil(steps / 2)))
+    trained = train_classifier(net, train, validation, run=run, name=label, optim=cfg.optim, trainer=trainer, num_labels=data.num_labels,
+                               metrics=data.metrics, classify=cfg.classify)
+    part = next(iter(data.validation.values()))
+    length = round(float(part.lengths.mean()))
+    result = {"scores": sentences.scores(trained.metrics, data) | {"loss": trained.metrics["val/loss"]}, "cost": trained.cost, "length": length,
+              "macs": macs_per_sentence(trained.net, length), "dynamic": dynamic_shares(trained.net), "load": expert_load(cfg, trained.net, part),
+              "what": model.what()}
+    if rank == 0:
+        sentences.write_answers(run.folder / "answers" / f"{label}.json", trained.answers)
+        result |= _finish(cfg, run, data, label, name, model, trained)
+        (start / "model.safetensors").unlink(missing_ok=True)
+    return result
+
+
+def _partition(cfg: Any, run: Any, data: SentenceData, net: nn.Module, model: Any, part: Any) -> None:
+    """Iterative mode partition on training batches; writes the network that it leaves (section 4.4)."""
+    batches = sentences.scoring_batches(cfg, data, model.batches)
+    make_partial(net.to(next(iter(batches[0].values())).device), batches, sentences.sentence_loss, keep=model.keep, rounds=model.rounds,
+                 schedule=model.schedule, method=model.criterion, scope=model.scope, monotone=model.monotone, scales=model.scales, static=model.static,
+                 seed=cfg.seed, shuffle="within_tensor" if model.shuffle else None)
+    net.cpu()
+    part.mkdir(parents=True)
+    save_file({key: value.contiguous() for key, value in net.state_dict().items()}, part / "model.safetensors")
+    run.log(f"{model.what()}: modes by {model.criterion} in {model.rounds} rounds on {model.batches} batches of {len(batches[0]['labels'])} sentences")
+
+
+@torch.no_grad()
+def expert_load(cfg: Any, net: nn.Module, part: SentenceSet, limit: int = 256) -> list[list[float]]:
+    """Tokens that each expert gets, [layers of experts, E], over the first `limit` examples in evaluation; empty without experts."""
+    if not any(isinstance(m, Banked) for m in net.modules()):
+        return []
+    device, loads = next(net.parameters()).device, []
+    net.eval()
+    for places in np.array_split(np.arange(min(limit, len(part))), math.ceil(min(limit, len(part)) / cfg.eval_batch_size)):
+        batch = {key: value.to(device) for key, value in part.batch(places, None).items() if key != "labels"}
+        loads.append(net(**batch, output_router_stats=True).expert_load)
+    return torch.stack(loads).sum(0).tolist()
+
+
+def _finish(cfg: Any, run: Any, data: SentenceData, label: str, name: str, model: Any, trained: Trained) -> dict[str, Any]:
+    """The compact form of a partially dynamic network, held against the trained one; the folder that is kept."""
+    net, result = trained.net.to("cuda" if sentences.gpu(cfg.trainer) else "cpu").eval(), {}
+    made = compact(net) if model.method == "pad" else net
+    if made is not net:
+        result["compact"] = {"parameters": sum(p.numel() for p in made.parameters())} | _compare(cfg, net, made, next(iter(data.validation.values())))
+        run.log("compact form: {parameters:,} parameters; {same answers:.4f} of {examples:,} answers are the same, largest difference of logits "
+                "{difference:.1e}".format(**result["compact"]))
+    if cfg.export and name == cfg.model.method:
+        folder = run.folder / "export" / label
+        made.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(sentences.encoder_folder(model.source, run)).save_pretrained(folder)
+    return result
+
+
+@torch.no_grad()
+def _compare(cfg: Any, net: nn.Module, made: nn.Module, part: SentenceSet) -> dict[str, float]:
+    """Both forms on validation examples in float32. RuntimeError when their logits differ by more than rounding."""
+    count, device = min(len(part), cfg.compact_examples or len(part)), next(net.parameters()).device
+    same, largest, difference = 0, 0.0, 0.0
+    for places in np.array_split(np.arange(count), math.ceil(count / cfg.eval_batch_size)):
+        batch = {key: value.to(device) for key, value in part.batch(places, None).items() if key != "labels"}
+        a, b = net(**batch).logits, made(**batch).logits
+        same += int((a.argmax(-1) == b.argmax(-1)).sum())
+        largest, difference = max(largest, a.abs().max().item()), max(difference, (a - b).abs().max().item())
+    if not difference <= TOLERANCE * largest:
+        raise RuntimeError(f"the compact form's logits differ by {difference:.3g} from the trained network's, whose largest is {largest:.3g}")
+    return {"examples": count, "same answers": same / count, "difference": difference}
+
+
+# Time, figures, numbers
+
+
+def _timing(cfg: Any, run: Any, data: SentenceData, models: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds an example of a forward pass: every network of the run, the static one, and compact forms."""
+    nets: dict[str, nn.Module] = {}
+    for name, model in ({"static": dataclasses.replace(cfg.model, method="static")} | dict(models)).items():
+        net = nets[name] = _partitioned(cfg, run, model, data)
+        if model.method == "pad":
+            nets |= {f"{name}, compact": compact(net), f"{name}, compact, expanded": compact(net, expand=True)}
+    return sentences.seconds_per_example(cfg, nets, next(iter(data.validation.values())), cfg.timing_batch, cfg.timing_rounds)
+
+
+def _draw(run: Any, results: Mapping[str, Mapping[str, Any]], model: Any) -> None:
+    plots, first = run.folder / "plots", next(iter(results.values()))
+    if len(first) > 1:
+        points = {result["what"]: (_overall(name, model), _mean(results, name)) for name, result in first.items()}
+        figures.points(plots / "score.png", points, "share of dynamic positions", "score")
+    if "pad" in first:
+        lines = {task: list(found["pad"]["dynamic"].values()) for task, found in results.items()}
+        figures.by_layer(plots / "dynamic.png", lines, "share of dynamic positions", level={"budget": model.keep})
+    if loads := {f"{task}, {result['what']}": result["load"] for task, found in results.items() for result in found.values() if result["load"]}:
+        figures.expert_load(plots / "load.png", loads)
+
+
+def _overall(method: str, model: Any) -> float:
+    return {"static": 0.0, "pad": model.keep}.get(method, 1.0)
+
+
+def _mean(results: Mapping[str, Mapping[str, Any]], name: str) -> float:
+    """Average score over tasks, as GLUE's without WNLI."""
+    tasks = [task for task in results if task != NOT_IN_MEANS] or list(results)
+    return statistics.fmean(results[task][name]["scores"]["score"] for task in tasks)
+
+
+def _variation(load: list[list[float]]) -> float:
+    """Coefficient of variation of the experts' loads, mean over layers."""
+    return statistics.fmean(statistics.pstdev(layer) / statistics.fmean(layer) for layer in load)
+
+
+def _numbers(cfg: Any, run: Any, data: Mapping[str, SentenceData], results: Mapping[str, Mapping[str, Any]], speed: Mapping[str, float],
+             steps: Mapping[str, int], warnings: list[str]) -> dict[str, Any]:
+    metrics: dict[str, Any] = {}
+    first = next(iter(results.values()))
+    for name in first:
+        prefix = "" if name == cfg.model.method else f"{name}/"
+        metrics |= {f"{prefix}score": _mean(results, name), f"{prefix}dynamic share": _overall(name, cfg.model),
+                    f"{prefix}time an example / static": speed[name] / speed["static"]}
+        for task, found in results.items():
+            metrics |= {f"{prefix}{task}/{key}": value for key, value in found[name]["scores"].items()}
+            metrics |= {f"{prefix}{task}/variation of load": _variation(found[name]["load"])} if found[name]["load"] else {}
+            metrics |= {f"{prefix}{task}/compact/{key}": value for key, value in found[name].get("compact", {}).items()}
+            metrics |= {f"{prefix}{task}/dynamic share by layer": list(found[name]["dynamic"].values())} if name == "pad" else {}
+        if name == "pad":
+            metrics |= {f"{prefix}{form}/time an example / static": speed[f"{name}, {form}"] / speed["static"] for form in ("compact", "compact, expanded")}
+        cost = first[name]["cost"] | {"seconds_training": sum(found[name]["cost"]["seconds_training"] for found in results.values()),
+                                      "macs_per_example": first[name]["macs"], "flops_per_example": 2 * first[name]["macs"],
+                                      "tokens_per_example": first[name]["length"], "seconds_per_example": speed[name]}
+        run.cost |= cost if not prefix else {name: cost}
+    metrics |= {f"train/steps/{task}": count for task, count in steps.items()}
+    what, names = cfg.model.what(), [d.task for d in data.values()]
+    suffix = run.row.removeprefix(what) if run.row.startswith(what) else ""
+    threads = "" if sentences.gpu(cfg.trainer) else f" on {torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}"
+    about = f"{cfg.model.source}, {', '.join(f'{count:,} steps on {task}' for task, count in steps.items())}, {cfg.sentences_per_step()} sentences each"
+    full = cfg.model.source == "google-bert/bert-base-uncased" and {*names, NOT_IN_MEANS} == TASKS.keys() and not cfg.data.train_limit and cfg.minutes is None
+    run.notes |= {
+        "main": [f"{p}{key}" for key in ("score", "dynamic share", "time an example / static") for p in ("", *(f"{name}/" for name in cfg.beside))],
+        "compare": ["score"], "same": list(SAME), "controls": [name + suffix for name in cfg.model.controls()] if run.row else [],
+        "about": [*(f"sentences: {d.what}" for d in data.values()), about + threads + (", one seed, networks side by side" if cfg.beside else ""), *warnings],
+        "points": {"x": "dynamic share", "y": "score"},
+        "claims": [{"text": CLAIM, "metric": "score", "against": f"{dataclasses.replace(cfg.model, method='moe').what()}{suffix}", "wants": "higher"}]
+        if run.row and what == type(cfg.model)(source=cfg.model.source).what() else [],
+        "not_tested": [] if full else [
+            f"the paper's claim is about BERT-base on GLUE (+1.9 points of average score over the fully dynamic network); here: {about}"]}
+    return metrics
+
+
+# Plan
+
+EXAMPLES = {"cola": 8_551, "sst2": 67_349, "mrpc": 3_668, "qqp": 363_846, "stsb": 5_749, "mnli": 392_702, "qnli": 104_743, "rte": 2_490, "wnli": 635}
+
+
+def plan_encoders(cfg: Any) -> dict[str, Any]:
+    """What the run would be, from shapes alone. `cfg` is the Config of experiments/padnet_bert_glue.py."""
+    models = {method: dataclasses.replace(cfg.model, method=method) for method in [*cfg.beside, cfg.model.method]}
+    used = {task: min(EXAMPLES[task], cfg.data.train_limit or EXAMPLES[task]) for task in cfg.tasks if task in EXAMPLES}
+    steps = {task: sentences.full_steps(cfg, count - round(cfg.data.tuning * count)) for task, count in used.items()}
+    planned = {method: _planned(cfg, model) for method, model in models.items()}
+    per_example = sum(found[f"MACs a sentence of {cfg.data.max_length} tokens"] for found in planned.values())
+    training = {"steps, each network": steps or "known once the data are open", "sentences a step": cfg.sentences_per_step(), "limit, minutes": cfg.minutes,
+                "FLOPs, at most (3 x 2 x MACs x sentences)": 6 * per_example * sum(steps.values()) * cfg.sentences_per_step()}
+    return {"network": ", ".join(f"{model.what()}, {model.source}" for model in models.values()), "training": training} | (
+        planned if len(planned) > 1 else planned[cfg.model.method])
+
+
+def _planned(cfg: Any, model: Any) -> dict[str, Any]:
+    """Parameters, multiply-adds and memory of one network."""
+    labels = max((TASKS.get(task, DOCSTRINGS).labels for task in cfg.tasks), default=2)
+    with torch.device("meta"):
+        net = _with_experts(sentence_classifier("google-bert/bert-base-uncased" if model.source == "tiny" else model.source, max(1, labels)), model)
+    counts, macs = count_parameters(net), macs_per_sentence(net, cfg.data.max_length)
+    positions = sum(m.weight[0].numel() for m in net.modules() if isinstance(m, Banked))
+    static = positions - kept_count(positions, model.keep, "up") if model.method == "pad" else 0
+    if static and model.scales != "prune":
+        counts["total"] += positions  # while it trains, a partially dynamic layer holds E whole weights and a whole static one
+    counts["stored"] -= static * (model.num_experts - (model.scales != "prune"))
+    return {"parameters": {"total": counts["total"], "activated (without gates)": counts["active"], "stored (compact)": counts["stored"],
+                           "gates": counts["gate"]},
+            f"MACs a sentence of {cfg.data.max_length} tokens": macs, "memory, GiB (weights, gradients, AdamW)": round(16 * counts["total"] / GIB, 2)}

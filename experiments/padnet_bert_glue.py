@@ -1,0 +1,175 @@
+"""PAD-Net on sentences: static, MoE and partially dynamic MoE encoders on GLUE (ACL 2023; docs/padnet.md).
+
+The defaults are the recipe of the official code for BERT-base, 8 experts in both feed-forward linears, 50 % dynamic: section numbers are those of the
+specification in docs/padnet.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dyn.data.glue import TASKS, SentenceSource
+from dyn.train.optim import RecipeConfig
+from dyn.train.settings import ClassifyConfig, TrainerConfig
+
+Method = Literal["static", "moe", "pad"]
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """What is trained. `make_moe` and `make_partial` explain the fields that they share."""
+
+    source: str = "google-bert/bert-base-uncased"  # folder, hub id, or a packaged model's name
+    method: Method = "pad"
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    where: Literal["both", "out", "int"] = "both"  # the first code had `out` (section 2.3)
+    noise: float = 0.0  # on the copies, relative to the weights' deviation; 0: the start computes what the pre-trained encoder does
+    gate: Literal["linear", "mlp", "random"] = "linear"  # random: experts by chance, a control
+    gate_noise: bool = True
+    gate_std: float = 0.0  # section 2.2: gates start at zero, and only noise tells tokens apart
+    balance_weight: float = 0.01
+    # Mode partition (section 4), of method=pad
+    keep: float = 0.5  # the share that stays dynamic
+    criterion: Literal["snip", "removal", "random", "magnitude", "grasp"] = "snip"  # of copies snip ranks by removal (section 4.2)
+    rounds: int = 3  # the paper's number was not recovered
+    schedule: Literal["exponential", "linear"] = "exponential"
+    scope: Literal["global", "local", "erdos_renyi"] = "global"
+    monotone: bool = True
+    scales: Literal["both", "s", "d", "none", "prune"] = "both"  # section 3.3; prune: nothing in place of what is not dynamic
+    static: Literal["mean", "fresh"] = "mean"  # of copies the mean is the pre-trained weight
+    shuffle: bool = False  # each mask inside its layer: the control that tells the criterion from its layer ratios
+    batches: int = 10  # that the criterion looks at, the same in every round: 320 sentences
+
+    def check(self) -> None:
+        """ValueError for settings that cannot be, before anything is loaded."""
+        if not 0 <= self.keep <= 1:
+            raise ValueError(f"keep={self.keep} must lie in [0, 1]: 0 is the static network, 1 the dynamic one")
+        for name, least in {"num_experts": 1, "num_experts_per_tok": 1, "rounds": 1, "batches": 1, "noise": 0, "gate_std": 0, "balance_weight": 0}.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must be at most num_experts={self.num_experts}")
+
+    def what(self) -> str:
+        """The network in words, as rows are called: a row and its controls are found by these."""
+        if self.method == "static":
+            return "static"
+        usual, rounds = ModelConfig(), "one shot" if self.rounds == 1 else f"{self.rounds} rounds"
+        shape = f"{self.num_experts_per_tok} of {self.num_experts}"
+        more = [f"{name} {getattr(self, name)}" for name in ("where", "noise", "gate") if getattr(self, name) != getattr(usual, name)]
+        if self.method == "moe":
+            return ", ".join([f"MoE, {shape}", *more])
+        criterion = f"{self.criterion}, {rounds}" if self.criterion in ("snip", "removal") else self.criterion  # the others rank alike in every round
+        more += [criterion] if (self.criterion, self.rounds) != (usual.criterion, usual.rounds) else []
+        more += ["shuffled"] if self.shuffle else []
+        more += {"both": [], "prune": ["pruned"], "none": ["no scales"]}.get(self.scales, [f"scale {self.scales} only"])
+        more += [f"{name} {getattr(self, name)}" for name in ("schedule", "scope", "static") if getattr(self, name) != getattr(usual, name)]
+        return ", ".join([f"PAD {self.keep:.4g}, {shape}", *more])
+
+    def controls(self) -> list[str]:
+        """Rows that a row of this network is compared with: fully dynamic, and at about the same storage; a mask with itself shuffled."""
+        if self.method != "pad":
+            return [] if self.method == "static" else ["static"]
+        if self.shuffle:
+            return [dataclasses.replace(self, shuffle=False).what()]
+        usual, storage = ModelConfig(), round(1 + (self.num_experts - 1) * self.keep)
+        found = [dataclasses.replace(self, method="moe", num_experts=e) for e in (8, storage) if e >= self.num_experts_per_tok]
+        found += [dataclasses.replace(self, scales="none")] if self.scales == "prune" else []
+        own = (self.criterion, self.rounds) != (usual.criterion, usual.rounds) and self.criterion != "random"
+        found += [dataclasses.replace(self, shuffle=True)] if own else []
+        return list(dict.fromkeys(["static", *(model.what() for model in found)]))
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """Section 5.2: AdamW at 2e-5 without weight decay, linear decay, 32 sentences of at most 128 tokens a step, 3 epochs."""
+
+    seed: int = 0
+    tasks: list[str] = field(default_factory=lambda: list(TASKS))  # of GLUE, or docstrings; the score is their mean, WNLI left out
+    epochs: float = 3.0
+    minutes: float | None = None  # for all trainings of the run: fewer steps where these do not fit, decided once from measured steps
+    batch_size: int = 32  # sentences a device and micro-batch
+    eval_batch_size: int = 64
+    workers: int = 0
+    beside: list[Method] = field(default_factory=list)  # networks that are trained in the same run, on the same batches
+    timing_batch: int = 32
+    timing_rounds: int = 7
+    compact_examples: int | None = None  # validation examples on which the compact form is compared with the trained one; None: all
+    export: bool = True  # keep the trained network as a folder for transformers (partially dynamic ones in compact form)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: SentenceSource = field(default_factory=SentenceSource)
+    optim: RecipeConfig = field(default_factory=lambda: RecipeConfig(lr=2e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0))
+    classify: ClassifyConfig = field(default_factory=ClassifyConfig)
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(val_first=False, val_every=1000, checkpoint_every=1000, keep_checkpoints=1,
+                                                                         log_every=50))
+
+    def sentences_per_step(self) -> int:
+        """Over all devices and micro-batches."""
+        return self.batch_size * self.trainer.accumulate * self.trainer.world_size
+
+    def check(self) -> None:
+        """ValueError for settings that cannot be, before anything is loaded."""
+        for name, least in {"batch_size": 1, "eval_batch_size": 1, "timing_batch": 1, "timing_rounds": 1, "workers": 0, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if wrong := [task for task in self.tasks if task not in (*TASKS, "docstrings")]:
+            raise ValueError(f"tasks={wrong[0]} is unknown; allowed: {', '.join((*TASKS, 'docstrings'))}")
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks) or self.data.task != SentenceSource().task:
+            raise ValueError(f"tasks={self.tasks}: at least one, each once; data.task={self.data.task} would be ignored")
+        if self.epochs <= 0 or (self.minutes is not None and self.minutes <= 0):
+            raise ValueError(f"epochs={self.epochs} and minutes={self.minutes} must be above 0")
+        for name, instead in {"max_steps": "epochs", "seed": "seed"}.items():
+            if getattr(self.trainer, name) != getattr(TrainerConfig(), name):
+                raise ValueError(f"trainer.{name}={getattr(self.trainer, name)} would be ignored by this experiment; set {instead}")
+        if self.minutes is not None and self.trainer.world_size > 1:
+            raise ValueError(f"minutes={self.minutes} is for one device; give epochs for {self.trainer.world_size}")
+        if self.trainer.strategy == "fsdp2" or (self.trainer.strategy == "auto" and self.trainer.num_nodes > 1):
+            raise ValueError("these networks fit a device: set trainer.strategy=ddp")
+        if len({*self.beside, self.model.method}) <= len(self.beside):
+            raise ValueError(f"beside={self.beside} must be methods other than model.method={self.model.method}, each once")
+
+
+def rows(*changes: dict[str, Any], suffix: str = "", **more: Any) -> list[dict[str, Any]]:
+    """Sweep rows for three seeds, a network for each of `changes` to the paper's, named after it; `more`: other keys, a__b for a.b."""
+    more = {key.replace("__", "."): value for key, value in more.items()}
+    kept, models = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "source"], [ModelConfig(**change) for change in changes]
+    return [{"row": model.what() + suffix, "seed": seed, "beside": [], "minutes": None, "export": False} | {f"model.{key}": getattr(model, key) for key in kept}
+            | more for seed in range(3) for model in models]
+
+
+STATIC, MOE, MOE4 = dict(method="static"), dict(method="moe"), dict(method="moe", num_experts=4)
+CONTROLS = (STATIC, MOE, MOE4)  # 4 experts store about what 8 half dynamic ones do: 1 + 7 / 2 times the static weights
+CRITERIA = [dict(criterion=c, rounds=r, shuffle=s) for c, r in (("random", 3), ("magnitude", 3), ("snip", 1), ("snip", 3), ("snip", 10)) for s in (False, True)]
+SAME_STORAGE = [dict(num_experts=e, keep=keep) for e, keep in ((5, 0.875), (8, 0.5), (16, 7 / 30), (32, 3.5 / 31))]
+CPU = dict(  # what one CPU core does in less than 6 minutes a row
+    model__source="all-MiniLM-L6-v2", model__batches=5, eval_batch_size=102, trainer__precision="bf16-mixed", trainer__accelerator="cpu", optim__lr=1e-4,
+    optim__warmup_share=0.06, trainer__val_every=1000, trainer__checkpoint_every=0, timing_rounds=5)
+
+SWEEPS: dict[str, list[dict[str, Any]]] = {
+    "methods": rows(*CONTROLS, {}, dict(where="out"), dict(method="moe", where="out"), dict(method="moe", where="out", num_experts=4), dict(gate="random"),
+                    dict(method="moe", gate="random"), dict(method="moe", gate="random", num_experts=4)),
+    "keep": rows(*CONTROLS, *(dict(keep=share / 10) for share in range(1, 11)), *(dict(method="moe", num_experts=e) for e in (2, 3, 5, 6, 7))),
+    "partition": rows(*CRITERIA, dict(noise=0.01), dict(static="fresh"), *CONTROLS, *(dict(method="moe", noise=0.01, num_experts=e) for e in (4, 8))),
+    "scales": rows({}, dict(scales="s"), dict(scales="d"), dict(scales="none"), *CONTROLS),
+    "pruning": rows(dict(scales="none"), dict(scales="prune"), {}, *CONTROLS),
+    "experts": rows(*SAME_STORAGE, *CONTROLS),
+    "cpu": [*rows(STATIC, MOE, {}, MOE4, suffix=", MRPC", tasks=["mrpc"], epochs=2.0, **CPU),
+            *rows(STATIC, MOE, {}, MOE4, suffix=", CoLA", tasks=["cola"], epochs=2.0, **CPU)],
+}
+
+
+def main(cfg: Config, run: Any) -> dict[str, Any]:
+    """Partition, train, compact, measure; see `dyn.train.encoders`."""
+    from dyn.train.encoders import train_encoders
+
+    return train_encoders(cfg, run)
+
+
+def plan(cfg: Config) -> dict[str, Any]:
+    """What the run would be, from shapes alone."""
+    from dyn.train.encoders import plan_encoders
+
+    return plan_encoders(cfg)
