@@ -158,12 +158,11 @@ def check_place(place: Place, role: str) -> Site | None:
     """The site of a role at a place, if it is there.
 
     Raises:
-        ValueError: the module has something else under the role's name, or acts in another way.
+        ValueError: the module has something else under the role's name.
     """
     found = getattr(place.module, role, None)
-    if found is not None and not (isinstance(found, Site) and found.how == place.how):
-        why = f"an adapter acts there in another way ({found.how})" if isinstance(found, Site) else f"it has another {role!r}"
-        raise ValueError(f"no adapter can be attached to {type(place.module).__name__} with how={place.how!r}: {why}")
+    if found is not None and not isinstance(found, Site):
+        raise ValueError(f"no adapter can be attached to {type(place.module).__name__}: it has a {role!r} of its own")
     return found
 
 
