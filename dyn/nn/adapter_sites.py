@@ -59,7 +59,9 @@ class Active:
         times, rest = divmod(x.shape[0], self.batch)
         if rest or not times:
             raise ValueError(f"adapters were chosen for {self.batch} samples, the batch has {x.shape[0]}; call set_active again")
-        rows = self.rows[name].to(x.device)
+        rows = self.rows[name]
+        if rows.device != x.device:
+            rows = self.rows[name] = rows.to(x.device)  # once, not at every place
         return rows if times == 1 else (rows[:, None] * times + torch.arange(times, device=x.device)).flatten()
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from dyn.nn.adapter import adapter_parameters, attach, detach, head_parameters, merge, set_active, unmerge
+from dyn.nn.adapter_build import FLAGS
 from dyn.nn.adapter_sites import sites
 
 FAMILIES = ["bert", "roberta", "electra", "albert", "distilbert", "bart", "llama", "mistral", "qwen2", "qwen3", "llama_moe"]
-KINDS = ["houlsby", "pfeiffer", "parallel", "lora", "prefix", "mam"]
+KINDS = [kind for kind in FLAGS if kind != "fusion"]
 
 
 def task_of(family):

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from dyn.nn.adapter import adapter_parameters, attach, set_active
+from dyn.nn.adapter_build import FLAGS
 
-KINDS = ["houlsby", "pfeiffer", "parallel", "lora", "prefix", "mam"]
+KINDS = [kind for kind in FLAGS if kind != "fusion"]
 
 
 def stir(model, name="default", seed=1, std=0.3):

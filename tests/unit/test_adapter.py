@@ -109,7 +109,8 @@ def test_the_seed_alone_decides(tiny_host):
 
 @pytest.mark.parametrize(("family", "task", "parts"), [
     ("bert", "classify", {"classifier"}), ("roberta", "classify", {"classifier"}), ("electra", "classify", {"classifier"}),
-    ("albert", "classify", {"classifier"}), ("distilbert", "classify", {"pre_classifier", "classifier"}), ("bart", "classify", {"classification_head"}), ("llama", "classify", {"score"}),
+    ("albert", "classify", {"classifier"}), ("distilbert", "classify", {"pre_classifier", "classifier"}),
+    ("bart", "classify", {"classification_head"}), ("llama", "classify", {"score"}),
     ("bert", "qa", {"qa_outputs"}), ("llama", "qa", {"qa_outputs"}), ("llama", "lm", set()), ("bart", "lm", set()), ("bert", "base", set()),
 ])
 def test_the_last_head_trains(tiny_host, family, task, parts):
