@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
+from torch.nn.utils import skip_init  # values come from `draw`, and nothing else draws from the random state
 
 from dyn.nn.adapter_modules import Activation, AdapterModule, Bottleneck, Fusion, Init, LoRA, Norm, Prefix, PrefixSource, SharedPrefix, check_choice
 from dyn.nn.adapter_sites import Place, sites
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["houlsby", "pfeiffer", "parallel", "lora", "prefix", "mam", "fusion"]
 Projection = Literal["query", "key", "value", "output", "ffn"]
+PROJECTIONS = get_args(Projection)
 
 _BLOCK: dict[str, Any] = {"r": 64, "layer_norm": "none", "activation": "relu", "init": "bert", "scale": 1.0, "dropout": 0.0}
 _PARALLEL = _BLOCK | {"init": "lora", "scale": 4.0}
@@ -123,7 +125,7 @@ def _like(module: nn.Module, dtype: torch.dtype | None, name: str) -> dict[str, 
 def _block(layer: Layer, place: Place, role: str, config: AdapterConfig, name: str, dtype: torch.dtype | None, norm: str = "layer_norm",
            **fixed: Any) -> Piece:
     f = config.flags | fixed
-    module = Bottleneck(place.dim, f["r"], norm=f[norm], activation=f["activation"], scale=f["scale"], dropout=f["dropout"],
+    module = skip_init(Bottleneck, place.dim, f["r"], norm=f[norm], activation=f["activation"], scale=f["scale"], dropout=f["dropout"],
                         **_like(layer.attentions[0].output, dtype, name))
     return Piece(place, role, module, f["init"])
 
@@ -156,7 +158,8 @@ def _lora(host: Host, layers: Sequence[Layer], config: AdapterConfig, name: str,
         for linear in linears:
             if not isinstance(linear, nn.Linear):
                 raise ValueError(f"lora goes on nn.Linear; {type(host.model).__name__} has a {type(linear).__name__} there")
-            module = LoRA(linear.in_features, linear.out_features, f["r"], scaling=f["alpha"] / f["r"], dropout=f["dropout"], **_like(linear, dtype, name))
+            module = skip_init(LoRA, linear.in_features, linear.out_features, f["r"], scaling=f["alpha"] / f["r"], dropout=f["dropout"],
+                               **_like(linear, dtype, name))
             yield Piece(Place(linear, "input", linear.out_features), "lora", module, f["init"])
 
 
@@ -168,11 +171,11 @@ def _prefix(host: Host, layers: Sequence[Layer], config: AdapterConfig, name: st
         for a in layer.attentions:
             place, like = Place(a.module, "attention", a.key.out_features), _like(a.key, dtype, name)
             if not f["reparam"]:
-                yield Piece(place, "prefix", Prefix(place.dim, length, dropout=dropout, **like), "bert")
+                yield Piece(place, "prefix", skip_init(Prefix, place.dim, length, dropout=dropout, **like), "bert")
                 continue
             if a.branch not in sources:
-                sources[a.branch] = PrefixSource(host.dim, length, f["width"], **like)
-            yield Piece(place, "prefix", SharedPrefix(place.dim, sources[a.branch], dropout=dropout, **like), "bert")
+                sources[a.branch] = skip_init(PrefixSource, host.dim, length, f["width"], **like)
+            yield Piece(place, "prefix", skip_init(SharedPrefix, place.dim, sources[a.branch], dropout=dropout, **like), "bert")
     for branch, source in sources.items():
         yield Piece(Place(host.model.base_model, "source", host.dim), f"prefix_{branch}", source, "bert")
 
@@ -203,6 +206,6 @@ def _fusion(model: nn.Module, config: AdapterConfig, name: str, dtype: torch.dty
             raise ValueError(f"fusion: {', '.join(members)} must all be bottleneck adapters (houlsby, pfeiffer, parallel) of the same places; {path} has "
                              f"{', '.join(f'{n} ({type(m).__name__})' for n, m in site.items())}")
         dim = blocks[0].up.out_features
-        module = Fusion(dim, members, value=config.flags["value"], **_like(blocks[0], dtype, name))
+        module = skip_init(Fusion, dim, members, value=config.flags["value"], **_like(blocks[0], dtype, name))
         owner, _, role = path.rpartition(".")
         yield Piece(Place(model.get_submodule(owner), site.how, dim), role, module, "bert")

@@ -6,7 +6,7 @@ D hidden size, R bottleneck or rank, P prefix length, N adapters that are fused,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -42,6 +42,9 @@ class AdapterModule(nn.Module):
         """Fill all parameters anew."""
         raise NotImplementedError
 
+    def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Take the width that these shapes of its parameters have, where it has one; values are left open. Other shapes are left as they are."""
+
     def flow(self) -> Tensor:
         """The module by itself on ones, its layer norm left out (of a constant vector that is zero), as a mean: R of SynFlow (section 2.2)."""
         raise NotImplementedError
@@ -70,6 +73,15 @@ def _draw_pair(first: Tensor, second: Tensor, init: Init, generator: torch.Gener
         _normal(second, STD, generator)
     else:
         nn.init.zeros_(second)
+
+
+def _resize_pair(first: nn.Linear, second: nn.Linear, r: int) -> None:
+    for linear, shape in ((first, (r, first.in_features)), (second, (second.out_features, r))):
+        old = linear.weight
+        linear.weight = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
+    if first.bias is not None:
+        first.bias = nn.Parameter(first.bias.new_empty(r), requires_grad=first.bias.requires_grad)
+    first.out_features = second.in_features = r
 
 
 class Bottleneck(AdapterModule):
@@ -107,6 +119,11 @@ class Bottleneck(AdapterModule):
         if isinstance(self.scale, Tensor):
             nn.init.ones_(self.scale)
 
+    def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """See `AdapterModule.resize`."""
+        if (r := shapes["down.weight"][0]) != self.down.out_features:
+            _resize_pair(self.down, self.up, r)
+
     def forward(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, D], without the residual."""
         h = self.norm(x) if self.norm_at == "in" else x
@@ -136,6 +153,11 @@ class LoRA(AdapterModule):
     def draw(self, init: Init, generator: torch.Generator | None = None) -> None:
         """Weights as in `_draw_pair`."""
         _draw_pair(self.A.weight, self.B.weight, init, generator)
+
+    def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """See `AdapterModule.resize`; the scaling stays."""
+        if (r := shapes["A.weight"][0]) != self.A.out_features:
+            _resize_pair(self.A, self.B, r)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, I] -> [T, O], what is added to the linear map's output."""
