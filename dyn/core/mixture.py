@@ -47,7 +47,9 @@ def partial_sets(bank: Tensor, mask: Tensor, static: Tensor | None, ratio: Tenso
     With weights that sum to one the mixture of these sets is the partial mixture, divided by lambda_d when `ratio` is lambda_s / lambda_d. Gradients are
     exactly zero for sets outside the mask and for static values inside it.
     """
-    return torch.where(mask, bank, torch.zeros((), dtype=bank.dtype, device=bank.device) if static is None else static * ratio)
+    if static is None:
+        return bank * mask.to(bank.dtype)
+    return torch.addcmul(static * ratio * ~mask, bank, mask.to(bank.dtype))  # one pass over K sets each way; `where` takes three, and a sum
 
 
 def partial_parts(bank: Tensor, mask: Tensor, static: Tensor | None, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
@@ -55,5 +57,4 @@ def partial_parts(bank: Tensor, mask: Tensor, static: Tensor | None, scale: Tens
 
     For weights that do not sum to one, and for products taken apart (section 3.6).
     """
-    zero = torch.zeros((), dtype=bank.dtype, device=bank.device)
-    return torch.where(mask, bank, zero), None if static is None else torch.where(mask, zero, static * scale)
+    return bank * mask.to(bank.dtype), None if static is None else static * scale * ~mask

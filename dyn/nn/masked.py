@@ -47,10 +47,9 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         mask = unpack_bits(ctx.saved_tensors[0], ctx.shape, check=False)
-        if grad.device.type == "cpu":
-            return _fill(grad.masked_select(mask)), None, None, None
         # The count is known: a masked selection would wait for the device to find it.
-        return _fill(grad.flatten().index_select(0, torch.nonzero_static(mask.flatten(), size=ctx.count).squeeze(1))), None, None, None
+        kept_K = torch.nonzero_static(mask.flatten(), size=ctx.count).squeeze(1)
+        return _fill(grad.flatten().index_select(0, kept_K)), None, None, None
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:

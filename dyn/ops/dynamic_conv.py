@@ -8,10 +8,10 @@ A name ends in the shape of its tensor: `bank_KOIhw` is [K, O, I, h, w]. s (opti
 `_loop` is the specification. The other forms compute the same in another order, and none is best everywhere:
 
     form    | what it does                                                  | multiply-adds beside the plain L P | where it is good
-    grouped | mixes kernels, one convolution of B G groups                  | K P                                | CUDA; depthwise
-    unfold  | mixes kernels, one matrix product a sample over x's patches   | K P, copies patches (not for 1x1)  | CPU, large maps
-    scale   | alpha multiplies x, one convolution with K C input channels   | (K - 1) L P                        | CPU, small maps
-    outputs | one convolution with K O output channels, alpha mixes outputs | (K - 1) L P                        | small maps, few outputs
+    grouped | mixes kernels, one convolution of B G groups                  | K P                                | CUDA; CPU, large maps
+    unfold  | mixes kernels, one matrix product a sample over x's patches   | K P, copies patches (not for 1x1)  | CPU, small maps with spatial factors
+    scale   | alpha multiplies x, one convolution with K C input channels   | (K - 1) L P                        | one kernel
+    outputs | one convolution with K O output channels, alpha mixes outputs | (K - 1) L P                        | CPU, small maps
 
 Mixing is a matrix product, so its backward is two: dbank = alpha^T dW and dalpha = dW bank^T. All forms are made of operations that torch compiles and
 differentiates twice (GraSP does), so there is no custom operator here.
@@ -27,7 +27,8 @@ from torch import Tensor
 
 Pair = tuple[int, int]
 Window = tuple[Pair, Pair, Pair]  # stride, padding, dilation
-SMALL_MAP = 64  # output positions of a sample up to which a K-fold convolution costs less on a CPU than kernels of its own
+SMALL_MAP = 64  # output positions of a sample below which a K-fold convolution costs less on a CPU than a kernel of each sample's own
+CACHED = 1 << 20  # numbers in all samples' kernels that are written and read so fast that they cost less on any map (measured: benchmarks.dynamic_conv --layers)
 
 
 def dynamic_conv2d(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO: Tensor | None = None, stride: int | Pair = 1, padding: int | Pair = 0,
@@ -55,6 +56,9 @@ def dynamic_conv2d(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO
         bias_KO = None if bias_KO is None else bias_KO.to(dtype)
     _check(x_BCHW, bank_KOIhw, alpha_BK, bias_KO, groups, spatial_Bhw)
     window = _pair(stride), _pair(padding), _pair(dilation)
+    if bank_KOIhw.shape[3:] == (1, 1) and not any(window[1]):  # a 1x1 kernel looks at nothing between its steps
+        (down, right), window = window[0], ((1, 1), *window[1:])
+        x_BCHW = x_BCHW[:, :, ::down, ::right]
     if form == "auto":
         form = choose(x_BCHW, bank_KOIhw, window, spatial_Bhw is not None)
     if form not in FORMS:
@@ -71,16 +75,17 @@ def dynamic_conv2d(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO
 def choose(x_BCHW: Tensor, bank_KOIhw: Tensor, window: Window, spatial: bool = False) -> str:
     """The form that "auto" takes.
 
-    One kernel without spatial factors: scale, which is the plain convolution then. CUDA: grouped. Elsewhere: grouped for depthwise kernels, whose products
-    would be of single rows; scale for maps of at most `SMALL_MAP` output positions, where a sample's own kernel would be read for few of them; else unfold.
-    Spatial factors need a kernel for each sample, so scale is out.
+    One kernel without spatial factors: scale, which is the plain convolution then. CUDA: grouped. Elsewhere: grouped where samples' own kernels pay, on maps of
+    `SMALL_MAP` output positions or more, for kernels that stay in the cache, and for depthwise ones (whose products would be of single rows); else outputs, or,
+    with spatial factors, which need a kernel for each sample, unfold.
     """
     if len(bank_KOIhw) == 1 and not spatial:
         return "scale"
-    if x_BCHW.device.type == "cuda" or bank_KOIhw.shape[2] == 1:
-        return "grouped"
     height, width = _out_size(x_BCHW, bank_KOIhw, window)
-    return "scale" if height * width <= SMALL_MAP and not spatial else "unfold"
+    own = len(x_BCHW) * bank_KOIhw[0].numel() <= CACHED or height * width >= SMALL_MAP
+    if x_BCHW.device.type == "cuda" or bank_KOIhw.shape[2] == 1 or own:
+        return "grouped"
+    return "unfold" if spatial else "outputs"
 
 
 def _check(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO: Tensor | None, groups: int, spatial_Bhw: Tensor | None) -> None:

@@ -111,11 +111,13 @@ def test_autocast_casts_as_a_convolution_does():
 
 
 def test_auto_follows_shape_and_device():
-    def chosen(size, I=8, device="cpu", spatial=False):
-        x, bank = torch.empty(2, 8, size, size, device=device), torch.empty(4, 8, I, 3, 3, device=device)
+    def chosen(size, I=8, device="meta", spatial=False, channels=512, kernels=4):
+        x, bank = torch.empty(2, channels, size, size, device=device), torch.empty(kernels, channels, I, 3, 3, device=device)
         return choose(x, bank, ((1, 1),) * 3, spatial)
 
-    assert (chosen(8), chosen(9), chosen(8, I=1), chosen(8, spatial=True)) == ("scale", "unfold", "grouped", "unfold")
+    assert (chosen(7, 512), chosen(8, 512), chosen(7, 512, spatial=True), chosen(8, 512, spatial=True)) == ("outputs", "grouped", "unfold", "grouped")
+    assert chosen(7, 1, channels=2**20) == "grouped" and chosen(7, 8, channels=8) == "grouped"  # depthwise; small kernels
+    assert chosen(7, 512, kernels=1) == "scale"
 
 
 @pytest.mark.parametrize(("change", "message"), [
