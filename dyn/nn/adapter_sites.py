@@ -79,24 +79,20 @@ class Site(nn.ModuleDict):
         return [name for name in self.active.names if name in self and name != self.active.merged]
 
     def delta(self, name: str, x: Tensor) -> Tensor:
-        """What adapter `name` adds, given its input, in the input's precision."""
+        """What adapter `name` adds, given its input, in the adapter's precision."""
         module = self[name]
-        dtype = x.dtype
-        own = next((p.dtype for p in module.parameters() if p.is_floating_point()), dtype)
-        if own != dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(own)
-        if isinstance(module, Fusion):
-            return module(x, [self[member](x) for member in module.members]).to(dtype)
-        return module(x).to(dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(next(module.parameters()).dtype)
+        return module(x, [self[member](x) for member in module.members]) if isinstance(module, Fusion) else module(x)
 
     def add(self, target: Tensor, x: Tensor) -> Tensor:
-        """`target` plus what the acting adapters make of `x`, each on its samples."""
+        """`target`, in its precision, plus what the acting adapters make of `x`, each on its samples."""
         for name in self.acting():
             rows = self.active.rows_of(name, x)
             if rows is None:
-                target = target + self.delta(name, x)
+                target = target + self.delta(name, x).to(target.dtype)
             else:
-                target = target.index_add(0, rows, self.delta(name, x[rows]))
+                target = target.index_add(0, rows, self.delta(name, x[rows]).to(target.dtype))
         return target
 
 
