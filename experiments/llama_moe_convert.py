@@ -110,7 +110,8 @@ class Config:
 def row(name: str, **changes: Any) -> dict[str, Any]:
     """A sweep row: the network that `changes` say, whatever the profile has; `model__kind=...` means the key model.kind."""
     model = ModelConfig()
-    base = {f"model.{key}": getattr(model, key) for key in ("kind", "construction", "num_experts", "num_experts_per_tok", "num_shared_experts", "score_scale", "budgets")}
+    fields = ("kind", "construction", "num_experts", "num_experts_per_tok", "num_shared_experts", "score_scale", "budgets")
+    base = {f"model.{key}": getattr(model, key) for key in fields}
     base |= {"leave_out": None, "control": None, "export": False}
     return {"row": name} | base | {key.replace("__", "."): value for key, value in changes.items()}
 

@@ -27,7 +27,6 @@ from dyn.nn.probe import for_statistics
 MOST_EXPERTS = 32  # routed experts of a layer where the caller asks for fewer: finer groups score better and run slower
 SAMPLE = 24_576  # tokens that groups and gates are fitted on; regressions use all
 RIDGE = 0.1  # of the mean diagonal of the weighted Gram matrix
-REPAIR_RIDGE = 1.0  # the same for what repairs earlier layers' errors
 GATE_DEVIATION = 0.02  # of the fitted logits: small, so that chosen experts weigh nearly the same; the choice does not depend on it
 
 Features = Callable[[Tensor, Tensor], Tensor]  # (h_TN, x_TD) -> phi_TP
@@ -46,9 +45,9 @@ class LayerFit:
 def geometry(width: int, active: Sequence[int], most: int) -> tuple[int, list[int], list[int], list[int]]:
     """(E, then K, F and shared experts by layer) with K F + shared F = `active` neurons of a layer exactly and (E + shared) F = `width`.
 
-    The finest groups of which a token leaves out at most three quarters of `most`, a multiple of 8 wide where that still leaves out 8; at most half as many
-    as it leaves out are chosen by the gate (in the layer that sets E, which all layers share); the other active ones, one at least where there are two, are
-    shared. Layers have groups of one width each where one E fits them all, else of one width for all. Everything active: K = E.
+    The finest groups of which a token leaves out at most three quarters of `most`, a multiple of 8 wide where that still leaves out 4; at most half as many
+    as it leaves out are chosen by the gate (in the layer that sets E, which is all layers'); the other active ones, one at least where there are two, are
+    shared. Each layer has groups of its own width where one E fits them all, else all have one width. Everything active: K = E.
 
     Raises:
         ValueError: no active neuron, or more than there are.
@@ -58,9 +57,8 @@ def geometry(width: int, active: Sequence[int], most: int) -> tuple[int, list[in
     if min(active) == width:
         experts = next(e for e in range(min(most, width), 0, -1) if width % e == 0)
         return experts, [experts] * len(active), [width // experts] * len(active), [0] * len(active)
-    common = math.gcd(width, *active)
-    for units in ([math.gcd(width, a) for a in active], [common] * len(active)):
-        idles = [width - a for a in active] if units[0] != common or len(set(units)) > 1 else [width - min(active)] * len(active)
+    layers, own = len(active), [math.gcd(width, a) for a in active]
+    for units, idles in ((own, [width - a for a in active]), ([math.gcd(*own)] * layers, [width - min(active)] * layers)):
         sizes = [_group_size(idle, unit, most) for idle, unit in zip(idles, units, strict=True)]
         experts = max(_experts(width, size, idle, most) for size, idle in zip(sizes, idles, strict=True) if idle)
         # A layer with all its neurons active has no groups that matter: as wide ones as make E of them.
@@ -189,19 +187,12 @@ def walk(dense: nn.Module, batches: Sequence[Tensor], choose: Callable[[int, nn.
 
 
 def _refit(layer: nn.Module, mlp: nn.Module, streams: list[list[Tensor]], device: torch.device, features: Features, down_PD: Tensor) -> Tensor:
-    """The down projection [P, D] that brings the converted stream nearest to the dense one: what does this layer's own work, near the dense weights, and what
-    repairs errors of earlier layers, near zero. The repair is held back more: most of those errors cannot be told from what the layer sees, so that its
-    regression mainly fits noise, which later layers would be asked to repair in turn."""
-    width, hidden = down_PD.shape
-    ridge = Ridge(width, 2 * hidden, down_PD)
+    """The down projection [P, D] that brings the converted stream nearest to the dense one, near the dense weights."""
+    ridge = Ridge(*down_PD.shape, down_PD)
     for theirs, ours in zip(*streams, strict=True):
         theirs_TD, ours_TD = theirs.to(device).flatten(0, 1).float(), ours.to(device).flatten(0, 1).float()
-        x_TD = layer.post_attention_layernorm(ours.to(device)).flatten(0, 1)
-        h_TN = activations(mlp, x_TD)
-        own_TD = h_TN @ mlp.down_proj.weight.float().T
-        ridge.add(features(h_TN, x_TD.float()), torch.cat([own_TD, theirs_TD - ours_TD - own_TD], 1), token_weights(theirs_TD))
-    prior_PQ = nnf.pad(down_PD, (0, hidden))
-    return ridge.solve(prior_PQ, ridge=RIDGE)[:, :hidden] + ridge.solve(prior_PQ, ridge=REPAIR_RIDGE)[:, hidden:]
+        ridge.add(_features(layer, mlp, ours.to(device), features), theirs_TD - ours_TD, token_weights(theirs_TD))
+    return ridge.solve(down_PD, ridge=RIDGE)
 
 
 def _features(layer: nn.Module, mlp: nn.Module, middle: Tensor, features: Features) -> Tensor:
