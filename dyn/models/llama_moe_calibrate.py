@@ -27,6 +27,7 @@ from dyn.nn.probe import for_statistics
 MOST_EXPERTS = 32  # routed experts of a layer where the caller asks for fewer: finer groups score better and run slower
 SAMPLE = 24_576  # tokens that groups and gates are fitted on; regressions use all
 RIDGE = 0.1  # of the mean diagonal of the weighted Gram matrix
+REPAIR_RIDGE = 1.0  # the same for what repairs earlier layers' errors
 GATE_DEVIATION = 0.02  # of the fitted logits: small, so that chosen experts weigh nearly the same; the choice does not depend on it
 
 Features = Callable[[Tensor, Tensor], Tensor]  # (h_TN, x_TD) -> phi_TP
@@ -187,12 +188,19 @@ def walk(dense: nn.Module, batches: Sequence[Tensor], choose: Callable[[int, nn.
 
 
 def _refit(layer: nn.Module, mlp: nn.Module, streams: list[list[Tensor]], device: torch.device, features: Features, down_PD: Tensor) -> Tensor:
-    """The down projection [P, D] that brings the converted stream nearest to the dense one, near the dense weights."""
-    ridge = Ridge(*down_PD.shape, down_PD)
+    """The down projection [P, D] that brings the converted stream nearest to the dense one: what does this layer's own work, near the dense weights, and what
+    repairs errors of earlier layers, near zero. The repair is held back more: most of those errors cannot be told from what the layer sees, so that its
+    regression mainly fits noise, which later layers would be asked to repair in turn."""
+    width, hidden = down_PD.shape
+    ridge = Ridge(width, 2 * hidden, down_PD)
     for theirs, ours in zip(*streams, strict=True):
         theirs_TD, ours_TD = theirs.to(device).flatten(0, 1).float(), ours.to(device).flatten(0, 1).float()
-        ridge.add(_features(layer, mlp, ours.to(device), features), theirs_TD - ours_TD, token_weights(theirs_TD))
-    return ridge.solve(down_PD, ridge=RIDGE)
+        x_TD = layer.post_attention_layernorm(ours.to(device)).flatten(0, 1)
+        h_TN = activations(mlp, x_TD)
+        own_TD = h_TN @ mlp.down_proj.weight.float().T
+        ridge.add(features(h_TN, x_TD.float()), torch.cat([own_TD, theirs_TD - ours_TD - own_TD], 1), token_weights(theirs_TD))
+    prior_PQ = nnf.pad(down_PD, (0, hidden))
+    return ridge.solve(prior_PQ, ridge=RIDGE)[:, :hidden] + ridge.solve(prior_PQ, ridge=REPAIR_RIDGE)[:, hidden:]
 
 
 def _features(layer: nn.Module, mlp: nn.Module, middle: Tensor, features: Features) -> Tensor:
