@@ -83,7 +83,8 @@ def test_ties_of_a_zero_projection_are_drawn_not_taken_from_the_front(scope):
 OPTIMISERS = {"adamw": lambda p: torch.optim.AdamW(p, 1e-2, betas=(0.9, 0.98), weight_decay=0.1),
               "adamw, fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
               "adam, foreach": lambda p: torch.optim.Adam(p, 1e-2, weight_decay=0.1, foreach=True),
-              "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.1, nesterov=True)}
+              "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.1, nesterov=True),
+              "sgd, fused": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.1, fused=True)}
 
 
 @pytest.mark.parametrize("make", OPTIMISERS.values(), ids=OPTIMISERS)
