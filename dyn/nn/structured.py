@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dyn.nn.adapter_modules import AdapterModule
+from dyn.nn.masked import dense_weight
 
 Masks = dict[str, Tensor]
 
@@ -60,12 +61,22 @@ def narrow(model: nn.Module, units: Units, masks: Masks) -> None:
     """Leave the kept units alone in every bottleneck, whose matrices become smaller; what it computes is what it computed with the others at zero."""
     for path, (block, first, second) in units.pairs.items():
         inner, outer = (block.get_submodule(key.rpartition(".")[0].removeprefix(f"{path}.")) for key in (first, second))
-        kept = masks[path]
+        kept_R = masks[path].nonzero().squeeze(1)
         for module, name, axis in ((inner, "weight", 0), (inner, "bias", 0), (outer, "weight", 1)):
             if (p := getattr(module, name)) is not None:
-                values = p[kept] if axis == 0 else p[:, kept]
-                setattr(module, name, nn.Parameter(values.clone(), requires_grad=p.requires_grad))
-        inner.out_features = outer.in_features = int(kept.sum())
+                setattr(module, name, nn.Parameter(p.index_select(axis, kept_R), requires_grad=p.requires_grad))
+        inner.out_features = outer.in_features = len(kept_R)
+
+
+@torch.no_grad()
+def dead_units(model: nn.Module) -> dict[str, int]:
+    """How many units of every masked bottleneck have lost a whole row or a whole column, so that they do nothing (section 7.7), by the block's path."""
+    dead = {}
+    for path, m in model.named_modules():
+        if isinstance(m, AdapterModule) and m.kind in ("bottleneck", "lora"):
+            inner, outer = (m.get_submodule(weight.rpartition(".")[0]) for weight in m.prunable)
+            dead[path] = int(((dense_weight(inner) == 0).all(1) | (dense_weight(outer) == 0).all(0)).sum())
+    return dead
 
 
 def two_of_four(scores: Mapping[str, Tensor], seed: int = 0, shuffle: bool = False) -> Masks:
