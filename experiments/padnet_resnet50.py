@@ -144,7 +144,7 @@ def rows(*changes: dict[str, Any], suffix: str = "", **more: Any) -> list[dict[s
             | more for seed in range(3) for model in models]
 
 
-STATIC, DY4, DY2 = dict(method="static"), dict(method="dyconv"), dict(method="dyconv", num_kernels=2)
+STATIC, DY4, DY3, DY2 = dict(method="static"), *(dict(method="dyconv", num_kernels=k) for k in (4, 3, 2))
 SAME_STORAGE = [dict(num_kernels=k, keep=keep) for k, keep in ((2, 0.9), (4, 0.3), (8, 0.9 / 7), (16, 0.06))]  # 1 + (K - 1) keep = 1.9 times the static weights
 CPU = dict(  # what one CPU core does in less than 8 minutes a row: a part of CIFAR-10, few epochs
     model__backbone="resnet10", model__stem="stride2", model__batches=5, data__path="cifar10", data__train_limit=10_000, data__validation_limit=2_000,
@@ -153,7 +153,7 @@ CPU = dict(  # what one CPU core does in less than 8 minutes a row: a part of CI
 
 SWEEPS: dict[str, list[dict[str, Any]]] = {
     "methods": rows(STATIC, dict(method="condconv", num_kernels=8), DY4, DY2, dict(method="odconv"), dict(method="odconv", num_kernels=1), {}),
-    "keep": rows(STATIC, *(dict(keep=share / 10) for share in range(1, 11)), DY4, DY2),
+    "keep": rows(STATIC, *(dict(keep=share / 10) for share in range(1, 11)), DY4, DY3, DY2),
     "partition": rows(*(dict(criterion=c, rounds=r, shuffle=s) for c, r in (("random", 3), ("magnitude", 3), ("snip", 1), ("snip", 3), ("snip", 10))
                         for s in (False, True)), dict(static="mean"), STATIC, DY4, DY2),
     "scales": rows({}, dict(scales="s"), dict(scales="d"), dict(scales="none"), STATIC, DY4, DY2),
