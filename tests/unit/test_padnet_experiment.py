@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from dyn import config, run
+from dyn import config, run, verdicts
 from dyn.data.tiny import tiny_image_folder
-from dyn.train.convnet import local_model, open_data
+from dyn.train import convnet
+from dyn.train.convnet import SAME, local_model, open_data
 from dyn.train.plan_convnet import plan_convnets
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +20,12 @@ module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 
 
+class Run:
+    def __init__(self, folder) -> None:
+        self.folder, self.lines = folder, []
+        self.log = self.lines.append
+
+
 def load(profile="smoke", *words, row=None):
     return config.load(module.Config, NAME, profile, words, row=row, root=ROOT)
 
@@ -25,8 +33,8 @@ def load(profile="smoke", *words, row=None):
 @pytest.mark.parametrize("sweep", module.SWEEPS)
 def test_every_row_stands_beside_its_controls(sweep):
     """Same name, same settings; the controls differ from the row in nothing that must be the same."""
-    from dyn.train.convnet import SAME
-    from dyn.verdicts import _at
+    def told(cfg):
+        return {"config": config.to_dict(cfg), "notes": {"same": SAME}}
 
     cfgs = {}
     for entry in module.SWEEPS[sweep]:
@@ -36,7 +44,7 @@ def test_every_row_stands_beside_its_controls(sweep):
         suffix = name.removeprefix(cfg.model.what())
         for control in cfg.model.controls():
             other = cfgs[control + suffix, seed]
-            assert other.model != cfg.model and all(_at(config.to_dict(other), key) == _at(config.to_dict(cfg), key) for key in SAME), (name, control)
+            assert other.model != cfg.model and verdicts.alike(told(other)) == verdicts.alike(told(cfg)), (name, control)
     assert {seed for _, seed in cfgs} == {0, 1, 2}
 
 
@@ -98,13 +106,22 @@ def test_bad_images_are_named(damage, tmp_path):
     else:
         (folder / "val" / "stripes2").rename(folder / "val" / "stripes9")
         message = "stripes9 is no class of train"
-    cfg = load("smoke", f"data.path={folder}")
-
-    class Run:
-        folder, log = tmp_path, staticmethod(print)
-
     with pytest.raises(ValueError, match=message):
-        open_data(cfg, Run)
+        open_data(load("smoke", f"data.path={folder}"), Run(tmp_path))
+
+
+def test_minutes_decide_steps_and_precision_from_measured_steps(tmp_path, monkeypatch):
+    cfg = load("smoke", "minutes=0.01", "trainer.precision=bf16-mixed", "epochs=50", "method=dyconv")
+    images = open_data(cfg, Run(tmp_path))
+    monkeypatch.setattr(convnet, "interleaved", lambda runs, rounds: {"step": [0.3, 0.01, 0.2]})
+    models = {"static": None, "dyconv": None}
+    monkeypatch.setattr(convnet, "_partitioned", lambda *_: torch.nn.Linear(1, 1))
+    for bf16, precision, total in ((0.08, "32-true", 2 * (0.05 + 0.01)), (0.01, "bf16-mixed", 2 * (0.01 + 0.01))):
+        monkeypatch.setattr(convnet, "seconds_per_micro_batch", lambda net, loss, dtype, bf16=bf16: bf16 if dtype == torch.bfloat16 else 0.05)
+        run = Run(tmp_path)
+        assert convnet._length(cfg, run, images, models) == {"steps": int(0.8 * 0.6 / total), "precision": precision}
+        assert f"hold {int(0.8 * 0.6 / total)} of 300 steps" in run.lines[-1] and (len(run.lines) == 2) is (precision == "32-true")
+    assert convnet._length(load("smoke", "epochs=50"), run, images, models) == {"steps": 300, "precision": "32-true"}
 
 
 @pytest.mark.parametrize(("words", "parameters", "stored", "macs"), [  # sections 1.6 and 3.6
