@@ -91,6 +91,7 @@ class Config:
 
     seed: int = 0
     epochs: float = 90.0
+    images: int | None = None  # to train each network on, repeats counted, in place of epochs
     minutes: float | None = None  # for all trainings of the run: fewer steps where these do not fit, decided once from measured steps
     batch_size: int = 32  # images a device and micro-batch; 256 over 8 devices
     eval_batch_size: int = 128
@@ -112,7 +113,9 @@ class Config:
         return self.batch_size * self.trainer.accumulate * self.trainer.world_size
 
     def steps(self, images: int) -> int:
-        """Optimiser steps in the epochs; what fills no batch at an epoch's end is left out."""
+        """Optimiser steps in the epochs (what fills no batch at an epoch's end is left out), or in `self.images`."""
+        if self.images is not None:
+            return self.images // self.images_per_step()
         return math.floor(self.epochs * (images // (self.batch_size * self.trainer.world_size)) / self.trainer.accumulate)
 
     def check(self) -> None:

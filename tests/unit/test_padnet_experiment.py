@@ -57,6 +57,7 @@ def test_names_and_budgets():
         assert 1 + (change["num_kernels"] - 1) * change["keep"] == pytest.approx(1.9)
     paper = load("paper")
     assert paper.images_per_step() == 256 and paper.steps(1_281_167) == 90 * (1_281_167 // 256)
+    assert load("demo").steps(1_437) == load("demo").steps(60_000) == 20_000 // 64  # as many, whatever the data
     assert round(paper.model.temperature_share * 90) == 15
     assert paper.optim.decay_all and [round(share * 90) for share in paper.optim.milestones] == [30, 60, 80]
 
@@ -136,5 +137,5 @@ def test_the_plan(words, parameters, stored, macs):
 
 def test_the_plan_of_several_networks_and_of_unknown_data():
     demo = plan_convnets(load("demo"))
-    assert {"static", "dyconv", "pad"} <= demo.keys() and demo["training"]["steps"] == 318
+    assert {"static", "dyconv", "pad"} <= demo.keys() and demo["training"]["steps"] == 312
     assert "known once" in plan_convnets(load("small", "data.path=some/folder"))["training"]["steps"]
