@@ -7,14 +7,20 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
+    BertForQuestionAnswering,
     BertModel,
     PretrainedConfig,
     PreTrainedModel,
@@ -53,6 +59,9 @@ EMBEDDED_CONFIGS = {
        for size, hidden, width, layers, heads, shared, theta in (("135M", 576, 1536, 30, 9, 3, 100000.0), ("360M", 960, 2560, 32, 15, 5, 100000.0),
                                                                  ("1.7B", 2048, 8192, 24, 32, 32, 130000.0))},
     "google-bert/bert-base-uncased": dict(model_type="bert"),
+    "facebook/bart-large": dict(model_type="bart", vocab_size=50265),
+    "facebook/bart-base": dict(model_type="bart", vocab_size=50265, d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12,
+                               decoder_attention_heads=12, encoder_ffn_dim=3072, decoder_ffn_dim=3072),
     "tiny": dict(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                  max_position_embeddings=128, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True),  # random weights, for smoke runs
 }
@@ -106,27 +115,52 @@ def dense_config(source: str | Path) -> PretrainedConfig:
 
 
 def sentence_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
-    """A pre-trained encoder with a new head for sentences (its weights from torch's global random state), float32. On the meta device its shape alone.
+    """A pre-trained encoder with a new head for sentences of `num_labels` outputs; see `_pretrained`."""
+    return _pretrained(AutoModelForSequenceClassification, "encoder", source, num_labels=num_labels)
+
+
+def question_answerer(source: str | Path, vocab_size: int) -> PreTrainedModel:
+    """A pre-trained encoder with a new head that points at an answer's first and last token; see `_pretrained`. "tiny": random weights, for smoke runs."""
+    if source == "tiny":
+        return BertForQuestionAnswering(_tiny_bert(vocab_size))
+    return _pretrained(AutoModelForQuestionAnswering, "encoder", source)
+
+
+def summariser(source: str | Path, vocab_size: int) -> PreTrainedModel:
+    """A pre-trained encoder-decoder with its language-model head; see `_pretrained`. "tiny": a BART with random weights, for smoke runs."""
+    if source != "tiny":
+        return _pretrained(AutoModelForSeq2SeqLM, "encoder-decoder", source)
+    return BartForConditionalGeneration(BartConfig(
+        vocab_size=vocab_size, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, max_position_embeddings=128, pad_token_id=vocab_size - 1, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+        forced_eos_token_id=2))
+
+
+def _pretrained(kind: Any, what: str, source: str | Path, **config: Any) -> PreTrainedModel:
+    """A pre-trained network in float32; a new head's weights are drawn from torch's global random state. On the meta device its shape alone.
 
     Args:
+        kind: transformers' Auto class.
+        what: it is, in words.
         source: a packaged model's name, a folder or a hub id.
-        num_labels: outputs of the head.
+        config: more settings of the network's configuration.
 
     Raises:
         ValueError: in one line, where transformers can load none.
     """
     if torch.empty(0).is_meta:
-        config = dense_config(source)
-        config.num_labels = num_labels
-        return AutoModelForSequenceClassification.from_config(config)
+        made = dense_config(source)
+        made.update(config)
+        return kind.from_config(made)
     source = packaged(source) if source in PACKAGED else source
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()  # it would warn that the head is new
     hf_logging.disable_progress_bar()
     try:
-        return AutoModelForSequenceClassification.from_pretrained(source, num_labels=num_labels, dtype=torch.float32)
+        return kind.from_pretrained(source, dtype=torch.float32, **config)
     except OSError as error:
-        raise ValueError(f"{source} is no encoder that transformers can load: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{source} is no {what} that transformers can load: {str(error).splitlines()[0]}; give a folder or a hub id that can be reached"
+                         ) from error
     finally:
         hf_logging.set_verbosity(level)
         if bars:
@@ -136,8 +170,11 @@ def sentence_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
 def tiny_encoder(folder: Path, vocab_size: int) -> None:
     """Write a BERT of two layers with random weights, for smoke runs."""
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-                         max_position_embeddings=128)).save_pretrained(folder)
+    BertModel(_tiny_bert(vocab_size)).save_pretrained(folder)
+
+
+def _tiny_bert(vocab_size: int) -> BertConfig:
+    return BertConfig(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=128)
 
 
 def _unpack(gguf: Path, folder: Path) -> None:

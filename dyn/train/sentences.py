@@ -73,7 +73,7 @@ def build(cfg: Any, run: Any, source: str, data: SentenceData) -> nn.Module:
     return sentence_classifier(folder, data.num_labels)
 
 
-def loaders(cfg: Any, data: SentenceData, steps: int) -> tuple[ResumableLoader, dict[str, EvaluationLoader]]:
+def loaders(cfg: Any, data: Any, steps: int) -> tuple[ResumableLoader, dict[str, EvaluationLoader]]:
     """(this rank's training batches, of examples of similar length; validation sets in whole)."""
     rank, size = world(cfg.trainer)
     train = ResumableLoader(data.train, batch_size=cfg.batch_size, seed=cfg.seed, num_batches=steps * cfg.trainer.accumulate, lengths=data.train.lengths,
@@ -86,18 +86,22 @@ def full_steps(cfg: Any, examples: int) -> int:
     return max(1, math.floor(cfg.epochs * (examples // (cfg.batch_size * cfg.trainer.world_size)) / cfg.trainer.accumulate))
 
 
-def fitting_steps(cfg: Any, run: Any, wanted: Mapping[str, int], nets: Iterable[Callable[[], nn.Module]], data: SentenceData) -> dict[str, int]:
-    """Steps by task; fewer than wanted, all by one factor, where those of all `nets` do not fit into `cfg.minutes`, by a measured step of each on `data`."""
+def fitting_steps(cfg: Any, run: Any, wanted: Mapping[str, int], nets: Iterable[Callable[[], nn.Module]], data: Any,
+                  loss: Callable[[nn.Module, Inputs], Tensor] | None = None) -> dict[str, int]:
+    """Steps by task; fewer than wanted, all by one factor, where those of all `nets` do not fit into `cfg.minutes`, by a measured step of each on `data`.
+    loss: of a batch; None: `sentence_loss`."""
     if cfg.minutes is None:
         return dict(wanted)
+    loss = loss or sentence_loss
     device, seconds = "cuda" if gpu(cfg.trainer) else "cpu", 0.0
     batch = _on(typical_batch(data.train, cfg.batch_size), device)
     for make in nets:
         net = make().to(device)
-        seconds += seconds_per_micro_batch(net, lambda net=net: sentence_loss(net, batch), cfg.trainer.dtype) * cfg.trainer.accumulate
-        for p in net.parameters():
+        seconds += seconds_per_micro_batch(net, lambda net=net: loss(net, batch), cfg.trainer.dtype) * cfg.trainer.accumulate
+        trained = [p for p in net.parameters() if p.requires_grad]
+        for p in trained:
             p.grad = torch.zeros_like(p)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)  # its time counts: experts are many more parameters than a token is computed with
+        optimizer = torch.optim.AdamW(trained, lr=0.0)  # its time counts: experts are many more parameters than a token is computed with
         seconds += min(interleaved({"step": optimizer.step}, 3)["step"])
     fitting = int(0.8 * 60 * cfg.minutes / seconds)  # the rest goes to validations, and to noise
     if fitting >= (total := sum(wanted.values())):
@@ -106,7 +110,7 @@ def fitting_steps(cfg: Any, run: Any, wanted: Mapping[str, int], nets: Iterable[
     return {task: max(2, math.floor(steps * fitting / total)) for task, steps in wanted.items()}
 
 
-def typical_batch(part: SentenceSet, count: int) -> Inputs:
+def typical_batch(part: Any, count: int) -> Inputs:
     """A batch of examples about as long as they are on average."""
     return part.batch(np.argsort(np.abs(part.lengths - part.lengths.mean()), kind="stable")[:count], None)
 

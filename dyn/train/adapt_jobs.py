@@ -1,0 +1,72 @@
+"""The tasks that adapters are trained on, opened: extractive questions and summaries, as `dyn.train.adapt` wants them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from dyn.data.squad import open_questions
+from dyn.data.summaries import open_summaries
+from dyn.data.tiny import tiny_tokenizer
+from dyn.models.packaged import PACKAGED, packaged, question_answerer, summariser
+from dyn.train import sentences
+from dyn.train.adapt import Job
+from dyn.train.questions import QuestionAnswering, question_loss
+from dyn.train.summarise import Summarisation, summary_loss
+
+
+def questions(cfg: Any, run: Any) -> Job:
+    """Extractive questions: `cfg.data` is a QuestionSource, `cfg.answer` an AnswerConfig."""
+    tokenizer = _tokenizer(cfg.source)
+    data = open_questions(cfg.data, tokenizer, multiple=8 if sentences.gpu(cfg.trainer) else 1, log=run.log)
+
+    def task(net: nn.Module, parts: Any, optim: Any, trainer: Any) -> QuestionAnswering:
+        return QuestionAnswering(net, optim, list(parts), trainer, questions=parts, unanswerable=data.unanswerable, answer=cfg.answer)
+
+    def answer(said: Any) -> dict[str, Any]:
+        return {"id": said.id, "text": said.text, "null": said.null, "exact_match": said.em, "f1": said.f1, "spans": [list(span) for span in said.spans[:3]]}
+
+    return Job(data, _seeded(cfg, lambda: question_answerer(cfg.source, len(tokenizer))), question_loss, task,
+               ("f1", "exact_match", "f1_answerable", "f1_unanswerable", "best_f1"), answer,
+               "SNIP at 40 % pruned is better than the dense adapter on SQuAD (the paper's table 2)",
+               {"source": "google-bert/bert-base-uncased", "path": "rajpurkar/squad"})
+
+
+def summaries(cfg: Any, run: Any) -> Job:
+    """Summaries: `cfg.data` is a SummarySource, `cfg.generate` a GenerateConfig."""
+    tokenizer = _tokenizer(cfg.source)
+    data = open_summaries(cfg.data, tokenizer, multiple=8 if sentences.gpu(cfg.trainer) else 1, log=run.log)
+
+    def task(net: nn.Module, parts: Any, optim: Any, trainer: Any) -> Summarisation:
+        return Summarisation(net, optim, list(parts), trainer, tokenizer=tokenizer, pairs=parts, generate=cfg.generate)
+
+    def answer(said: Any) -> dict[str, Any]:
+        return {"index": said.index, "text": said.text, "rouge": list(said.rouge)}
+
+    loss = functools.partial(summary_loss, smoothing=cfg.generate.label_smoothing)
+    return Job(data, _seeded(cfg, lambda: summariser(cfg.source, len(tokenizer))), loss, task, ("rouge2", "rouge1", "rougeL", "length"), answer,
+               "SNIP at 40 % pruned is better than the dense adapter on XSum (the paper's table 2)", {"source": "facebook/bart-large", "path": "EdinburghNLP/xsum"})
+
+
+def _seeded(cfg: Any, build: Any) -> Any:
+    """A new head, and what is drawn after it, follow from the seed."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(cfg.seed)
+        return build()
+
+    return make
+
+
+def _tokenizer(source: str) -> Any:
+    if source == "tiny":
+        return tiny_tokenizer(framed=True)
+    try:
+        return AutoTokenizer.from_pretrained(packaged(source) if source in PACKAGED else source)
+    except OSError as error:
+        raise ValueError(f"source={source}: no tokenizer that transformers can load ({str(error).splitlines()[0]}); give a folder with the model and its "
+                         "tokenizer, or a hub id that can be reached") from error
