@@ -11,6 +11,7 @@ import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def claims(group: Group, rows: Sequence[Group]) -> list[str]:
     """Lines on what a paper claims of a row (its notes: text, metric, against which row, wants higher or lower), beside what was measured: won, lost or
     undecided by what the seeds could have shown; and whether the claim itself was in reach."""
     lines = []
-    for text, key, against, wants in union((c["text"], c["metric"], c["against"], c["wants"]) for r in group.good for c in r["notes"].get("claims", [])):
+    for text, key, against, wants in union(map(itemgetter("text", "metric", "against", "wants"), r["notes"].get("claims", [])) for r in group.good):
         control, ours = _control(against, group, rows), group.values("metrics", key)
         theirs = [] if control is None else control.values("metrics", key)
         if not ours or not theirs:

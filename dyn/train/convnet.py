@@ -35,7 +35,7 @@ from dyn.train.fit import Trained, train_classifier
 from dyn.train.speed import interleaved, seconds_per_micro_batch
 from dyn.train.trainer import check_world, world
 
-SAME = ("epochs", "batch_size", "model.backbone", "model.stem", "model.dropout", "model.pretrained", "model.reduction", "data", "optim", "classify",
+SAME = ("epochs", "images", "batch_size", "model.backbone", "model.stem", "model.dropout", "model.pretrained", "model.reduction", "data", "optim", "classify",
         "trainer.accumulate", "trainer.precision")  # what a row and its control share
 FAMILY = {"static": "", "dyconv": "dyconv_", "condconv": "condconv_", "odconv": "odconv_", "pad": "padnet_"}  # of the names in timm's registry
 CLAIM = "PAD-Net's abstract: with 30 % dynamic parameters better than fully dynamic (ResNet-50 on ImageNet, +0.7 points of top-1 accuracy)"
@@ -96,7 +96,8 @@ def _length(cfg: Any, run: Any, data: ImageData, models: Mapping[str, Any]) -> d
     and float32 on a CPU on which bfloat16 is slower."""
     steps, precision = cfg.steps(len(data.train)), cfg.trainer.precision
     if steps < 2:
-        raise ValueError(f"epochs={cfg.epochs} of {len(data.train)} images are {steps} steps of {cfg.images_per_step()}; at least 2 are needed")
+        given = f"epochs={cfg.epochs} of {len(data.train)} images" if cfg.images is None else f"images={cfg.images}"
+        raise ValueError(f"{given} are {steps} steps of {cfg.images_per_step()}; at least 2 are needed")
     if cfg.minutes is None:
         return {"steps": steps, "precision": precision}
     device = "cuda" if has_gpu(cfg) else "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -25,10 +26,10 @@ def plan_convnets(cfg: Any) -> dict[str, Any]:
     methods = [*cfg.beside, model.method]
     planned = {method: _planned(cfg, dataclasses.replace(model, method=method), classes) for method in methods}
     made = {"network": ", ".join(f"{dataclasses.replace(model, method=m).what()}, {model.backbone} at {cfg.data.size} x {cfg.data.size}" for m in methods)}
-    if images is None:
+    if images is None and cfg.images is None:
         training = {"epochs": cfg.epochs, "steps": f"known once {cfg.data.path} is open"}
     else:
-        used = min(images, cfg.data.train_limit or images)
+        used = min(images or cfg.images, cfg.data.train_limit or math.inf)
         used -= round(cfg.data.tuning * used)
         steps = cfg.steps(used)
         training = {"images": used, "images a step": cfg.images_per_step(), "steps": steps, "devices": cfg.trainer.world_size, "limit, minutes": cfg.minutes,

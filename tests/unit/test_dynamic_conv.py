@@ -10,8 +10,9 @@ from torch import nn
 
 from dyn.core.routing import annealed_temperature
 from dyn.nn import dynamic_conv
-from dyn.nn.dynamic_conv import KINDS, CondConv2d, DynamicConv2d, ODConv2d, set_temperature
+from dyn.nn.dynamic_conv import KINDS, CondConv2d, DynamicConv2d, ODConv2d, attention_entropy, set_temperature
 from dyn.nn.partial import compact
+from dyn.nn.surgery import make_dynamic
 
 
 def layer(kind, channels=8, outputs=12, kernel=3, **kwargs):
@@ -169,6 +170,7 @@ def test_entropy_of_the_attention(kind):
     images, heads = torch.randn(5, 3, 9, 9), {"dyconv": "expand", "odconv": "kernel"}
     attention = net[2].attention if kind == "condconv" else getattr(net[2].attention, heads[kind])
     nn.init.zeros_(attention.weight)
+    nn.init.zeros_(attention.bias)
     found = attention_entropy(net, images)
     assert list(found) == ["2", "3"] and found["2"] == pytest.approx(1.0) and 0 < found["3"] < 1
     assert net.training and int(net[1].num_batches_tracked) == 0 and all(p.requires_grad for p in net.parameters())
