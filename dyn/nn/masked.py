@@ -5,8 +5,9 @@ The parameter keeps its key. Its mask lies beside it in one of two forms:
 mask: the parameter is dense, the mask a bool buffer, `mask` where the module has one weight, else `<parameter>_mask`. The forward pass sees the weight
     masked, so that pruned positions have zero gradients, and with them zero moments in SGD and in Adam's family.
 flat: the parameter is the 1-D tensor of surviving values, in the weight's own order, so that gradients and moments are as small; the mask is packed, 8
-    positions a byte, as the buffer `bits` or `<parameter>_bits`. The dense weight exists from a forward pass to its backward pass only. Zeros fill the values
-    up to a multiple of 32: fused optimisers round what is left over from their vectors in another way, and the two forms are to train bit by bit alike.
+    positions a byte, as the buffer `bits` or `<parameter>_bits`. The dense weight exists while a pass needs it: in nn.Linear one at a time, elsewhere from the
+    forward pass to the backward pass. Zeros fill the values up to a multiple of 32: fused optimisers round what is left over from their vectors in another
+    way, and the two forms are to train bit by bit alike.
 
 Nothing here is bound to a kind of module: hooks put what the forward pass is to see before the parameter, under its name. Copies of a model are whole, its
 parameters are the optimiser's, under DDP and FSDP2 too (`prune` first, then shard; masks are not sharded).
@@ -14,11 +15,13 @@ parameters are the optimiser's, under DDP and FSDP2 too (`prune` first, then sha
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyn.core.partition import pack_bits, unpack_bits
@@ -46,11 +49,26 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        mask = unpack_bits(ctx.saved_tensors[0], ctx.shape, check=False)
-        if grad.device.type == "cpu":
-            return _fill(grad.masked_select(mask)), None, None, None
-        # The count is known: a masked selection would wait for the device to find it.
-        return _fill(grad.flatten().index_select(0, torch.nonzero_static(mask.flatten(), size=ctx.count).squeeze(1))), None, None, None
+        return _gather(grad, ctx.saved_tensors[0], ctx.count), None, None, None
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b, [..., I] -> [..., O], W [O, I] of a flat parameter: built for each pass, so that none is held in between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values_K: Tensor, bits: Tensor, bias: Tensor | None, shape: torch.Size, count: int) -> Tensor:
+        ctx.save_for_backward(x, values_K, bits)
+        ctx.shape, ctx.count = shape, count
+        return F.linear(x, _Scatter.apply(values_K, bits, shape, count), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, values_K, bits = ctx.saved_tensors
+        grad_TO, x_TI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        wanted = ctx.needs_input_grad
+        return (grad @ _Scatter.apply(values_K, bits, ctx.shape, ctx.count) if wanted[0] else None,
+                _gather(grad_TO.T @ x_TI, bits, ctx.count) if wanted[1] else None,  # in the order that torch takes: the same bits
+                None, grad_TO.sum(0) if wanted[3] else None, None, None)
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
@@ -185,6 +203,12 @@ def _masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield key, module, name
 
 
+def _gather(grad: Tensor, bits: Tensor, count: int) -> Tensor:
+    """The survivors' part of a dense gradient. Their number is given: a masked selection would wait for the device to find it."""
+    mask = unpack_bits(bits, grad.shape, check=False)
+    return _fill(grad.flatten().index_select(0, torch.nonzero_static(mask.flatten(), size=count).squeeze(1)))
+
+
 def _fill(values_K: Tensor) -> Tensor:
     return nn.functional.pad(values_K, (0, -len(values_K) % LINE))
 
@@ -239,6 +263,8 @@ def _hold(module: nn.Module, name: str, stored: Tensor, shape: torch.Size | None
         module.register_forward_hook(_hide, always_call=True)
         module.register_load_state_dict_pre_hook(_read)
     module._kept[name] = held
+    if shape is not None and name == "weight" and type(module).forward is nn.Linear.forward:
+        module.forward = functools.partial(_flat_linear, module)
     if shape is None:
         # For whoever reads a weight past its module's call, as nn.MultiheadAttention does with its projection. The hook of a copy is gone, so that `_show` is
         # what everything else relies on.
@@ -263,6 +289,8 @@ def _release(module: nn.Module, name: str) -> None:
     """Forget a mask. The module's hooks stay, with nothing to do."""
     if name in getattr(module, "_kept", ()):
         delattr(module, module._kept.pop(name).buffer)
+        if name == "weight" and getattr(vars(module).get("forward"), "func", None) is _flat_linear:
+            del module.forward
 
 
 # Hooks. They hold no state, so that those of a copy see the copy.
@@ -270,12 +298,22 @@ def _release(module: nn.Module, name: str) -> None:
 
 def _show(module: nn.Module, _: tuple) -> None:
     for name in module._kept:
-        module.__dict__[name] = _seen(module, name)  # found before the parameter of the same name, which stays where it is
+        if name != "weight" or "forward" not in vars(module):
+            vars(module)[name] = _seen(module, name)  # found before the parameter of the same name, which stays where it is
 
 
 def _hide(module: nn.Module, *_: Any) -> None:
     for name in module._kept:
-        module.__dict__.pop(name, None)
+        vars(module).pop(name, None)
+
+
+def _flat_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """nn.Linear's forward pass where the weight is flat."""
+    held, values, bias = module._kept["weight"], module._parameters["weight"], module.bias
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+    return _Linear.apply(x, values, getattr(module, held.buffer), bias, held.shape, held.count)
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ def prune(model: nn.Module, batches: Iterable[Any] | None = None, loss_fn: Loss 
         scope: global: one ranking over all tensors; local: the share in every tensor; erdos_renyi.
         form: mask and flat: see `dyn.nn.masked`. unit: whole units of the bottleneck by the sum of their scores, which makes it smaller and faster for real.
             2:4: of any 4 neighbours along the input axis 2, what GPUs have fast kernels for.
-        name: the adapter; None: all of the model's.
+        name: the adapter; None: those that train, or all where none does.
         params: other weights than adapters': a regular expression that finds names, or names.
         biases, prefix, fusion: prune these of the adapters too (the official code never does).
         rounds, schedule: score and prune in so many rounds, keep^(t/n) or linearly after round t.
@@ -122,6 +122,12 @@ def prune(model: nn.Module, batches: Iterable[Any] | None = None, loss_fn: Loss 
             take = _scorer(model, chosen, batches, loss_fn, method, seed, values if not monotone else None,
                            flow or (_blocks_alone(model, chosen) if params is None and method == "synflow" else None))
 
+            def rank(found: Masks) -> Masks:
+                scores = collapse(take())
+                if scope == "local" and method in DATA_DRIVEN:
+                    _warn_of_ties(scores, found, method)
+                return scores
+
             def apply(found: Masks) -> None:
                 for key, mask in expand(found).items():
                     chosen[key].data = torch.where(mask, values[key], 0)
@@ -132,7 +138,7 @@ def prune(model: nn.Module, batches: Iterable[Any] | None = None, loss_fn: Loss 
                     refuse_uninformative(scores, method)
                 found = two_of_four(scores, draws, shuffle is not None)
             else:
-                found = partition_in_rounds(lambda _: collapse(take()), start, keep=share, rounds=rounds, schedule=schedule, scope=scope, seed=draws,
+                found = partition_in_rounds(rank, start, keep=share, rounds=rounds, schedule=schedule, scope=scope, seed=draws,
                                             monotone=monotone, informative=method if method in DATA_DRIVEN else None, apply=apply)
     if shuffle and form != "2:4":
         found = keep_masks({key: m.float() for key, m in found.items()}, sum(int(m.sum()) for m in found.values()), seed=draws, shuffle=shuffle)
@@ -169,7 +175,9 @@ def _adapter_weights(model: nn.Module, name: str | None, biases: bool, prefix: b
     if name is not None and name not in names:
         raise ValueError(f"prune: there is no adapter {name!r}; attached: {', '.join(names)}")
     left_out = [kind for kind, wanted in (("prefix", prefix), ("fusion", fusion)) if not wanted]
-    blocks = {path: m for path, m in blocks.items() if name in (None, m.adapter_name)}
+    training = any(p.requires_grad for m in blocks.values() for p in m.parameters())
+    blocks = {path: m for path, m in blocks.items()
+              if (any(p.requires_grad for p in m.parameters()) or not training if name is None else m.adapter_name == name)}
     keys = [f"{path}.{weight}".lstrip(".") for path, m in blocks.items() if m.kind not in left_out
             for weight in (*m.prunable, *(m.prunable_biases if biases else ()))]
     if not keys:
@@ -255,6 +263,13 @@ def _scorer(model: nn.Module, chosen: Mapping[str, Tensor], batches: list[Any], 
         drawn = score(model, [], None, "random", list(chosen), seed=seed)
         return lambda: drawn  # one draw for all rounds: a new one each would make more rounds no different from one
     return lambda: score(model, batches, loss_fn, method, list(chosen), seed=seed, flow=flow, weights=weights)
+
+
+def _warn_of_ties(scores: Masks, found: Masks, method: str) -> None:
+    """Where every tensor is ranked by itself, one that a gradient does not reach is drawn."""
+    silent = [key for key, s in scores.items() if (left := s[found[key]]).numel() > 1 and left.min() == left.max()]
+    if silent:
+        _log.warning("prune: in %d of %d tensors (%s, ...) all %s scores are equal; what they keep is drawn", len(silent), len(scores), silent[0], method)
 
 
 def _blocks_alone(model: nn.Module, chosen: Mapping[str, Tensor]) -> Callable[[nn.Module], Tensor]:

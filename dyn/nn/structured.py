@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dyn.nn.adapter_modules import AdapterModule
+from dyn.nn.masked import dense_weight
 
 Masks = dict[str, Tensor]
 
@@ -66,6 +67,17 @@ def narrow(model: nn.Module, units: Units, masks: Masks) -> None:
                 values = p[kept] if axis == 0 else p[:, kept]
                 setattr(module, name, nn.Parameter(values.clone(), requires_grad=p.requires_grad))
         inner.out_features = outer.in_features = int(kept.sum())
+
+
+@torch.no_grad()
+def dead_units(model: nn.Module) -> dict[str, int]:
+    """How many units of every masked bottleneck have lost a whole row or a whole column, so that they do nothing (section 7.7), by the block's path."""
+    dead = {}
+    for path, m in model.named_modules():
+        if isinstance(m, AdapterModule) and m.kind in ("bottleneck", "lora"):
+            inner, outer = (m.get_submodule(weight.rpartition(".")[0]) for weight in m.prunable)
+            dead[path] = int(((dense_weight(inner) == 0).all(1) | (dense_weight(outer) == 0).all(0)).sum())
+    return dead
 
 
 def two_of_four(scores: Mapping[str, Tensor], seed: int = 0, shuffle: bool = False) -> Masks:

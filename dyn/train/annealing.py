@@ -77,7 +77,7 @@ class KeepMask(Callback):
     For optimisers that mix the elements of a tensor (Muon, Rprop); Adam and SGD leave exact zeros alone.
 
     Args:
-        apply: puts the masks on again, in place.
+        apply: puts the masks on again, in place: `lambda: dyn.nn.masking.apply_masks(net)`.
     """
 
     def __init__(self, apply: Callable[[], None]) -> None:

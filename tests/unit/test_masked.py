@@ -128,6 +128,46 @@ def test_autocast_and_anomalies_in_the_gradient():
     assert not model.up.weight.grad[~wanted["up.weight"]].any() and not model.up.weight.grad.isfinite().all()
 
 
+def test_flat_linear_layers_hold_no_dense_weight_between_the_passes():
+    layer, x = nn.Linear(96, 64), torch.randn(3, 5, 96, requires_grad=True)
+    set_masks(layer, {"weight": torch.rand(64, 96) < 0.25}, "flat")
+    known, others = {t.untyped_storage().data_ptr() for t in (x, layer.weight, layer.bits)}, []
+
+    def pack(t):
+        others.extend([t.shape] if t.untyped_storage().data_ptr() not in known else [])
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = layer(x)
+    out.sum().backward()
+    assert others == [] and x.grad.shape == x.shape
+
+
+def test_flat_linear_layers_have_first_and_second_derivatives():
+    layer = nn.Linear(6, 4).double()
+    set_masks(layer, {"weight": torch.rand(4, 6) < 0.6}, "flat")
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    used = int(masks(layer)["weight"].sum())
+
+    def run(x, values, bias):
+        return torch.func.functional_call(layer, {"weight": F.pad(values, (0, 32 - used)), "bias": bias}, (x,)).square()
+
+    given = (x, layer.weight.detach()[:used].clone().requires_grad_(), layer.bias)
+    assert torch.autograd.gradcheck(run, given) and torch.autograd.gradgradcheck(run, given)
+
+
+def test_both_forms_under_autocast():
+    grads = []
+    for form in ("mask", "flat"):
+        model = set_masks(Net(), some(Net()), form)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(data())
+        assert out.dtype == torch.bfloat16
+        out.float().square().sum().backward()
+        grads.append([out, *(model.get_parameter(k).grad[m if form == "mask" else slice(int(m.sum()))] for k, m in masks(model).items())])
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*grads, strict=True))
+
+
 def test_optimisers_that_mix_elements_are_mended():
     model, wanted = Net(), some(Net())
     set_masks(model, wanted)

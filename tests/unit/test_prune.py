@@ -235,6 +235,38 @@ def test_refusals_leave_the_model_as_it_was(settings, words):
     assert list(after) == list(before) and all(torch.equal(v, before[k]) for k, v in after.items()) and model.training is modes
 
 
+def test_processes_that_disagree_are_refused(monkeypatch):
+    """Two processes that started from other weights."""
+    model = Host()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda hashes, mine: hashes.__setitem__(slice(0, 2), [mine, "another"]))
+    with pytest.raises(ValueError, match=r"processes found different masks \([0-9a-f]{16}, another\); all must start from the same weights and seed"):
+        prune(model, data(), loss)
+    assert not masks(model)
+
+
+def test_tensors_that_no_gradient_reaches_are_said(caplog):
+    model = Host(kinds=("bottleneck",))
+    model.two[0].down.bias.data.fill_(-1e3)  # no unit is ever on
+    with caplog.at_level(logging.WARNING):
+        prune(model, data(), loss, scope="local", keep=0.5)
+    assert "in 2 of 8 tensors (two.0.down.weight, ...) all snip scores are equal" in caplog.text
+
+
+def test_a_bottleneck_may_lose_all_its_units():
+    model = Host(kinds=("bottleneck",))
+    model.one[0].up.weight.data.mul_(1e-6)
+    prune(model, data(), loss, "magnitude", keep=0.4, form="unit")
+    assert model.one[0].down.weight.shape == (0, 12) and model.one[0].up.weight.shape == (12, 0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    for _ in range(2):
+        loss(model, data()[0]).backward()
+        optimizer.step()
+    assert model.one[0].up.bias.any()
+
+
 def test_other_refusals():
     with pytest.raises(ValueError, match=r"prune: Linear has no adapter; attach one first, or say with params=\.\.\."):
         prune(nn.Linear(3, 3), keep=0.5, method="random")
