@@ -8,7 +8,7 @@ PAD-Net section 3.2: theta(x) = lambda_d M * sum_k pi_k(x) theta_k + lambda_s (1
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -50,6 +50,27 @@ def partial_sets(bank: Tensor, mask: Tensor, static: Tensor | None, ratio: Tenso
     if static is None:
         return bank * mask.to(bank.dtype)
     return torch.addcmul(static * ratio * ~mask, bank, mask.to(bank.dtype))  # one pass over K sets each way; `where` takes three, and a sum
+
+
+class _Held(torch.autograd.Function):
+    """A bank as it is; backward zeroes the gradient where the mask is False."""
+
+    @staticmethod
+    def forward(ctx: Any, bank: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return bank.view_as(bank)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not grad.is_contiguous():
+            return grad * mask, None
+        return grad.mul_(mask), None  # fresh from the product that used the bank; a second one of K sets costs as much as a small convolution
+
+
+def held(bank: Tensor, mask: Tensor) -> Tensor:
+    """`bank` [K, ...], which is zero outside `mask` already; its gradient there is exactly zero too, without a pass over the sets in forward."""
+    return _Held.apply(bank, mask)
 
 
 def partial_parts(bank: Tensor, mask: Tensor, static: Tensor | None, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:

@@ -13,6 +13,7 @@ from dyn.nn.adapter_attach import adapter_parameters as adapter_parameters
 from dyn.nn.adapter_attach import adapters as adapters
 from dyn.nn.adapter_attach import attach as attach
 from dyn.nn.adapter_attach import detach as detach
+from dyn.nn.adapter_attach import flatten_prefix as flatten_prefix
 from dyn.nn.adapter_attach import fusion_penalty as fusion_penalty
 from dyn.nn.adapter_attach import head_parameters as head_parameters
 from dyn.nn.adapter_attach import merge as merge

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from dyn.nn.adapter_build import AdapterConfig as AdapterConfig
 from dyn.nn.adapter_build import Kind, make_config, pieces
-from dyn.nn.adapter_modules import AdapterModule, Fusion, LoRA
+from dyn.nn.adapter_modules import AdapterModule, Fusion, LoRA, Prefix, SharedPrefix
 from dyn.nn.adapter_sites import Active, Place, Site, check_place, choose, modules_of, open_site, sites
 
 
@@ -32,7 +33,7 @@ def attach(model: nn.Module, kind: Kind, r: int | None = None, name: str = "defa
             the host's own, each further one a copy of what that is now. Default: yes; with `official` no, as there.
         official: placement and defaults of the official code: layer norms "in" before every block, the attention block before the dropout and always of
             init "bert" and scale 1, the host's dropout in the bottleneck, LoRA with both matrices random.
-        layers: indices of the layers that get it; default all.
+        layers: indices of the layers that get it, an encoder's before its decoder's; default all.
         seed: of the initial values; None: torch's random state.
         dtype: of the adapter's parameters; None: the host's.
         flags: those of `adapter_build.FLAGS[kind]`.
@@ -191,17 +192,7 @@ def detach(model: nn.Module, name: str = "default") -> nn.Module:
     for other, config in active.configs.items():
         if name in config.flags.get("members", ()):
             raise ValueError(f"adapter {name!r} is a member of the fusion {other!r}; detach that first")
-    for path, site in sites(model).items():
-        if name in site:
-            del site[name]
-        if not site:
-            parent, _, role = path.rpartition(".")
-            for handle in site.handles:
-                handle.remove()
-            owner = model.get_submodule(parent)
-            delattr(owner, role)
-            if site.how == "attention":
-                hosts().forget_prefix(owner)
+    _remove(model, name, lambda site: True)
     if active.head_owner == name:
         active.head_owner = None
         for part in hosts().find_host(model).heads:
@@ -212,6 +203,21 @@ def detach(model: nn.Module, name: str = "default") -> nn.Module:
     if name in active.names:
         choose(active, None)
     return model
+
+
+def _remove(model: nn.Module, name: str, which: Callable[[Site], bool]) -> None:
+    for path, site in sites(model).items():
+        if name not in site or not which(site):
+            continue
+        del site[name]
+        if not site:
+            parent, _, role = path.rpartition(".")
+            for handle in site.handles:
+                handle.remove()
+            owner = model.get_submodule(parent)
+            delattr(owner, role)
+            if site.how == "attention":
+                hosts().forget_prefix(owner)
 
 
 @torch.no_grad()
@@ -266,6 +272,29 @@ def loras(model: nn.Module, name: str) -> list[tuple[nn.Linear, Site, LoRA]]:
     """The linear maps that a LoRA sits on, with its modules."""
     found = {path: site for path, site in sites(model).items() if name in site and isinstance(site[name], LoRA)}
     return [(model.get_submodule(path.rpartition(".")[0]), site, site[name]) for path, site in found.items()]
+
+
+@torch.no_grad()
+def flatten_prefix(model: nn.Module, name: str = "default") -> nn.Module:
+    """Make a re-parametrised prefix a flat one with the same keys and values: small to save, and pruning can take it. In place; returns the model.
+
+    Raises:
+        ValueError: no such adapter, or one without a re-parametrised prefix.
+    """
+    active = _known(model, name)
+    config = active.configs[name]
+    if not config.flags.get("reparam"):
+        raise ValueError(f"adapter {name!r} ({config.kind}) has no re-parametrised prefix")
+    for site in sites(model).values():
+        if name in site and isinstance(old := site[name], SharedPrefix):
+            key, value = old.out(old.source[0]()).chunk(2, -1)
+            site[name] = Prefix(key.shape[1], len(key), dropout=old.dropout, adapter_name=name, device=key.device, dtype=key.dtype).train(old.training)
+            site[name].key.copy_(key)
+            site[name].value.copy_(value)
+            site[name].requires_grad_(old.out.weight.requires_grad)
+    _remove(model, name, lambda site: site.how == "source")
+    active.configs[name] = dataclasses.replace(config, flags=config.flags | {"reparam": False})
+    return model
 
 
 def fusion_penalty(model: nn.Module, name: str = "default", weight: float = 0.01) -> Tensor:

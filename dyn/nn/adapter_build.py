@@ -70,7 +70,8 @@ def make_config(kind: Kind, flags: Mapping[str, Any], host: Host, *, official: b
     Raises:
         ValueError: an unknown kind, flag or value.
     """
-    check_choice("kind", kind, Kind)
+    if kind not in FLAGS:
+        raise ValueError(f"kind={kind!r} is unknown; allowed: {', '.join(map(repr, FLAGS))}")
     if unknown := [flag for flag in flags if flag not in FLAGS[kind]]:
         raise ValueError(f"{kind} has no flag {unknown[0]!r}; it has {', '.join(FLAGS[kind])}")
     f = FLAGS[kind] | (OFFICIAL.get(kind, {}) if official else {}) | dict(flags)

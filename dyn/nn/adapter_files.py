@@ -49,7 +49,7 @@ def save_adapter(model: nn.Module, d: str | Path, name: str = "default", *, dtyp
         dtype: of the values, such as bfloat16; None: the parameters' own, so that what is read back is equal bit for bit. The head keeps its precision.
 
     Raises:
-        ValueError: no such adapter, a `d` with other files, a merged LoRA, parameters on the meta device.
+        ValueError: no such adapter, a `d` with other files, a merged LoRA, parameters that are on the meta device or sharded.
     """
     folder, parameters = Path(d), adapter_parameters(model, name)
     refuse_merged(model)
@@ -57,6 +57,8 @@ def save_adapter(model: nn.Module, d: str | Path, name: str = "default", *, dtyp
         raise ValueError(f"dtype={dtype} of an adapter's file must be one of {', '.join(DTYPES)}")
     if meta := next((key for key, p in parameters.items() if p.is_meta), None):
         raise ValueError(f"{meta} is on the meta device: it has no values to save")
+    if sharded := next((key for key, p in parameters.items() if hasattr(p, "full_tensor")), None):
+        raise ValueError(f"{sharded} is sharded over processes; load a checkpoint into a model in one process, and save from there")
     host, short, held, dense = hosts().find_host(model), short_names(model, name), masks(model), dense_weights(model)
     values = {key: dense.get(key, p).detach() for key, p in parameters.items()}
     masked = {key: held[key] for key in parameters if key in held}
@@ -113,7 +115,7 @@ def load_adapter(model: nn.Module, d: str | Path, name: str | None = None, *, he
     there = adapters(model).get(name)
     if there is None:
         # A seed, since reading a file should not move the random state.
-        attach(model, config["kind"], name=name, head=bool(head_tensors), official=config["official"], layers=config["layers"], seed=0,
+        attach(model, config["kind"], name=name, head=head and config["head"], official=config["official"], layers=config["layers"], seed=0,
                dtype=_widest([value for value, _ in state.values()]), **config["flags"])
     else:
         wanted = make_config(config["kind"], config["flags"], host, official=config["official"], head=there.head, layers=config["layers"])

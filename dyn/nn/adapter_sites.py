@@ -59,7 +59,9 @@ class Active:
         times, rest = divmod(x.shape[0], self.batch)
         if rest or not times:
             raise ValueError(f"adapters were chosen for {self.batch} samples, the batch has {x.shape[0]}; call set_active again")
-        rows = self.rows[name].to(x.device)
+        rows = self.rows[name]
+        if rows.device != x.device:
+            rows = self.rows[name] = rows.to(x.device)  # once, not at every place
         return rows if times == 1 else (rows[:, None] * times + torch.arange(times, device=x.device)).flatten()
 
 
@@ -77,24 +79,20 @@ class Site(nn.ModuleDict):
         return [name for name in self.active.names if name in self and name != self.active.merged]
 
     def delta(self, name: str, x: Tensor) -> Tensor:
-        """What adapter `name` adds, given its input, in the input's precision."""
+        """What adapter `name` adds, given its input, in the adapter's precision."""
         module = self[name]
-        dtype = x.dtype
-        own = next((p.dtype for p in module.parameters() if p.is_floating_point()), dtype)
-        if own != dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(own)
-        if isinstance(module, Fusion):
-            return module(x, [self[member](x) for member in module.members]).to(dtype)
-        return module(x).to(dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(next(module.parameters()).dtype)
+        return module(x, [self[member](x) for member in module.members]) if isinstance(module, Fusion) else module(x)
 
     def add(self, target: Tensor, x: Tensor) -> Tensor:
-        """`target` plus what the acting adapters make of `x`, each on its samples."""
+        """`target`, in its precision, plus what the acting adapters make of `x`, each on its samples."""
         for name in self.acting():
             rows = self.active.rows_of(name, x)
             if rows is None:
-                target = target + self.delta(name, x)
+                target = target + self.delta(name, x).to(target.dtype)
             else:
-                target = target.index_add(0, rows, self.delta(name, x[rows]))
+                target = target.index_add(0, rows, self.delta(name, x[rows]).to(target.dtype))
         return target
 
 
@@ -158,12 +156,11 @@ def check_place(place: Place, role: str) -> Site | None:
     """The site of a role at a place, if it is there.
 
     Raises:
-        ValueError: the module has something else under the role's name, or acts in another way.
+        ValueError: the module has something else under the role's name.
     """
     found = getattr(place.module, role, None)
-    if found is not None and not (isinstance(found, Site) and found.how == place.how):
-        why = f"an adapter acts there in another way ({found.how})" if isinstance(found, Site) else f"it has another {role!r}"
-        raise ValueError(f"no adapter can be attached to {type(place.module).__name__} with how={place.how!r}: {why}")
+    if found is not None and not isinstance(found, Site):
+        raise ValueError(f"no adapter can be attached to {type(place.module).__name__}: it has a {role!r} of its own")
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from dyn.core.mixture import Scales, check_scales, partial_parts, partial_sets, scale_factors
+from dyn.core.mixture import Scales, check_scales, held, partial_parts, partial_sets, scale_factors
 from dyn.core.partition import pack_bits, unpack_bits
 
 StaticStart = Literal["mean", "fresh"]  # of a position that turns static: what its K values are on average, or a new draw of the layer's initialiser
@@ -41,19 +41,12 @@ class Banked(nn.Module):
         """The parameters that an input gets on average, as far as the bank knows: the mean over the K sets."""
         return self.weight.detach().mean(0)
 
-    def mixture(self, weight_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """(bank [J, ...], weights [B, J]) whose weighted sum is an input's parameters: lambda_d M * sum_k w_k W_k + lambda_s (1 - M) * static (section 3.2)."""
-        if self.partial is None:
-            return self.weight, weight_BK
-        if self.sums_to_one or isinstance(self.partial, CompactBank):
-            sets, gain = self.partial.sets(self.weight)
-        else:
-            sets, static, gain = self.partial.parts(self.weight)
-            sets = sets if static is None else torch.cat([sets, static[None]])
-        weight_BK = weight_BK if gain is None else weight_BK * gain
-        if len(sets) > weight_BK.shape[1]:  # the static set of a mixture whose weights do not sum to one counts once
-            weight_BK = torch.cat([weight_BK, weight_BK.new_ones(len(weight_BK), 1)], 1)
-        return sets, weight_BK
+    def mixture(self, weight_BK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(sets [K, ...], weights [B, K], static [...] or None): an input's parameters are the weighted sum of the sets and the static part (section 3.2)."""
+        if isinstance(self.partial, CompactBank) and self.partial.folded:
+            return self.partial.sets()[0], weight_BK, None
+        sets, static, gain = self.parts()
+        return sets, weight_BK if gain is None else weight_BK * gain, static
 
     def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(sets [K, ...], zero where static; lambda_s * static, zero where dynamic, or None; lambda_d, or None for 1)."""
@@ -105,6 +98,9 @@ class Banked(nn.Module):
             room = None if static is None else torch.zeros_like(self.weight[0])
             there.hold(torch.ones_like(mask, device=self.weight.device), room, self.weight.requires_grad)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if isinstance(there, PartialBank) and there.mask is not None:
+            with torch.no_grad():
+                self.weight.masked_fill_(~there.mask.to(self.weight.device), 0)  # what the layer computes with
 
 
 class PartialBank(nn.Module):
@@ -168,7 +164,7 @@ class PartialBank(nn.Module):
             return weight * self.on, None if self.static is None else (1 - self.off) * (self.static * static), gain
         if self.mask is None:
             return weight, None, gain
-        return *partial_parts(weight, self.mask, self.static, static), gain
+        return held(weight, self.mask), None if self.static is None else self.static * static * ~self.mask, gain
 
     def extra_repr(self) -> str:
         return f"scales={self.scales}, " + ("all dynamic" if self.mask is None else f"mask {list(self.mask.shape)}")

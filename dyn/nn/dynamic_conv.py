@@ -82,8 +82,8 @@ class MixedConv2d(Banked):
         alpha_BK = self.alpha(x_BCHW)
         if self._is_static():
             return self._with_bias(self._static(x_BCHW, self.partial.static_set()), alpha_BK)
-        bank, weight = self.mixture(alpha_BK)
-        y = dynamic_conv2d(x_BCHW, bank, weight, None, self.stride, self.padding, self.dilation, self.groups, self.form)
+        bank, weight, static = self.mixture(alpha_BK)
+        y = dynamic_conv2d(x_BCHW, bank, weight, None, self.stride, self.padding, self.dilation, self.groups, self.form, static_OIhw=static)
         return self._with_bias(y, alpha_BK)
 
     def alpha(self, x_BCHW: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Convolution with kernels mixed for every sample (PAD-Net section 1.2):
 
-    y_b = x_b * W_b + bias_b,        W_b = s_b . sum_k alpha_bk W_k,        bias_b = sum_k alpha_bk bias_k
+    y_b = x_b * W_b + bias_b,        W_b = s_b . (sum_k alpha_bk W_k + S),        bias_b = sum_k alpha_bk bias_k
 
 B samples, C input and O output channels, K kernels, I = C / groups, H x W the map, h x w the kernel, L output positions of a sample, P = O I h w, G groups.
-A name ends in the shape of its tensor: `bank_KOIhw` is [K, O, I, h, w]. s (optional) is a factor for each kernel position of a sample (ODConv, section 1.5).
+A name ends in the shape of its tensor: `bank_KOIhw` is [K, O, I, h, w]. s (optional) is a factor for each kernel position of a sample (ODConv,
+section 1.5), S (optional) a kernel of all samples (the static part of section 3.2).
 
 `_loop` is the specification. The other forms compute the same in another order, and none is best everywhere:
 
@@ -28,11 +29,12 @@ from torch import Tensor
 Pair = tuple[int, int]
 Window = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 SMALL_MAP = 64  # output positions of a sample below which a K-fold convolution costs less on a CPU than a kernel of each sample's own
-CACHED = 1 << 20  # numbers in all samples' kernels that are written and read so fast that they cost less on any map (measured: benchmarks.dynamic_conv --layers)
+CACHED = 1 << 20  # numbers in all samples' kernels that are written and read so fast that they pay on any map (measured: benchmarks.dynamic_conv --layers)
 
 
 def dynamic_conv2d(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO: Tensor | None = None, stride: int | Pair = 1, padding: int | Pair = 0,
-                   dilation: int | Pair = 1, groups: int = 1, form: str = "auto", spatial_Bhw: Tensor | None = None) -> Tensor:
+                   dilation: int | Pair = 1, groups: int = 1, form: str = "auto", spatial_Bhw: Tensor | None = None,
+                   static_OIhw: Tensor | None = None) -> Tensor:
     """Convolve every sample with its own mixture of K kernels: [B, O, H', W'] in x's dtype.
 
     Args:
@@ -43,6 +45,7 @@ def dynamic_conv2d(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; ints or pairs.
         form: one of `FORMS`, or "auto" (see `choose`).
         spatial_Bhw: factors of the kernel positions of each sample. Only the forms that build kernels take it: loop, grouped, unfold.
+        static_OIhw: a kernel that counts once in every sample, in x's dtype.
 
     Under autocast all are cast first, as a convolution does.
 
@@ -53,8 +56,8 @@ def dynamic_conv2d(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO
     if device != "meta" and torch.is_autocast_enabled(device) and x_BCHW.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x_BCHW, bank_KOIhw = x_BCHW.to(dtype), bank_KOIhw.to(dtype)
-        bias_KO = None if bias_KO is None else bias_KO.to(dtype)
-    _check(x_BCHW, bank_KOIhw, alpha_BK, bias_KO, groups, spatial_Bhw)
+        bias_KO, static_OIhw = (None if t is None else t.to(dtype) for t in (bias_KO, static_OIhw))
+    _check(x_BCHW, bank_KOIhw, alpha_BK, bias_KO, groups, spatial_Bhw, static_OIhw)
     window = _pair(stride), _pair(padding), _pair(dilation)
     if bank_KOIhw.shape[3:] == (1, 1) and not any(window[1]):  # a 1x1 kernel looks at nothing between its steps
         (down, right), window = window[0], ((1, 1), *window[1:])
@@ -68,7 +71,7 @@ def dynamic_conv2d(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO
         if form in WITHOUT_KERNELS:
             raise ValueError(f"form={form!r} builds no kernel of a sample's own, which spatial_Bhw needs; allowed: loop, grouped, unfold")
         spatial_Bhw = spatial_Bhw.to(x_BCHW.dtype)
-    y_BOHW = FORMS[form](x_BCHW, bank_KOIhw, alpha_BK, spatial_Bhw, window, groups)
+    y_BOHW = FORMS[form](x_BCHW, bank_KOIhw, alpha_BK, static_OIhw, spatial_Bhw, window, groups)
     return y_BOHW if bias_KO is None else y_BOHW + (alpha_BK @ bias_KO)[:, :, None, None]
 
 
@@ -88,7 +91,8 @@ def choose(x_BCHW: Tensor, bank_KOIhw: Tensor, window: Window, spatial: bool = F
     return "unfold" if spatial else "outputs"
 
 
-def _check(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO: Tensor | None, groups: int, spatial_Bhw: Tensor | None) -> None:
+def _check(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO: Tensor | None, groups: int, spatial_Bhw: Tensor | None,
+           static_OIhw: Tensor | None) -> None:
     given = f"got x {list(x_BCHW.shape)}, bank {list(bank_KOIhw.shape)}, alpha {list(alpha_BK.shape)}, groups {groups}"
     if x_BCHW.ndim != 4 or bank_KOIhw.ndim != 5:
         raise ValueError(f"dynamic_conv2d needs x [B, C, H, W] and bank [K, O, C / groups, h, w]; {given}")
@@ -101,6 +105,8 @@ def _check(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO: Tensor
         raise ValueError(f"dynamic_conv2d: bias must be {[K, O]}; got {list(bias_KO.shape)}")
     if spatial_Bhw is not None and spatial_Bhw.shape != (len(x_BCHW), h, w):
         raise ValueError(f"dynamic_conv2d: spatial must be {[len(x_BCHW), h, w]}; got {list(spatial_Bhw.shape)}")
+    if static_OIhw is not None and static_OIhw.shape != (O, I, h, w):
+        raise ValueError(f"dynamic_conv2d: static must be {[O, I, h, w]}; got {list(static_OIhw.shape)}")
     if not x_BCHW.is_floating_point() or x_BCHW.dtype != bank_KOIhw.dtype or (bias_KO is not None and bias_KO.dtype != x_BCHW.dtype):
         raise ValueError(f"dynamic_conv2d: x, bank and bias must share a floating dtype; got {x_BCHW.dtype}, {bank_KOIhw.dtype}"
                          + (f", {bias_KO.dtype}" if bias_KO is not None else ""))
@@ -115,36 +121,43 @@ def _out_size(x_BCHW: Tensor, bank_KOIhw: Tensor, window: Window) -> Pair:
     return tuple((size + 2 * pad - dil * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, dil in sizes)
 
 
-def _mixed(bank_KOIhw: Tensor, alpha_BK: Tensor, spatial_Bhw: Tensor | None) -> Tensor:
+def _mixed(bank_KOIhw: Tensor, alpha_BK: Tensor, static_OIhw: Tensor | None, spatial_Bhw: Tensor | None) -> Tensor:
     """Every sample's kernel, [B, O, I, h, w]."""
-    mixed_BOIhw = (alpha_BK @ bank_KOIhw.flatten(1)).unflatten(1, bank_KOIhw.shape[1:])
+    bank_KP = bank_KOIhw.flatten(1)
+    mixed_BP = alpha_BK @ bank_KP if static_OIhw is None else torch.addmm(static_OIhw.view(1, -1), alpha_BK, bank_KP)
+    mixed_BOIhw = mixed_BP.unflatten(1, bank_KOIhw.shape[1:])
     return mixed_BOIhw if spatial_Bhw is None else mixed_BOIhw * spatial_Bhw[:, None, None]
 
 
 # The forms, one signature ----------------------------------------------------------------------------------------------------------------------------
 
 
-def _loop(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, spatial_Bhw: Tensor | None, window: Window, groups: int) -> Tensor:
+def _loop(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, static_OIhw: Tensor | None, spatial_Bhw: Tensor | None, window: Window,
+          groups: int) -> Tensor:
     rows = []
     for b in range(len(x_BCHW)):
         kernel_OIhw = sum(alpha_BK[b, k] * bank_KOIhw[k] for k in range(len(bank_KOIhw)))
+        if static_OIhw is not None:
+            kernel_OIhw = kernel_OIhw + static_OIhw
         if spatial_Bhw is not None:
             kernel_OIhw = kernel_OIhw * spatial_Bhw[b]
         rows.append(F.conv2d(x_BCHW[b : b + 1], kernel_OIhw, None, *window, groups))
     return torch.cat(rows)
 
 
-def _grouped(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, spatial_Bhw: Tensor | None, window: Window, groups: int) -> Tensor:
+def _grouped(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, static_OIhw: Tensor | None, spatial_Bhw: Tensor | None, window: Window,
+             groups: int) -> Tensor:
     B, C, H, W = x_BCHW.shape
-    kernels = _mixed(bank_KOIhw, alpha_BK, spatial_Bhw).flatten(0, 1)  # [B O, I, h, w]
+    kernels = _mixed(bank_KOIhw, alpha_BK, static_OIhw, spatial_Bhw).flatten(0, 1)  # [B O, I, h, w]
     y = F.conv2d(x_BCHW.reshape(1, B * C, H, W), kernels, None, *window, groups * B)
     return y.view(B, bank_KOIhw.shape[1], *y.shape[2:])
 
 
-def _unfold(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, spatial_Bhw: Tensor | None, window: Window, groups: int) -> Tensor:
+def _unfold(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, static_OIhw: Tensor | None, spatial_Bhw: Tensor | None, window: Window,
+            groups: int) -> Tensor:
     B, G, (O, I, h, w), (stride, padding, dilation) = len(x_BCHW), groups, bank_KOIhw.shape[1:], window
     height, width = _out_size(x_BCHW, bank_KOIhw, window)
-    kernels = _mixed(bank_KOIhw, alpha_BK, spatial_Bhw).reshape(B * G, O // G, I * h * w)
+    kernels = _mixed(bank_KOIhw, alpha_BK, static_OIhw, spatial_Bhw).reshape(B * G, O // G, I * h * w)
     if (h, w) == (1, 1):  # the patches of a 1x1 kernel are x itself
         x_BCHW = F.pad(x_BCHW, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x_BCHW
         patches = x_BCHW[:, :, :: stride[0], :: stride[1]]
@@ -153,7 +166,7 @@ def _unfold(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, spatial_Bhw: T
     return torch.bmm(kernels, patches.reshape(B * G, I * h * w, height * width)).view(B, O, height, width)
 
 
-def _scale(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, _: None, window: Window, groups: int) -> Tensor:
+def _scale(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, static_OIhw: Tensor | None, _: None, window: Window, groups: int) -> Tensor:
     (B, C, H, W), (K, O, I, h, w) = x_BCHW.shape, bank_KOIhw.shape
     kernel = bank_KOIhw.transpose(0, 1).reshape(O, K * I, h, w)
     # Channels of a group lie together: [group, kernel, channel of the group].
@@ -162,16 +175,18 @@ def _scale(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, _: None, window
         scaled = (x_BHWG1I * alpha_BK.view(B, 1, 1, 1, K, 1)).view(B, H, W, K * C).permute(0, 3, 1, 2)
     else:
         scaled = (x_BCHW.reshape(B, groups, 1, I, H, W) * alpha_BK.view(B, 1, K, 1, 1, 1)).view(B, K * C, H, W)
-    return F.conv2d(scaled, kernel, None, *window, groups)
+    y = F.conv2d(scaled, kernel, None, *window, groups)
+    return y if static_OIhw is None else y + F.conv2d(x_BCHW, static_OIhw, None, *window, groups)
 
 
-def _outputs(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, _: None, window: Window, groups: int) -> Tensor:
+def _outputs(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, static_OIhw: Tensor | None, _: None, window: Window, groups: int) -> Tensor:
     B, G, (K, O, I, h, w) = len(x_BCHW), groups, bank_KOIhw.shape
     kernels = bank_KOIhw.view(K, G, O // G, I, h, w).transpose(0, 1).reshape(G * K * (O // G), I, h, w) if G > 1 else bank_KOIhw.flatten(0, 1)
     y = F.conv2d(x_BCHW, kernels, None, *window, groups)
     height, width = y.shape[2:]
     weights = alpha_BK.repeat_interleave(G, 0)[:, None] if G > 1 else alpha_BK[:, None]  # [B G, 1, K]
-    return torch.bmm(weights, y.reshape(B * G, K, (O // G) * height * width)).view(B, O, height, width)
+    mixed = torch.bmm(weights, y.reshape(B * G, K, (O // G) * height * width)).view(B, O, height, width)
+    return mixed if static_OIhw is None else mixed + F.conv2d(x_BCHW, static_OIhw, None, *window, groups)
 
 
 FORMS: dict[str, Callable[..., Tensor]] = {"loop": _loop, "grouped": _grouped, "unfold": _unfold, "scale": _scale, "outputs": _outputs}

@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 
-from dyn.nn.adapter import adapter_parameters, attach, detach, head_parameters, merge, set_active, unmerge
+from dyn.nn.adapter import adapter_parameters, adapters, attach, detach, flatten_prefix, head_parameters, merge, set_active, unmerge
+from dyn.nn.adapter_build import FLAGS
 from dyn.nn.adapter_sites import sites
 
 FAMILIES = ["bert", "roberta", "electra", "albert", "distilbert", "bart", "llama", "mistral", "qwen2", "qwen3", "llama_moe"]
-KINDS = ["houlsby", "pfeiffer", "parallel", "lora", "prefix", "mam"]
+KINDS = [kind for kind in FLAGS if kind != "fusion"]
 
 
 def task_of(family):
@@ -177,3 +178,33 @@ def test_a_copy_is_whole(tiny_host, tiny_text, kind):
     assert torch.equal(run(twin, batch), expected)
     detach(twin)
     assert run(twin, batch).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["prefix", "mam"])
+@pytest.mark.parametrize("family", ["bert", "bart", "llama"])
+def test_a_flattened_prefix_is_the_same(tiny_host, tiny_text, family, kind):
+    model, batch = tiny_host(family, task_of(family)), tiny_text()
+    expected = run(stir(attach(model, kind, 4, reparam=True, width=8)), batch)
+    assert torch.equal(run(flatten_prefix(model), batch), expected)
+    flat = attach(tiny_host(family, task_of(family)), kind, 4, width=8)
+    assert {key: p.shape for key, p in adapter_parameters(model).items()} == {key: p.shape for key, p in adapter_parameters(flat).items()}
+    assert adapters(model) == adapters(flat) and all(p.requires_grad for p in adapter_parameters(model).values())
+    with pytest.raises(ValueError, match="has no re-parametrised prefix"):
+        flatten_prefix(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_meets_the_precisions_of_the_host(tiny_host, tiny_text, kind):
+    model, batch = tiny_host(), tiny_text()
+    parts, found = [m for m in model.modules() if not list(m.children())], []
+    for adapted in (False, True):
+        if adapted:
+            stir(attach(model, kind, 4))
+        seen = []
+        hooks = [m.register_forward_hook(lambda m, args, output, seen=seen: seen.append(output.dtype)) for m in parts]  # these run after the adapter's
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            run(model, batch)
+        for hook in hooks:
+            hook.remove()
+        found.append(seen)
+    assert found[0] == found[1] and torch.bfloat16 in found[0]

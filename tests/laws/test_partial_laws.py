@@ -80,7 +80,7 @@ def test_equal_sets_make_mask_and_attention_irrelevant():
     nn.init.zeros_(net.weight)
     with torch.no_grad():
         net.weight += shared
-    net.partial.hold(torch.rand(6, 4, 3, 3) < 0.5, shared.clone())
+    net.partition(torch.rand(6, 4, 3, 3) < 0.5, shared.clone())
     torch.testing.assert_close(net(x()), F.conv2d(x(), shared, padding=1), rtol=1e-10, atol=1e-10)
 
 

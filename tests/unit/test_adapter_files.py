@@ -12,11 +12,12 @@ from transformers import BertConfig, BertModel
 
 from dyn.core.partition import keep_masks
 from dyn.nn.adapter import adapter_parameters, adapters, attach, head_parameters, load_adapter, merge, save_adapter, set_active
+from dyn.nn.adapter_build import FLAGS
 from dyn.nn.adapter_files import mask_bytes
 from dyn.nn.adapter_sites import adapter_modules
 from dyn.nn.masking import dense_weights, masks, prune, set_masks
 
-KINDS = ["houlsby", "pfeiffer", "parallel", "lora", "prefix", "mam"]
+KINDS = [kind for kind in FLAGS if kind != "fusion"]
 
 
 def stir(model, name="default", dtype=None):
