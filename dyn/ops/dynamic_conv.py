@@ -28,7 +28,7 @@ from torch import Tensor
 
 Pair = tuple[int, int]
 Window = tuple[Pair, Pair, Pair]  # stride, padding, dilation
-SMALL_MAP = 64  # output positions of a sample below which a K-fold convolution costs less on a CPU than a kernel of each sample's own
+SMALL_MAP = 64  # output positions of a sample below which a K-fold convolution costs less on a CPU than samples' own kernels
 CACHED = 1 << 20  # numbers in all samples' kernels that are written and read so fast that they pay on any map (measured: benchmarks.dynamic_conv --layers)
 
 
