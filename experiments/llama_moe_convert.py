@@ -25,6 +25,7 @@ class ModelConfig:
     num_experts_per_tok: int = 16
     num_shared_experts: int | None = None  # of the plain constructions; they come on top of num_experts_per_tok
     score_scale: str | float | None = None
+    budgets: bool = False  # num_experts_per_tok in the mean, by layer from measured divergences; prune by the same measurement of its own layers
 
     def active(self) -> Fraction:
         """Share of the feed-forward's neurons that a token passes through."""
@@ -37,7 +38,7 @@ class ModelConfig:
     def what(self) -> str:
         """The row's network in words."""
         name = {"moe": self.construction, "prune": "prune", "oracle": "neuron oracle", "dense": "dense"}[self.kind]
-        return name if self.kind == "dense" else f"{name}, {self.active()}"
+        return name if self.kind == "dense" else f"{name}, {self.active()}" + (", budgets" if self.budgets else "")
 
     def check(self) -> None:
         """ValueError for sizes that cannot be."""
@@ -45,6 +46,8 @@ class ModelConfig:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and num_experts={self.num_experts}")
         if self.num_shared_experts is not None and self.num_shared_experts < 0:
             raise ValueError(f"num_shared_experts={self.num_shared_experts} must be at least 0")
+        if self.budgets and (self.kind in ("oracle", "dense") or self.num_shared_experts is not None):
+            raise ValueError(f"budgets=true needs kind=moe or prune and num_shared_experts=null, got {self.kind} and {self.num_shared_experts}")
         if self.kind != "moe" and (self.num_shared_experts is not None or self.score_scale is not None):
             raise ValueError(f"kind={self.kind} has no experts: num_shared_experts and score_scale must be null")
 
@@ -91,7 +94,7 @@ class Config:
 
     def control_row(self) -> str:
         """The same active neurons without routing."""
-        return self.control or f"prune, {self.model.active()}"
+        return self.control or f"prune, {self.model.active()}" + (", budgets" if self.model.budgets else "")
 
     def check(self) -> None:
         """ValueError for settings that cannot be, before anything is loaded."""
@@ -107,7 +110,8 @@ class Config:
 def row(name: str, **changes: Any) -> dict[str, Any]:
     """A sweep row: the network that `changes` say, whatever the profile has; `model__kind=...` means the key model.kind."""
     model = ModelConfig()
-    base = {f"model.{key}": getattr(model, key) for key in ("kind", "construction", "num_experts", "num_experts_per_tok", "num_shared_experts", "score_scale")}
+    fields = ("kind", "construction", "num_experts", "num_experts_per_tok", "num_shared_experts", "score_scale", "budgets")
+    base = {f"model.{key}": getattr(model, key) for key in fields}
     base |= {"leave_out": None, "control": None, "export": False}
     return {"row": name} | base | {key.replace("__", "."): value for key, value in changes.items()}
 
@@ -137,6 +141,8 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
         *(plain(name, active, 8, k) for name in ("random", "kmeans", "gradient")), plain("sharing_inter", active, routed, chosen, shared),
         *(fitted(name, active) for name in ("cmoe", "expert_weaver", "calibrated", "prune", "oracle")))],
     "seeds": [fitted(name, active, seed=seed) for active in ("1/2", "3/4", "1/4") for name in ("calibrated", "prune") for seed in (0, 1, 2)],
+    "budgets": [fitted(name, active, ", budgets", model__budgets=True, seed=seed) for active in ("3/4", "1/2") for name in ("calibrated", "prune")
+                for seed in (0, 1, 2)],
     "unseen": [fitted(name, "1/2", ", docs unseen", leave_out="docs", control="prune, 1/2, docs unseen") for name in ("calibrated", "prune")],
     "hub": [fitted(name, "1/2", f", {label}", model__source=source, control=f"prune, 1/2, {label}", **FIELD)
             for source, label in HUB.items() for name in ("calibrated", "prune")],

@@ -124,19 +124,22 @@ def alternate(x_TD: Tensor, energy_TN: Tensor, *, num_experts: int, k: int, size
     units = energy_TN.shape[1]
     always = (units - num_experts * size) // size
     assert k < num_experts and (num_experts + always) * size == units, (units, num_experts, k, size)
+    # Shared places are alike: one column holds them all.
+    shared_columns = min(always, 1)
+    sizes_E = torch.tensor([always * size] * shared_columns + [size] * num_experts)
     total, whole_N = energy_TN.sum(dtype=torch.float64).item(), energy_TN.sum(0)
     chosen_TE, gate_ED, prices, captured = seed_choices(x_TD, num_experts, k, generator), None, None, []
     for number in range(rounds):
-        gain_NE = torch.cat([whole_N[:, None].repeat(1, always), energy_TN.T @ chosen_TE], 1)
+        gain_NE = torch.cat([whole_N[:, None][:, :shared_columns], energy_TN.T @ chosen_TE], 1)
         if always_on is not None:  # no place's price can exceed what the most energetic neuron gains by it
-            gain_NE[always_on, :always] += 2 * whole_N.max()
-        labels_N, prices = balanced(-gain_NE, prices)
+            gain_NE[always_on, :shared_columns] += 2 * whole_N.max()
+        labels_N, prices = balanced(-gain_NE, prices, sizes_E)
         # A column a group, shared ones left out.
-        member_NE = nnf.one_hot(labels_N, num_experts + always)[:, always:].to(energy_TN.dtype)
+        member_NE = nnf.one_hot(labels_N, num_experts + shared_columns)[:, shared_columns:].to(energy_TN.dtype)
         energy_TE = energy_TN @ member_NE
         gate_ED = fit_gate(x_TD, energy_TE, k, start_ED=gate_ED, steps=GATE_STEPS * (2 if number + 1 == rounds else 1), generator=generator)
         chosen_TE = top_mask(x_TD @ gate_ED.T, k)
-        shared = whole_N[labels_N < always].sum(dtype=torch.float64).item()
+        shared = whole_N[labels_N < shared_columns].sum(dtype=torch.float64).item()
         captured.append((shared + (energy_TE * chosen_TE).sum(dtype=torch.float64).item()) / max(total, 1e-30))
     order_N = labels_N.sort(stable=True).indices  # groups one after the other, ascending inside
     return order_N[: always * size].sort().values, order_N[always * size:].view(num_experts, size), gate_ED, captured

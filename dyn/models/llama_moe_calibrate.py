@@ -27,6 +27,7 @@ from dyn.nn.probe import for_statistics
 MOST_EXPERTS = 32  # routed experts of a layer where the caller asks for fewer: finer groups score better and run slower
 SAMPLE = 24_576  # tokens that groups and gates are fitted on; regressions use all
 RIDGE = 0.1  # of the mean diagonal of the weighted Gram matrix
+REPAIR_RIDGE = 1.0  # the same for what repairs earlier layers' errors
 GATE_DEVIATION = 0.02  # of the fitted logits: small, so that chosen experts weigh nearly the same; the choice does not depend on it
 
 Features = Callable[[Tensor, Tensor], Tensor]  # (h_TN, x_TD) -> phi_TP
@@ -42,12 +43,12 @@ class LayerFit:
     down_DN: Tensor
 
 
-def geometry(width: int, active: Sequence[int], most: int) -> tuple[int, list[int], int, int]:
-    """(E, K by layer, F, shared experts) with K F + shared F = `active` neurons of a layer exactly and (E + shared) F = `width`.
+def geometry(width: int, active: Sequence[int], most: int) -> tuple[int, list[int], list[int], list[int]]:
+    """(E, then K, F and shared experts by layer) with K F + shared F = `active` neurons of a layer exactly and (E + shared) F = `width`.
 
-    The finest groups of which a token leaves out at most three quarters of `most`, a multiple of 8 wide where that still leaves out 8; at most half as many
-    as it leaves out are chosen by the gate; the other active ones, one at least where there are two, are shared. Everything active: one K = E = the
-    caller's `most`, or the nearest divisor of the width below it.
+    The finest groups of which a token leaves out at most three quarters of `most`, a multiple of 8 wide where that still leaves out 4; at most half as many
+    as it leaves out are chosen by the gate (in the layer that sets E, which is all layers'); the other active ones, one at least where there are two, are
+    shared. Each layer has groups of its own width where one E fits them all, else all have one width. Everything active: K = E.
 
     Raises:
         ValueError: no active neuron, or more than there are.
@@ -56,15 +57,26 @@ def geometry(width: int, active: Sequence[int], most: int) -> tuple[int, list[in
         raise ValueError(f"active neurons {min(active)}..{max(active)} must lie in 1..intermediate_size={width}")
     if min(active) == width:
         experts = next(e for e in range(min(most, width), 0, -1) if width % e == 0)
-        return experts, [experts] * len(active), width // experts, 0
-    unit = math.gcd(*active, *(width - a for a in active))
-    idle = max(width - a for a in active)
+        return experts, [experts] * len(active), [width // experts] * len(active), [0] * len(active)
+    layers, own = len(active), [math.gcd(width, a) for a in active]
+    for units, idles in ((own, [width - a for a in active]), ([math.gcd(*own)] * layers, [width - min(active)] * layers)):
+        sizes = [_group_size(idle, unit, most) for idle, unit in zip(idles, units, strict=True)]
+        experts = max(_experts(width, size, idle, most) for size, idle in zip(sizes, idles, strict=True) if idle)
+        # A layer with all its neurons active has no groups that matter: as wide ones as make E of them.
+        sizes = [size if idle else max(f for f in range(1, width // experts + 1) if width % f == 0) for size, idle in zip(sizes, idles, strict=True)]
+        if all(idle // size < experts <= width // size for size, idle in zip(sizes, idles, strict=True)):
+            break
+    return experts, [experts - (width - a) // f for a, f in zip(active, sizes, strict=True)], sizes, [width // f - experts for f in sizes]
+
+
+def _group_size(idle: int, unit: int, most: int) -> int:
     sizes = [f for f in range(1, unit + 1) if unit % f == 0 and (idle // f <= 3 * most // 4 or f == unit)]
-    size = next((f for f in sizes if f % 8 == 0 and idle // f >= 8), sizes[0])  # grouped products want rows of 16 bytes
+    return next((f for f in sizes if f % 8 == 0 and idle // f >= 4), sizes[0])  # grouped products want rows of 16 bytes
+
+
+def _experts(width: int, size: int, idle: int, most: int) -> int:
     left = idle // size
-    chosen = max(1, min(min(active) // size - 1, most - left, left // 2))
-    experts = left + chosen
-    return experts, [experts - (width - a) // size for a in active], size, width // size - experts
+    return left + max(1, min((width - idle) // size - 1, most - left, left // 2))
 
 
 def active_neurons(width: int, num_experts: int, num_experts_per_tok: Sequence[int]) -> list[int]:
@@ -176,12 +188,19 @@ def walk(dense: nn.Module, batches: Sequence[Tensor], choose: Callable[[int, nn.
 
 
 def _refit(layer: nn.Module, mlp: nn.Module, streams: list[list[Tensor]], device: torch.device, features: Features, down_PD: Tensor) -> Tensor:
-    """The down projection [P, D] that brings the converted stream nearest to the dense one, near the dense weights."""
-    ridge = Ridge(*down_PD.shape, down_PD)
+    """The down projection [P, D] that brings the converted stream nearest to the dense one: what does this layer's own work, near the dense weights, and what
+    repairs errors of earlier layers, near zero. The repair is held back more: most of those errors cannot be told from what the layer sees, so that its
+    regression mainly fits noise, which later layers would be asked to repair in turn."""
+    width, hidden = down_PD.shape
+    ridge = Ridge(width, 2 * hidden, down_PD)
     for theirs, ours in zip(*streams, strict=True):
         theirs_TD, ours_TD = theirs.to(device).flatten(0, 1).float(), ours.to(device).flatten(0, 1).float()
-        ridge.add(_features(layer, mlp, ours.to(device), features), theirs_TD - ours_TD, token_weights(theirs_TD))
-    return ridge.solve(down_PD, ridge=RIDGE)
+        x_TD = layer.post_attention_layernorm(ours.to(device)).flatten(0, 1)
+        h_TN = activations(mlp, x_TD)
+        own_TD = h_TN @ mlp.down_proj.weight.float().T
+        ridge.add(features(h_TN, x_TD.float()), torch.cat([own_TD, theirs_TD - ours_TD - own_TD], 1), token_weights(theirs_TD))
+    prior_PQ = nnf.pad(down_PD, (0, hidden))
+    return ridge.solve(prior_PQ, ridge=RIDGE)[:, :hidden] + ridge.solve(prior_PQ, ridge=REPAIR_RIDGE)[:, hidden:]
 
 
 def _features(layer: nn.Module, mlp: nn.Module, middle: Tensor, features: Features) -> Tensor:

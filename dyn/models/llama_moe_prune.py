@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,8 +22,8 @@ from dyn.models.llama_moe_measure import next_token_loss
 from dyn.nn.probe import taylor_scores
 
 
-def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction = 0.5, *, batches: Iterable[Tensor], refit: bool = True,
-                importance: Literal["energy", "taylor"] = "energy", seed: int = 0) -> PreTrainedModel:
+def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction | Sequence[float | Fraction] = 0.5, *, batches: Iterable[Tensor],
+                refit: bool = True, importance: Literal["energy", "taylor"] = "energy", seed: int = 0) -> PreTrainedModel:
     """A model of the same class with `keep` of every feed-forward's neurons, the same for every token; plain transformers loads it.
 
     Layer after layer, on the inputs that the already pruned model gives it, the most important neurons (and those that write massive activations) are kept
@@ -31,7 +32,8 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction = 0.
 
     Args:
         dense: Llama, Mistral, Qwen2 or Qwen3, or a folder or hub id of one; an object stays as it is.
-        keep: share of neurons in (0, 1], read as a decimal: keep * intermediate_size must be a whole number.
+        keep: share of neurons in (0, 1], read as a decimal: keep * intermediate_size must be a whole number. A list has one a layer; plain classes know one
+            width, so layers that keep less than the widest are filled up with neurons of zeros, which are stored and computed, and change nothing.
         batches: token ids [B, L], read once into a list.
         refit: without it kept neurons have the dense weights.
         importance: energy: mean of (h - its mean)^2 |w_down|^2 over tokens, weighted by 1 / |residual stream|^2; taylor: mean |h dL/dh|, dense model.
@@ -44,31 +46,28 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction = 0.
         raise ValueError(f"importance={importance!r} is unknown; allowed: energy, taylor")
     consume = not isinstance(dense, nn.Module)
     check_family(found := read_config(dense) if consume else dense.config)
-    kept, batches = kept_neurons(keep, found.intermediate_size), list(batches)
+    layers, batches = found.num_hidden_layers, list(batches)
+    keeps = list(keep) if isinstance(keep, Sequence) else [keep] * layers
+    if len(keeps) != layers:
+        raise ValueError(f"keep has {len(keeps)} entries; one value or one for each of the {layers} layers is allowed")
+    kept = [kept_neurons(each, found.intermediate_size) for each in keeps]
     if consume:  # only now: what can be refused by sizes alone was, before gigabytes are read
         dense = load_dense(dense).eval().requires_grad_(False)
-    check_enough(batches, dense, kept)
+    check_enough(batches, dense, max(kept))
     scores = None
     if importance == "taylor":
         downs = [layer.mlp.down_proj for layer in dense.model.layers]
         scores = taylor_scores(dense, downs, batches, next_token_loss, dense.get_input_embeddings())
 
-    def choose(i: int, mlp: nn.Module, sample: Sample) -> tuple[LayerFit, Features]:
-        always_on = dominant(sample.h_TN, sample.omega_T, sample.norm_N, kept // 4)
-        score_N = scores[i].to(dense.device) if scores is not None else energies(sample.h_TN, sample.omega_T, sample.norm_N).mean(0)
-        score_N[always_on] = torch.inf
-        chosen_S = score_N.topk(kept).indices.sort().values
-        fit = LayerFit(shared_S=chosen_S, groups_EF=chosen_S.new_empty(0, 0), gate_ED=None, down_DN=mlp.down_proj.weight.detach())
-        return fit, lambda h_TN, _: h_TN[:, chosen_S]
-
     config = copy.deepcopy(dense.config)
-    config.intermediate_size = kept
+    config.intermediate_size = max(kept)
     state = {}
-    for i, fit in enumerate(walk(dense, batches, choose, refit=refit, seed=seed)):
+    for i, fit in enumerate(walk(dense, batches, keep_neurons(kept, scores), refit=refit, seed=seed)):
         layer, chosen_S = dense.model.layers[i], fit.shared_S
-        state |= {f"model.layers.{i}.mlp.gate_proj.weight": layer.mlp.gate_proj.weight.detach()[chosen_S],
-                  f"model.layers.{i}.mlp.up_proj.weight": layer.mlp.up_proj.weight.detach()[chosen_S],
-                  f"model.layers.{i}.mlp.down_proj.weight": fit.down_DN[:, chosen_S].contiguous()}
+        rest = max(kept) - kept[i]
+        state |= {f"model.layers.{i}.mlp.gate_proj.weight": nnf.pad(layer.mlp.gate_proj.weight.detach()[chosen_S], (0, 0, 0, rest)),
+                  f"model.layers.{i}.mlp.up_proj.weight": nnf.pad(layer.mlp.up_proj.weight.detach()[chosen_S], (0, 0, 0, rest)),
+                  f"model.layers.{i}.mlp.down_proj.weight": nnf.pad(fit.down_DN[:, chosen_S], (0, rest)).contiguous()}
         if consume:
             layer.mlp = None
     for key, value in dense.state_dict().items():
@@ -84,6 +83,20 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction = 0.
     if dense.generation_config is not None:
         small.generation_config = dense.generation_config
     return small.train(dense.training)
+
+
+def keep_neurons(kept: Sequence[int], scores: Tensor | None = None) -> Callable[[int, nn.Module, Sample], tuple[LayerFit, Features]]:
+    """What `walk` asks: in layer i the kept[i] neurons of most energy, or highest scores [L, N], and those that write massive activations."""
+
+    def choose(i: int, mlp: nn.Module, sample: Sample) -> tuple[LayerFit, Features]:
+        always_on = dominant(sample.h_TN, sample.omega_T, sample.norm_N, kept[i] // 4)
+        score_N = scores[i].to(sample.h_TN.device) if scores is not None else energies(sample.h_TN, sample.omega_T, sample.norm_N).mean(0)
+        score_N[always_on] = torch.inf
+        chosen_S = score_N.topk(kept[i]).indices.sort().values
+        fit = LayerFit(shared_S=chosen_S, groups_EF=chosen_S.new_empty(0, 0), gate_ED=None, down_DN=mlp.down_proj.weight.detach())
+        return fit, lambda h_TN, _: h_TN[:, chosen_S]
+
+    return choose
 
 
 def kept_neurons(keep: float | Fraction, width: int) -> int:

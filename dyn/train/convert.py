@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from dyn.data.mixture import MixtureLoader
 from dyn.data.sources import JoinedText, choose, read_joined
 from dyn.data.store import Store
 from dyn.models import llama_moe
-from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense
+from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, layer_budgets
 from dyn.models.llama_moe_construct import METHODS
 from dyn.models.llama_moe_convert import fresh, load_dense, moe_config, read_config
 from dyn.models.llama_moe_diagnose import domain_losses, ideal_routing, layer_contributions, neuron_oracle, routing_statistics
@@ -113,6 +114,16 @@ def calibration_batches(cfg: Any, corpus: Corpus) -> list[Tensor]:
     return batches
 
 
+def budget_text(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """(to convert single layers, to measure them): a sixth and a twenty-fourth of the calibration text's sequences, ids [1, L] each; no others, so that no
+    row has seen more text. ValueError for a single sequence."""
+    sequences = [row for batch in batches for row in batch.split(1)]
+    if len(sequences) < 2:
+        raise ValueError("budgets need two sequences of calibration text, got one; raise calibration_tokens or lower calibration_length")
+    measured = max(1, len(sequences) // 24)
+    return sequences[measured: measured + max(1, len(sequences) // 6)], sequences[:measured]
+
+
 def windows(text: JoinedText, tokenizer: Any, size: int, batch_size: int) -> list[Tensor]:
     """The text cut into consecutive windows of `size` tokens, ids [B, size]; the tokenizer's BOS, if it puts one, stands at the very beginning alone, and what
     is left after the last whole window is not used (the convention of published perplexities). ValueError for less than a window."""
@@ -159,7 +170,7 @@ class _Networks:
     def _mixture(self) -> nn.Module:
         model = self.cfg.model
         needed = METHODS[model.construction].needs != "nothing" or model.score_scale == "measured"
-        net = from_dense(self.dense, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok, construction=model.construction,
+        net = from_dense(self.dense, num_experts=model.num_experts, num_experts_per_tok=self._budgets(model.construction), construction=model.construction,
                          num_shared_experts=model.num_shared_experts, score_scale=model.score_scale, batches=self._read() if needed else None,
                          seed=self.cfg.seed)
         if net.construction is not None:
@@ -168,7 +179,21 @@ class _Networks:
         return net
 
     def _pruned(self) -> nn.Module:
-        return llama_moe.prune_dense(self.dense, keep=self.cfg.model.active(), batches=self._read(), refit=True)
+        model = self.cfg.model
+        keep = [Fraction(k, model.num_experts) for k in self._budgets("prune")] if model.budgets else model.active()
+        return llama_moe.prune_dense(self.dense, keep=keep, batches=self._read(), refit=True)
+
+    def _budgets(self, construction: str) -> int | list[int]:
+        """num_experts_per_tok, or what is measured for each layer on a part of the calibration text."""
+        model = self.cfg.model
+        if not model.budgets:
+            return model.num_experts_per_tok
+        fitted, measured = budget_text(self._read())
+        say = _progress(self.run, "budgets: layers", self.dense.config.num_hidden_layers)
+        ks = layer_budgets(self.dense, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok, batches=fitted, held_out=measured,
+                           construction=construction, seed=self.cfg.seed, on_layer=lambda _, layer: say(layer))
+        self.run.log(f"neurons by layer, in {model.num_experts}ths: " + ", ".join(map(str, ks)))
+        return ks
 
     def _read(self) -> list[Tensor]:
         self.made["tokens"] = sum(batch.numel() for batch in self.batches)
@@ -182,7 +207,7 @@ class _Networks:
         for made, dense in zip(self.converted.model.layers, self.dense.model.layers, strict=True):
             mlp, width = made.mlp, dense.mlp.down_proj.in_features
             if self.cfg.model.kind == "prune":
-                shares.append(mlp.down_proj.in_features / width)
+                shares.append(kept_width(mlp) / width)
             else:
                 shared = mlp.shared_experts.down_proj.in_features if mlp.shared_experts is not None else 0
                 shares.append((mlp.gate.num_experts_per_tok * mlp.experts.intermediate_dim + shared) / width)
@@ -224,8 +249,18 @@ def _dense_losses(cfg: Any, nets: _Networks, held_out: HeldOut) -> dict[str, flo
     return json.loads(file.read_bytes())
 
 
+def kept_width(mlp: nn.Module) -> int:
+    """Neurons of a dense feed-forward that are not of zeros, which `prune_dense` fills narrow layers up with."""
+    return int(mlp.down_proj.weight.any(0).sum())
+
+
 def _size(cfg: Any, net: nn.Module) -> dict[str, Any]:
-    return {"counts": count_parameters(net), "flops_per_token": flops_per_token(net, cfg.data.block_size)}
+    """Parameters and FLOPs a token, without neurons of zeros."""
+    counts, flops = count_parameters(net), flops_per_token(net, cfg.data.block_size)
+    if cfg.model.kind == "prune":
+        empty = sum(3 * mlp.down_proj.out_features * (mlp.down_proj.in_features - kept_width(mlp)) for mlp in (layer.mlp for layer in net.model.layers))
+        counts, flops = {k: v - empty if v else 0 for k, v in counts.items()}, flops - 2 * empty
+    return {"counts": counts, "flops_per_token": flops}
 
 
 @torch.no_grad()

@@ -51,6 +51,18 @@ def test_balanced_assignment_is_optimal(kind, size, seed):
     assert (priced_NE.gather(1, labels_N[:, None]) - priced_NE.amin(1, keepdim=True)).max() <= 1e-12 * scale
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(KINDS), st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(any), seeds)
+def test_columns_of_different_sizes_are_filled_at_the_least_cost(kind, wanted, seed):
+    sizes_E = torch.tensor(wanted)
+    cost_NE = costs(kind, sum(wanted), len(wanted), rng(seed))
+    labels_N, _ = balanced(cost_NE, sizes_E=sizes_E)
+    assert labels_N.bincount(minlength=len(wanted)).tolist() == wanted
+    seats = cost_NE.repeat_interleave(sizes_E, 1).numpy()
+    best = seats[linear_sum_assignment(seats)].sum()
+    assert cost_NE.gather(1, labels_N[:, None]).sum().item() == pytest.approx(best, abs=1e-12 * cost_NE.abs().sum().item())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_balanced_assignment_is_optimal_at_size(kind):
     cost_NE = costs(kind, 1536, 16, rng(0))

@@ -65,11 +65,19 @@ def test_budgets_by_layer(dense):
 
 
 @pytest.mark.parametrize("width", [48, 64, 1536, 11008, 14336, 18944])
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 1])
-def test_geometry_adds_up(width, share):
-    active = int(width * share)
-    experts, (k,), size, shared = geometry(width, [active], 32)
-    assert (experts + shared) * size == width and (k + shared) * size == active and 1 <= k <= experts <= 32
+@pytest.mark.parametrize("shares", [[0.25], [0.5], [0.75], [1], [0.75, 0.5, 1], [0.25, 0.75], [0.875, 0.625], [0.125, 1]])
+def test_geometry_adds_up(width, shares):
+    actives = [int(width * share) for share in shares]
+    experts, *by_layer = geometry(width, actives, 32)
+    for active, k, size, shared in zip(actives, *by_layer, strict=True):
+        assert (experts + shared) * size == width and (k + shared) * size == active and 1 <= k <= experts <= 32
+        assert shared >= 0 and (k == experts) == (active == width)
+
+
+def test_layers_have_groups_of_their_own_width():
+    """32 groups a layer, of which 6 to 24 are left out: narrow ones where little is left out."""
+    assert geometry(1536, [1536, 1488, 1344, 1152, 960], 32)[2] == [48, 8, 8, 16, 24]
+    assert geometry(1536, [1152] * 2, 32) == (32, [8, 8], [16, 16], [64, 64])
 
 
 @pytest.mark.parametrize("family", [(MistralForCausalLM, MistralConfig, dict(sliding_window=4)), (Qwen2ForCausalLM, Qwen2Config, {}),
@@ -121,6 +129,19 @@ def test_what_the_refit_saw_is_what_the_model_does(dense):
         hook.remove()
     for before, after in zip(seen, inputs, strict=True):
         torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
+
+
+def test_a_control_with_budgets_of_its_own(dense, tmp_path):
+    """Layers that keep less are filled up with zeros, so that a plain class loads it."""
+    batches, ids = text(), text(1, seed=9)[0]
+    pruned = prune_dense(dense, [0.25, 0.5, 0.75], batches=batches)
+    assert pruned.config.intermediate_size == 36
+    for layer, kept in zip(pruned.model.layers, (12, 24, 36), strict=True):
+        assert all(int(w.any(1).sum()) == kept for w in (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight.T))
+    pruned.save_pretrained(tmp_path)
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=ids).logits, pruned(input_ids=ids).logits)
+    even, same = prune_dense(dense, [0.5] * 3, batches=batches), prune_dense(dense, 0.5, batches=batches)
+    assert all(torch.equal(v, same.state_dict()[k]) for k, v in even.state_dict().items())
 
 
 def test_a_folder_gives_what_an_object_gives(dense, tmp_path):
@@ -175,6 +196,7 @@ def test_what_cannot_be_calibrated_is_refused(dense, changes, words):
 @pytest.mark.parametrize(("changes", "words"), [
     (dict(keep=float("nan")), "keep=nan must lie in"),
     (dict(keep=0), r"keep=0 must lie in \(0, 1\]"), (dict(keep=1.5), "keep=1.5"), (dict(keep=0.3), "keep=0.3 of intermediate_size=48 is 14.4 neurons"),
+    (dict(keep=[0.5, 0.5]), "keep has 2 entries; one value or one for each of the 3 layers"), (dict(keep=[0.5, 0.5, 2]), r"keep=2 must lie in"),
     (dict(importance="size"), "importance='size' is unknown"), (dict(batches=[torch.zeros(1, 8, dtype=torch.long)]), "batches hold 8 tokens")])
 def test_what_cannot_be_pruned_is_refused(dense, changes, words):
     with pytest.raises(ValueError, match=words):

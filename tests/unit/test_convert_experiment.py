@@ -85,6 +85,7 @@ def test_hub_rows_are_the_fields_setting_whatever_the_profile(tmp_path):
     ("model.num_experts_per_tok=5", "num_experts_per_tok=5 must be between 1 and num_experts=3"),
     ("model.num_shared_experts=-1", "num_shared_experts=-1"),
     ("model.kind=oracle", "kind=oracle has no experts"),
+    ("model.budgets=true", "budgets=true needs kind=moe or prune and num_shared_experts=null, got moe and 1"),
     ("timing_rounds=0", "timing_rounds=0 must be at least 1"),
     ("model.kind=mixture", "nearest: 'moe'"),
     ("calibration_size=3", "there is no key 'calibration_size'"),
@@ -314,6 +315,28 @@ def test_the_control_runs(tmp_path):
     assert result["cost"]["total_parameters"] == result["cost"]["active_parameters"]
     assert result["notes"]["compare"] == ["gap/mean", "gap/red"] and result["notes"]["controls"] == []
     assert convert.load_dense(run.folder / "export").config.intermediate_size == 32
+
+
+@pytest.mark.parametrize("kind", ["moe", "prune"])
+def test_budgets_by_layer_are_measured_on_calibration_text_alone(kind, tmp_path):
+    words = (f"model.kind={kind}", "model.construction=calibrated", "model.num_experts_per_tok=2", "model.budgets=true", "diagnose=false", *PLAIN)
+    run = run_of(settings(*words), tmp_path)
+    metrics = convert.convert(settings(*words), run)
+    result = finish(run)
+    assert metrics["active fraction"] == 0.5 and metrics["calibration tokens"] == 512
+    even = run_of(settings(*words, "model.budgets=false", "seed=0"), tmp_path / "even")
+    convert.convert(settings(*words, "model.budgets=false"), even)
+    same = finish(even)["cost"]
+    assert result["cost"]["active_parameters"] == same["active_parameters"] and result["cost"]["flops_per_token"] <= same["flops_per_token"] * 1.1
+
+
+def test_text_for_budgets_is_a_part_of_what_calibrates():
+    batches = convert.calibration_batches(settings("calibration_tokens=1000", "calibration_length=30"), corpus())
+    fitted, measured = convert.budget_text(batches)
+    whole = torch.cat(batches)
+    assert len(fitted) == 5 and len(measured) == 1 and torch.equal(torch.cat(measured + fitted), whole[:6])
+    with pytest.raises(ValueError, match="budgets need two sequences of calibration text, got one"):
+        convert.budget_text([whole[:1]])
 
 
 def test_texts_stand_in_for_domains(wikitext, tmp_path):
