@@ -1,5 +1,7 @@
 """Documents and their summaries: XSum and its like from the hub or a folder in its layout, for networks that read one text and write another.
 
+Encoder-decoders get both apart. A decoder reads the document and `PROMPT`, and goes on with the summary.
+
 B pairs a batch, L tokens of its longest document, M of its longest summary, N pairs in all.
 """
 
@@ -22,6 +24,7 @@ from dyn.data.tiny import tiny_pairs
 from dyn.data.tokens import parallel_tokenizer
 
 Pairs = tuple[list[str], list[str]]  # documents, summaries
+PROMPT = "\n\nSummary:"
 _CHUNK = 2000  # pairs that are tokenised at a time
 _AWAY = -100  # a label that the loss leaves out
 
@@ -101,12 +104,14 @@ class SummaryData:
     what: str
 
 
-def open_summaries(source: SummarySource, tokenizer: Any, *, multiple: int = 1, log: Callable[[str], None] = print) -> SummaryData:
+def open_summaries(source: SummarySource, tokenizer: Any, *, decoder: bool = False, multiple: int = 1,
+                   log: Callable[[str], None] = print) -> SummaryData:
     """Pairs, tokenised once; ready for `ResumableLoader` (train, with its `lengths`) and `EvaluationLoader` (validation, tuning).
 
     Args:
         source: which pairs.
-        tokenizer: of an encoder-decoder, with a padding token; it ends texts with a token of its own.
+        tokenizer: with a padding token; that of an encoder-decoder ends texts with a token of its own.
+        decoder: pairs are for a decoder: documents are padded on the left and end in `PROMPT`.
         multiple: lengths of batches are rounded up to it (8 suits GPUs).
         log: gets a line that says which data were taken.
 
@@ -114,7 +119,7 @@ def open_summaries(source: SummarySource, tokenizer: Any, *, multiple: int = 1, 
         ValueError: nothing at the path, missing splits or columns, an empty summary, settings or a tokenizer that do not fit.
     """
     source.check()
-    if tokenizer.pad_token_id is None or tokenizer("a")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None or not (decoder or tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id):
         raise ValueError(f"{type(tokenizer).__name__}: summaries need a tokenizer with a padding token (it has {tokenizer.pad_token}) that puts its eos_token "
                          f"({tokenizer.eos_token}) behind a text, so that the network learns to stop")
     parts, what = MADE[source.path]() if source.path in MADE else _read(source)
@@ -126,9 +131,9 @@ def open_summaries(source: SummarySource, tokenizer: Any, *, multiple: int = 1, 
             chosen = np.sort(np.random.Generator(np.random.PCG64([source.seed, 0x73756D])).permutation(len(documents))[:limit])
         if split == "train" and source.tuning:
             kept, taken = carve(len(chosen), source.tuning, source.seed)
-            held = _tokenised(documents, summaries, chosen[taken], tokenizer, source, multiple)
+            held = _tokenised(documents, summaries, chosen[taken], tokenizer, source, decoder, multiple)
             chosen = chosen[kept]
-        sets[split] = _tokenised(documents, summaries, chosen, tokenizer, source, multiple)
+        sets[split] = _tokenised(documents, summaries, chosen, tokenizer, source, decoder, multiple)
     train = sets.pop("train")
     what += (f": {len(train):,} pairs to train on{f', {len(held):,} to choose by' if held is not None else ''}, "
              + " and ".join(f"{len(part):,} to validate ({split})" for split, part in sets.items()))
@@ -162,16 +167,24 @@ def _check(documents: Sequence[Any], summaries: Sequence[Any], where: str) -> No
             raise ValueError(f"{where}, pair {i}: a document and a summary must be text, the summary not empty; got {str(document)[:40]!r} and {summary!r}")
 
 
-def _tokenised(documents: Sequence[str], summaries: Sequence[str], chosen: np.ndarray, tokenizer: Any, source: SummarySource, multiple: int) -> SummarySet:
+def _tokenised(documents: Sequence[str], summaries: Sequence[str], chosen: np.ndarray, tokenizer: Any, source: SummarySource, decoder: bool,
+               multiple: int) -> SummarySet:
     lists: dict[str, list[list[int]]] = {"document": [], "summary": []}
+    prompt = tokenizer(PROMPT, add_special_tokens=False)["input_ids"] if decoder else []
+    end = [tokenizer.eos_token_id] if decoder else []
+    room = {"document": source.max_document - len(prompt), "summary": source.max_summary - len(end)}
+    if min(room.values()) < 1:
+        raise ValueError(f"max_document={source.max_document} leaves no token of a document beside the {len(prompt)} that ask for its summary")
     with parallel_tokenizer():
         for first in range(0, len(chosen), _CHUNK):
             part = chosen[first : first + _CHUNK].tolist()
             texts = [source.prefix + documents[i] for i in part]
-            lists["document"] += tokenizer(texts, truncation=True, max_length=source.max_document)["input_ids"]
-            lists["summary"] += tokenizer(text_target=[summaries[i] for i in part], truncation=True, max_length=source.max_summary)["input_ids"]
+            lists["document"] += [ids + prompt for ids in tokenizer(texts, truncation=True, max_length=room["document"])["input_ids"]]
+            written = tokenizer(text_target=[" " * decoder + summaries[i] for i in part], truncation=True, max_length=room["summary"],
+                                add_special_tokens=not decoder)["input_ids"]
+            lists["summary"] += [ids + end for ids in written]
     flat = {name: np.fromiter((i for ids in values for i in ids), np.int32) for name, values in lists.items()}
     ends = {name: np.concatenate([[0], np.cumsum([len(ids) for ids in values])]) for name, values in lists.items()}
     tokens = SentenceSet({"input_ids": flat["document"]}, ends["document"], torch.arange(len(chosen)), {"input_ids": tokenizer.pad_token_id},
-                         tokenizer.padding_side == "left", multiple)
+                         decoder or tokenizer.padding_side == "left", multiple)
     return SummarySet(tokens, flat["summary"], ends["summary"], [summaries[i] for i in chosen.tolist()])

@@ -127,9 +127,10 @@ def question_answerer(source: str | Path, vocab_size: int) -> PreTrainedModel:
 
 
 def summariser(source: str | Path, vocab_size: int) -> PreTrainedModel:
-    """A pre-trained encoder-decoder with its language-model head; see `_pretrained`. "tiny": a BART with random weights, for smoke runs."""
+    """A pre-trained encoder-decoder or decoder with its language-model head; see `_pretrained`. "tiny": a BART with random weights, for smoke runs."""
     if source != "tiny":
-        return _pretrained(AutoModelForSeq2SeqLM, "encoder-decoder", source)
+        whole = dense_config(source).is_encoder_decoder
+        return _pretrained(AutoModelForSeq2SeqLM if whole else AutoModelForCausalLM, "encoder-decoder or decoder", source)
     return BartForConditionalGeneration(BartConfig(
         vocab_size=vocab_size, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
         decoder_ffn_dim=64, max_position_embeddings=128, pad_token_id=vocab_size - 1, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,

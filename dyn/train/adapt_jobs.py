@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from dyn.data.squad import open_questions
 from dyn.data.summaries import open_summaries
 from dyn.data.tiny import tiny_tokenizer
-from dyn.models.packaged import PACKAGED, packaged, question_answerer, summariser
+from dyn.models.packaged import PACKAGED, dense_config, packaged, question_answerer, summariser
 from dyn.train import sentences
 from dyn.train.adapt import Job
 from dyn.train.questions import QuestionAnswering, question_loss
@@ -39,7 +39,8 @@ def questions(cfg: Any, run: Any) -> Job:
 def summaries(cfg: Any, run: Any) -> Job:
     """Summaries: `cfg.data` is a SummarySource, `cfg.generate` a GenerateConfig."""
     tokenizer = _tokenizer(cfg.source)
-    data = open_summaries(cfg.data, tokenizer, multiple=8 if sentences.gpu(cfg.trainer) else 1, log=run.log)
+    decoder = cfg.source != "tiny" and not dense_config(cfg.source).is_encoder_decoder
+    data = open_summaries(cfg.data, tokenizer, decoder=decoder, multiple=8 if sentences.gpu(cfg.trainer) else 1, log=run.log)
 
     def task(net: nn.Module, parts: Any, optim: Any, trainer: Any) -> Summarisation:
         return Summarisation(net, optim, list(parts), trainer, tokenizer=tokenizer, pairs=parts, generate=cfg.generate)
@@ -48,8 +49,10 @@ def summaries(cfg: Any, run: Any) -> Job:
         return {"index": said.index, "text": said.text, "rouge": list(said.rouge)}
 
     loss = functools.partial(summary_loss, smoothing=cfg.generate.label_smoothing)
-    return Job(data, _seeded(cfg, lambda: summariser(cfg.source, len(tokenizer))), loss, task, ("rouge2", "rouge1", "rougeL", "length"), answer,
-               "SNIP at 40 % pruned is better than the dense adapter on XSum (the paper's table 2)", {"source": "facebook/bart-large", "path": "EdinburghNLP/xsum"})
+    build = _seeded(cfg, lambda: summariser(cfg.source, len(tokenizer)))
+    return Job(data, build, loss, task, ("rouge2", "rouge1", "rougeL", "length"), answer,
+               "SNIP at 40 % pruned is better than the dense adapter on XSum (the paper's table 2)",
+               {"source": "facebook/bart-large", "path": "EdinburghNLP/xsum"})
 
 
 def _seeded(cfg: Any, build: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Text to text: an encoder-decoder learns to write summaries, and is measured by what it writes.
+"""Text to text: an encoder-decoder, or a decoder, learns to write summaries, and is measured by what it writes.
 
 B pairs a batch, L tokens of the longest document, M of the longest summary, V entries of the vocabulary.
 """
@@ -35,10 +35,14 @@ class Summary(NamedTuple):
 
 def summary_loss(net: nn.Module, batch: Mapping[str, Tensor], smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
     """Cross-entropy over the summaries' tokens, smoothed over the vocabulary: its mean over tokens, or "sum" by pair, [B]."""
-    labels_BM = batch["labels"]
-    begun = net.prepare_decoder_input_ids_from_labels(labels_BM)
-    out = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=begun, use_cache=False)
-    loss_BM = F.cross_entropy(out.logits.float().transpose(1, 2), labels_BM, ignore_index=_AWAY, label_smoothing=smoothing, reduction="none")
+    labels_BM, read = batch["labels"], {key: batch[key] for key in ("input_ids", "attention_mask")}
+    if net.config.is_encoder_decoder:
+        logits_BMV = net(**read, decoder_input_ids=net.prepare_decoder_input_ids_from_labels(labels_BM), use_cache=False).logits
+    else:
+        whole = {"input_ids": torch.cat([read["input_ids"], labels_BM.clamp(min=0)], 1),
+                 "attention_mask": torch.cat([read["attention_mask"], (labels_BM != _AWAY).long()], 1)}
+        logits_BMV = net(**whole, use_cache=False, logits_to_keep=labels_BM.shape[1] + 1).logits[:, :-1]  # each place speaks of the next
+    loss_BM = F.cross_entropy(logits_BMV.float().transpose(1, 2), labels_BM, ignore_index=_AWAY, label_smoothing=smoothing, reduction="none")
     return loss_BM.sum(1) if reduction == "sum" else loss_BM.sum() / (labels_BM != _AWAY).sum()
 
 
@@ -51,7 +55,7 @@ def rouge_of(text: str, reference: str) -> tuple[float, float, float]:
 class Summarisation(Supervised):
     """Cross-entropy on summaries; at validation they are written with beams and compared with the references.
 
-    Batches are those of `dyn.data.summaries`. The net is an encoder-decoder of transformers that can `generate`.
+    Batches are those of `dyn.data.summaries`. The net is an encoder-decoder or a decoder of transformers.
 
     Logged: as in `Supervised`, train/loss (with smoothing; the mean over a micro-batch's tokens); at validation val/loss (nats a token, without smoothing),
     rouge1, rouge2, rougeL (means over pairs, each once) and length (tokens written). `answers`: set -> `Summary` by pair.
@@ -98,12 +102,10 @@ class Summarisation(Supervised):
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Keeps (pair, summed loss, tokens, tokens written, three ROUGE) and what was written."""
         loss = summary_loss(self.net, batch, reduction="sum")
-        cfg, wanted = self.generate, counts(batch["labels"][:, 0])
-        written_BM = self.net.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False, num_beams=cfg.num_beams,
-                                       max_length=cfg.max_length, min_length=cfg.min_length, no_repeat_ngram_size=cfg.no_repeat_ngram,
-                                       length_penalty=cfg.length_penalty, early_stopping=cfg.num_beams > 1)
+        wanted = counts(batch["labels"][:, 0])
+        written_BM = self._write(batch)
         index = batch["index"][wanted]
-        written = (written_BM[:, 1:] != self.tokenizer.pad_token_id).sum(1)  # the first token is given, not written
+        written = (written_BM != self.tokenizer.pad_token_id).sum(1)
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written_BM[wanted].tolist()]
         references = self.pairs[self.domains[dataloader_idx]].references
         rouge = torch.tensor([rouge_of(text, references[i]) for i, text in zip(index.tolist(), texts, strict=True)], dtype=torch.float64)
@@ -112,6 +114,18 @@ class Summarisation(Supervised):
         self._rows[dataloader_idx].append(torch.cat([facts, rouge.reshape(-1, len(ROUGE))], 1))
         self._texts[dataloader_idx] += list(zip(index.tolist(), texts, strict=True))
         return {}
+
+    def _write(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the net writes, int64 [B, M], without what it began with."""
+        cfg = self.generate
+        ways = dict(do_sample=False, num_beams=cfg.num_beams, no_repeat_ngram_size=cfg.no_repeat_ngram, early_stopping=cfg.num_beams > 1)
+        ways |= dict(length_penalty=cfg.length_penalty) if cfg.num_beams > 1 else {}
+        read = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        if self.net.config.is_encoder_decoder:
+            return self.net.generate(**read, **ways, max_length=cfg.max_length, min_length=cfg.min_length)[:, 1:]
+        written = self.net.generate(**read, **ways, max_new_tokens=cfg.max_length, min_new_tokens=cfg.min_length, eos_token_id=self.tokenizer.eos_token_id,
+                                    pad_token_id=self.tokenizer.pad_token_id)
+        return written[:, batch["input_ids"].shape[1] :]
 
     def on_validation_epoch_end(self) -> None:
         """Exact scores over all pairs, each once, whichever rank saw it."""

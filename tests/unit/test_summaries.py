@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dyn.data.loader import EvaluationLoader, ResumableLoader, counts
-from dyn.data.summaries import SummarySource, open_summaries
+from dyn.data.summaries import PROMPT, SummarySource, open_summaries
 from dyn.data.tiny import tiny_pairs, tiny_tokenizer, tiny_xsum
 
 silent = dict(log=lambda _: None)
@@ -98,6 +98,21 @@ def test_empty_summaries_and_tokenizers_without_an_end_are_refused(tmp_path, mon
         open_summaries(SummarySource(path=str(folder)), TOKENIZER, **silent)
     with pytest.raises(ValueError, match="puts its eos_token"):
         open_summaries(SummarySource(path=str(folder)), tiny_tokenizer(), **silent)
+
+
+def test_pairs_for_a_decoder(folder):
+    tokenizer = tiny_tokenizer()
+    data = open_summaries(SummarySource(max_document=24, max_summary=6), tokenizer, decoder=True, **silent)
+    documents, summaries = tiny_pairs()["validation"]
+    batch = data.validation["validation"].batch(np.array([0, 5]), None)
+    for row, i in enumerate((0, 5)):
+        inside = batch["attention_mask"][row].bool()
+        text = documents[i][: 24 - len(PROMPT)] + PROMPT
+        assert tokenizer.decode(batch["input_ids"][row][inside]) == text and not inside[: -len(text)].any()  # padded on the left
+        labels = batch["labels"][row][batch["labels"][row] != -100].tolist()
+        assert labels[-1] == tokenizer.eos_token_id and tokenizer.decode(labels[:-1]) == f" {summaries[i]}"[:5]
+    with pytest.raises(ValueError, match="max_document=10 leaves no token of a document beside the 10"):
+        open_summaries(SummarySource(max_document=10), tokenizer, decoder=True, **silent)
 
 
 @pytest.mark.slow

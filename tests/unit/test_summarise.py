@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dyn.data.loader import EvaluationLoader, ResumableLoader
-from dyn.data.summaries import SummarySource, open_summaries
+from dyn.data.summaries import PROMPT, SummarySource, open_summaries
 from dyn.data.tiny import tiny_tokenizer, tiny_xsum
 from dyn.train import summarise, supervised
 from dyn.train.optim import RecipeConfig
@@ -66,6 +66,29 @@ def test_the_loss_is_that_of_transformers_and_by_token(data):
         log_p = F.log_softmax(logits[wanted], -1)
         smoothed = -(0.9 * log_p.gather(1, labels[wanted][:, None]).squeeze(1) + 0.1 * log_p.mean(1)).mean()
         assert summary_loss(net, batch, 0.1).item() == pytest.approx(smoothed.item(), rel=1e-5)
+
+
+def test_a_decoder_learns_to_write_too(tmp_path, monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.setenv("DYN_CACHE", str(tmp_path / "cache"))
+    tokenizer = tiny_tokenizer()
+    data = open_summaries(SummarySource(path=tiny_xsum(tmp_path / "xsum", 24), max_document=24, max_summary=12), tokenizer, decoder=True, log=lambda _: None)
+    torch.manual_seed(0)
+    net = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+                                       max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=2))
+    batch = data.train.batch(np.arange(6), None)
+    whole = torch.cat([batch["input_ids"], batch["labels"].clamp(min=0)], 1)
+    mask = torch.cat([batch["attention_mask"], (batch["labels"] != -100).long()], 1)
+    with torch.no_grad():
+        theirs = net(input_ids=whole, attention_mask=mask, labels=torch.cat([torch.full_like(batch["input_ids"], -100), batch["labels"]], 1)).loss
+        assert summary_loss(net, batch).item() == pytest.approx(theirs.item(), rel=1e-5)
+    cfg, held = config(max_steps=40, log_every=40), EvaluationLoader(data.validation["validation"], 5)
+    task = Summarisation(net, RecipeConfig(lr=5e-3), ["validation"], cfg, tokenizer=tokenizer, pairs=data.validation, generate=SHORT)
+    fit(make_trainer(cfg, FakeRun(tmp_path)), task, ResumableLoader(data.train, batch_size=12, num_batches=40, seed=0), {"validation": held})
+    first, last = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if "val/rouge1" in line)
+    assert last["val/loss"] < first["val/loss"] / 2 and 1 <= last["val/length"] <= 12
+    assert all(not a.text.startswith(PROMPT.strip()) for a in task.answers["validation"])  # what it was given is not counted as written
 
 
 @pytest.mark.parametrize(("text", "reference"), [
