@@ -4,7 +4,8 @@ A pure function of files: result.json (schema 1; in a folder of results also NAM
 and samples.json (NAME.metrics.jsonl and so on beside NAME.json). Broken and foreign files are named and skipped.
 Runs whose configs differ only in `seed` are one row: mean ± standard error. Of several runs of one config the newest good one counts.
 `notes` in a result: `main` (metrics to show first), `controls` (rows to compare with), `same` (keys of the config that a control must share), `compare`
-(metrics to compare), `not_tested` (sentences).
+(metrics to compare), `claims` (a paper's; `dyn.verdicts.claims`), `points` (metrics x and y of a plot over rows), `tables` (title -> rows, the head first),
+`about` and `not_tested` (sentences).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dyn import page
-from dyn.verdicts import Group, compare, groups, main_keys, number_of, scalars, show, union
+from dyn.verdicts import Group, alike, claims, compare, groups, main_keys, number_of, scalars, show, union
 
 SCHEMA = 1
 DEFAULT = ("results", "runs")
@@ -128,6 +129,8 @@ def _experiment(name: str, results: list[tuple[Path, dict[str, Any]]], out: Path
     head = ["row", "profile", "status", "seeds", *main, "digest", "commit", "device"]
     table = [[g.row, g.profile, _status(g), _seeds(g), *(_spread(g.values("metrics", key)) for key in main), *_origin(g)] for g in rows]
     blocks: list[page.Block] = [("h2", name), ("table", [head, *table])]
+    if about := union(result["notes"].get("about", []) for group in rows for result in group.good):
+        blocks.append(("list", about))
     if costs:
         blocks += [("h3", "Costs"), ("table", [["row", *costs], *([g.row, *(_spread(g.values("cost", key)) for key in costs)] for g in rows if g.good)])]
     if set(every) - set(main):
@@ -136,6 +139,8 @@ def _experiment(name: str, results: list[tuple[Path, dict[str, Any]]], out: Path
         blocks += [("h3", "All metrics"), ("table", [["metric", *(group.row for group in measured)], *lines])]
     if verdicts := [line for group in rows for line in compare(group, rows)]:
         blocks += [("h3", "Comparisons"), ("list", verdicts)]
+    if claimed := [line for group in rows for line in claims(group, rows)]:
+        blocks += [("h3", "What the paper claims"), ("list", claimed)]
     if untested := union(result["notes"].get("not_tested", []) for group in rows for _, result in group.results):
         blocks += [("h3", "Not tested at this scale"), ("list", untested)]
     return blocks + _pictures(name, rows, out)
@@ -226,8 +231,42 @@ def _draw(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], pat
     return path
 
 
+def _draw_points(found: Sequence[tuple[str, list[float], list[float]]], labels: tuple[str, str], path: Path) -> Path:
+    """Rows as points, mean and standard error of y, and a line through them in the order of x."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.0, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    places = sorted((statistics.fmean(x), statistics.fmean(y), statistics.stdev(y) / math.sqrt(len(y)) if len(y) > 1 else 0.0, row) for row, x, y in found)
+    axes.plot([x for x, *_ in places], [y for _, y, *_ in places], color="lightgrey", zorder=1)
+    for x, y, error, row in places[:12]:
+        axes.errorbar([x], [y], [error], fmt="o", capsize=3, label=row)
+    axes.set_xlabel(labels[0], fontsize=8)
+    axes.set_ylabel(labels[1], fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=6)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return path
+
+
+def _points(name: str, rows: Sequence[Group], out: Path) -> list[page.Block]:
+    """A plot of the metrics that results name, for every set of at least two rows that differ in nothing else than what their notes allow."""
+    sets: dict[str, list[Group]] = {}
+    for group in rows:
+        if group.good and (axes := group.good[0]["notes"].get("points")):
+            sets.setdefault(json.dumps([axes, group.profile, alike(group.good[0])], sort_keys=True), []).append(group)
+    blocks: list[page.Block] = []
+    for number, members in enumerate(sets.values(), 1):
+        axes = members[0].good[0]["notes"]["points"]
+        found = [(g.row, xs, ys) for g in members if (xs := g.values("metrics", axes["x"])) and (ys := g.values("metrics", axes["y"]))]
+        if len(found) > 1:
+            path = _draw_points(found, (axes["x"], axes["y"]), out / _slug(f"report-{name}-points-{number}.png"))
+            blocks.append(("image", (f"{axes['y']} against {axes['x']}", path)))
+    return blocks
+
+
 def _pictures(name: str, rows: Sequence[Group], out: Path) -> list[page.Block]:
-    """Per row the curves, plots and samples of its first run; with several rows also their mean held-out loss in one panel."""
+    """Per row the curves, plots, tables and samples of its first run; with several rows also their mean held-out loss in one panel, and `_points`."""
     blocks: list[page.Block] = []
     together: dict[str, list[tuple[float, float]]] = {}
     for group in rows:
@@ -238,11 +277,13 @@ def _pictures(name: str, rows: Sequence[Group], out: Path) -> list[page.Block]:
             label = group.row if len(rows) == len({g.row for g in rows}) else f"{group.row} {result['what']['digest']}"
             together |= {label: points} if (points := _mean(panels)) else {}
         inner += [("image", (image.stem, image)) for image in _images(path)]
+        for title, table in result["notes"].get("tables", {}).items():
+            inner += [("h4", title), ("table", [[show(cell) for cell in line] for line in table])]
         inner += _samples(_beside(path, "samples.json"))
         blocks += [("h3", f"{group.row} · {result['what']['digest']}"), *inner] if inner else []
     if len(together) > 1:
         blocks.insert(0, ("image", ("held-out loss of the rows", _draw({"held-out loss": together}, out / _slug(f"report-{name}.png")))))
-    return blocks
+    return _points(name, rows, out) + blocks
 
 
 def _mean(panels: Mapping[str, Mapping[str, list[tuple[float, float]]]]) -> list[tuple[float, float]]:

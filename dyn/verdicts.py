@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,27 @@ def compare(group: Group, rows: Sequence[Group]) -> list[str]:
     return lines
 
 
+def claims(group: Group, rows: Sequence[Group]) -> list[str]:
+    """Lines on what a paper claims of a row (its notes: text, metric, against which row, wants higher or lower), beside what was measured: won, lost or
+    undecided by what the seeds could have shown; and whether the claim itself was in reach."""
+    lines = []
+    for text, key, against, wants in union(map(itemgetter("text", "metric", "against", "wants"), r["notes"].get("claims", [])) for r in group.good):
+        control, ours = _control(against, group, rows), group.values("metrics", key)
+        theirs = [] if control is None else control.values("metrics", key)
+        if not ours or not theirs:
+            lines.append(f"{text}: no verdict, control missing: {against}")
+            continue
+        gain, least = statistics.fmean(ours) - statistics.fmean(theirs), smallest_difference(ours, theirs)
+        measured = f"{key} of {group.row} {show(statistics.fmean(ours))}, of {against} {show(statistics.fmean(theirs))}, difference {gain:+.3g}"
+        if least is None or not math.isfinite(gain) or abs(gain) <= least:
+            verdict = "undecided" + (" (one seed)" if least is None else f" (the seeds could have shown {least:.2g})")
+        else:
+            verdict = f"{'won' if (gain > 0) == (wants == 'higher') else 'lost'} (the seeds could have shown {least:.2g})"
+        scale = "; the claim itself is not tested at this scale" if any(r["notes"].get("not_tested") for r in group.good) else ""
+        lines.append(f"{text}: {verdict}. Measured: {measured}{scale}")
+    return lines
+
+
 def _control(name: str, group: Group, rows: Sequence[Group]) -> Group | None:
     """The row of that name to compare with: good, of the same profile, and alike in every config key of `notes["same"]` (another budget of tokens or
     another text is no control); of several the one whose config is nearest. None: there is none."""
@@ -94,6 +116,11 @@ def _control(name: str, group: Group, rows: Sequence[Group]) -> Group | None:
     fits = [g for g in fits if all(_at(g.good[0]["config"], key) == _at(ours, key) for key in same)]
     flat = flatten(ours)
     return min(fits, key=lambda g: len(flat.items() ^ flatten(g.good[0]["config"]).items()), default=None)
+
+
+def alike(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result and its controls must share, by key of the config."""
+    return {key: _at(result["config"], key) for key in result["notes"].get("same", [])}
 
 
 def _at(config: Any, key: str) -> Any:

@@ -91,6 +91,7 @@ class Config:
 
     seed: int = 0
     epochs: float = 90.0
+    images: int | None = None  # to train each network on, repeats counted, in place of epochs
     minutes: float | None = None  # for all trainings of the run: fewer steps where these do not fit, decided once from measured steps
     batch_size: int = 32  # images a device and micro-batch; 256 over 8 devices
     eval_batch_size: int = 128
@@ -112,7 +113,9 @@ class Config:
         return self.batch_size * self.trainer.accumulate * self.trainer.world_size
 
     def steps(self, images: int) -> int:
-        """Optimiser steps in the epochs; what fills no batch at an epoch's end is left out."""
+        """Optimiser steps in the epochs (what fills no batch at an epoch's end is left out), or in `self.images`."""
+        if self.images is not None:
+            return self.images // self.images_per_step()
         return math.floor(self.epochs * (images // (self.batch_size * self.trainer.world_size)) / self.trainer.accumulate)
 
     def check(self) -> None:
@@ -144,16 +147,16 @@ def rows(*changes: dict[str, Any], suffix: str = "", **more: Any) -> list[dict[s
             | more for seed in range(3) for model in models]
 
 
-STATIC, DY4, DY2 = dict(method="static"), dict(method="dyconv"), dict(method="dyconv", num_kernels=2)
+STATIC, DY4, DY3, DY2 = dict(method="static"), *(dict(method="dyconv", num_kernels=k) for k in (4, 3, 2))
 SAME_STORAGE = [dict(num_kernels=k, keep=keep) for k, keep in ((2, 0.9), (4, 0.3), (8, 0.9 / 7), (16, 0.06))]  # 1 + (K - 1) keep = 1.9 times the static weights
 CPU = dict(  # what one CPU core does in less than 8 minutes a row: a part of CIFAR-10, few epochs
-    model__backbone="resnet10", model__stem="stride2", data__path="cifar10", data__train_limit=10_000, data__validation_limit=2_000, epochs=4.0, batch_size=64,
-    workers=0, trainer__precision="bf16-mixed", trainer__val_every=156, trainer__checkpoint_every=0, compact_images=500, timing_rounds=5,
-    classify__compile=False)
+    model__backbone="resnet10", model__stem="stride2", model__batches=5, data__path="uoft-cs/cifar10", data__train_limit=10_000, data__validation_limit=2_000,
+    epochs=3.0, batch_size=64, workers=0, optim__lr=0.05, trainer__precision="bf16-mixed", trainer__val_every=156, trainer__checkpoint_every=0,
+    compact_images=500, timing_rounds=5)
 
 SWEEPS: dict[str, list[dict[str, Any]]] = {
     "methods": rows(STATIC, dict(method="condconv", num_kernels=8), DY4, DY2, dict(method="odconv"), dict(method="odconv", num_kernels=1), {}),
-    "keep": rows(STATIC, *(dict(keep=share / 10) for share in range(1, 11)), DY4, DY2),
+    "keep": rows(STATIC, *(dict(keep=share / 10) for share in range(1, 11)), DY4, DY3, DY2),
     "partition": rows(*(dict(criterion=c, rounds=r, shuffle=s) for c, r in (("random", 3), ("magnitude", 3), ("snip", 1), ("snip", 3), ("snip", 10))
                         for s in (False, True)), dict(static="mean"), STATIC, DY4, DY2),
     "scales": rows({}, dict(scales="s"), dict(scales="d"), dict(scales="none"), STATIC, DY4, DY2),
@@ -172,6 +175,6 @@ def main(cfg: Config, run: Any) -> dict[str, Any]:
 
 def plan(cfg: Config) -> dict[str, Any]:
     """What the run would be, from shapes alone."""
-    from dyn.train.convnet import plan_convnets
+    from dyn.train.plan_convnet import plan_convnets
 
     return plan_convnets(cfg)

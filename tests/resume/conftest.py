@@ -1,4 +1,4 @@
-"""Trainings in processes of their own, for the modules here; one names its script in SCRIPT."""
+"""Trainings in processes of their own, for the modules here; one names its script in SCRIPT, and in EXPERIMENT what it runs, unless that is "tiny"."""
 
 import os
 import subprocess
@@ -12,8 +12,8 @@ import pytest
 class Server:
     """See tiny_training.py."""
 
-    def __init__(self, folder: Path, script: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, script: str, experiment: str) -> None:
+        self.folder, self.experiment = folder, experiment
         script, root = Path(__file__).with_name(script), Path(__file__).parents[2]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]), "CUDA_VISIBLE_DEVICES": ""}
         self.process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder)
@@ -33,13 +33,13 @@ class Server:
     def end(self, pid: int, name: str, code: int = 0) -> Path:
         ended = self.ask("wait", pid)
         assert ended == code, (ended, (self.folder / f"{name}.out").read_text())
-        return next((self.folder / name).glob("tiny/*"))
+        return next((self.folder / name).glob(f"{self.experiment}/*"))
 
     def until(self, name: str, step: int) -> None:
         """Wait until a step is in the metrics."""
         end = time.monotonic() + 120
         while time.monotonic() < end:
-            if any(f'"step": {step},' in path.read_text() for path in (self.folder / name).glob("tiny/*/metrics.jsonl")):
+            if any(f'"step": {step},' in path.read_text() for path in (self.folder / name).glob(f"{self.experiment}/*/metrics.jsonl")):
                 return
             time.sleep(0.002)
         pytest.fail(f"step {step} did not come: {(self.folder / f'{name}.out').read_text()}")
@@ -47,7 +47,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, request):
-    server = Server(tmp_path_factory.mktemp("runs"), request.module.SCRIPT)
+    server = Server(tmp_path_factory.mktemp("runs"), request.module.SCRIPT, getattr(request.module, "EXPERIMENT", "tiny"))
     yield server
     server.process.stdin.close()
     server.process.wait(60)

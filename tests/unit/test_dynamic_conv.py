@@ -10,8 +10,9 @@ from torch import nn
 
 from dyn.core.routing import annealed_temperature
 from dyn.nn import dynamic_conv
-from dyn.nn.dynamic_conv import KINDS, CondConv2d, DynamicConv2d, ODConv2d, set_temperature
+from dyn.nn.dynamic_conv import KINDS, CondConv2d, DynamicConv2d, ODConv2d, attention_entropy, set_temperature
 from dyn.nn.partial import compact
+from dyn.nn.surgery import make_dynamic
 
 
 def layer(kind, channels=8, outputs=12, kernel=3, **kwargs):
@@ -160,3 +161,22 @@ def test_odconv_trains_on_a_batch_of_one(caplog, monkeypatch):
 def test_errors(make):
     with pytest.raises(ValueError, match=make[1]):
         make[0]()
+
+
+@pytest.mark.parametrize("kind", ["dyconv", "condconv", "odconv"])
+def test_entropy_of_the_attention(kind):
+    torch.manual_seed(0)
+    net = make_dynamic(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 16, 3), nn.Conv2d(16, 8, 3)), kind, start="fresh").train()
+    images, heads = torch.randn(5, 3, 9, 9), {"dyconv": "expand", "odconv": "kernel"}
+    attention = net[2].attention if kind == "condconv" else getattr(net[2].attention, heads[kind])
+    nn.init.zeros_(attention.weight)
+    nn.init.zeros_(attention.bias)
+    found = attention_entropy(net, images)
+    assert list(found) == ["2", "3"] and found["2"] == pytest.approx(1.0) and 0 < found["3"] < 1
+    assert net.training and int(net[1].num_batches_tracked) == 0 and all(p.requires_grad for p in net.parameters())
+    alpha = net[3].eval().alpha(net.eval()[:3](images)).double().detach()
+    alpha = alpha / alpha.sum(1, keepdim=True)
+    assert found["3"] == pytest.approx((-(alpha * alpha.log()).sum(1) / math.log(4)).mean().item(), rel=1e-4)
+    set_temperature(net, 1e6)
+    assert attention_entropy(net, images)["3"] == pytest.approx(1.0) or kind == "condconv"
+    assert attention_entropy(nn.Sequential(nn.Conv2d(3, 4, 3)), images) == {}

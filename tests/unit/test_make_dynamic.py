@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from dyn.models.resnet import ENTRIES
+from dyn.models.resnet import ENTRIES, make_network
 from dyn.nn.bank import Banked
 from dyn.nn.dynamic_conv import KINDS, DynamicConv2d
 from dyn.nn.surgery import count_parameters, make_dynamic, make_partial
@@ -111,6 +111,26 @@ def test_the_registry():
     assert counts["total"] == counts["stored"] == 20_123_956
     with pytest.raises(ValueError, match="resnet10 has no pre-trained weights"):
         timm.create_model("padnet_resnet10", pretrained=True)
+
+
+def test_stems_and_starts_of_the_family():
+    small = timm.create_model("dyconv_resnet10", stem="stride2", num_classes=7)
+    assert small.conv1.kernel_size == (3, 3) and small.conv1.stride == (2, 2) and isinstance(small.maxpool, nn.Identity)
+    assert small.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+    assert timm.create_model("odconv_mobilenetv2_050", stem="stride1").conv_stem.stride == (1, 1)
+    norms = [m for m in make_network("resnet50").modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 53 and all(bool((m.weight == 1).all()) for m in norms)  # else mode partition sees nothing inside residual branches
+    assert not make_network("resnet10", zero_init_last=True).layer1[0].bn2.weight.any()
+
+
+@pytest.mark.parametrize(("backbone", "settings", "message"), [
+    ("resnet5", {}, "backbone='resnet5' is unknown; nearest: 'resnet50'"),
+    ("vgg11", {"stem": "stride1"}, "stem='stride1' is for ResNets and MobileNets"),
+    ("resnet10", {"stem": "tiny"}, "stem='tiny' is unknown; allowed: imagenet, stride1, stride2"),
+    ("mixer_s32_224", {"kind": "dyconv"}, "has no convolution left to make dyconv")])
+def test_networks_that_cannot_be(backbone, settings, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        make_network(backbone, **settings)
 
 
 def test_registration_waits_for_timm():

@@ -167,6 +167,15 @@ def test_one_blind_layer(caplog):
     assert "in 1 of 3 layers (6, ...)" in caplog.text and "removing" in caplog.text
 
 
+def test_layers_without_effect_are_told(caplog):
+    """What starts at zero behind layers hides them from the loss: here a classifier, in timm's ResNets from scratch the last norm of every branch."""
+    model = network()
+    nn.init.zeros_(model[11].weight)
+    with pytest.raises(ValueError, match="they say nothing"):
+        make_partial(model, data(), loss, keep=0.3)
+    assert "in 3 of 3 layers (3, ...) no position has any effect on the loss" in caplog.text
+
+
 def test_scores_without_information_are_refused_and_nothing_changes():
     """Fact 29: all-zero scores must not make an all-static network."""
     model = network()

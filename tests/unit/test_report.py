@@ -143,6 +143,43 @@ def test_plots_are_embedded_and_a_second_report_does_not_embed_the_first(tmp_pat
     assert "![load](plots/load.png)" in (tmp_path / "run" / "report.md").read_text()
 
 
+def partial(row, accuracies, share=0.3, **notes):
+    made = [result(row, seed, metrics={"accuracy": value, "dynamic share": share}, notes=notes | {"same": ["data"]}) for seed, value in enumerate(accuracies)]
+    return [item | {"config": item["config"] | {"data": "digits"}} for item in made]
+
+
+CLAIM = {"text": "PAD is better", "metric": "accuracy", "against": "dynamic", "wants": "higher"}
+
+
+@pytest.mark.parametrize(("ours", "theirs", "verdict"), [
+    ([0.80, 0.81, 0.82], [0.70, 0.71, 0.72], "won (the seeds could have shown 0.016)"),
+    ([0.60, 0.61, 0.62], [0.70, 0.71, 0.72], "lost (the seeds could have shown 0.016)"),
+    ([0.70, 0.72, 0.74], [0.70, 0.71, 0.72], "undecided (the seeds could have shown 0.025)"),
+    ([0.9], [0.7], "undecided (one seed)")])
+def test_claims_beside_what_was_measured(ours, theirs, verdict):
+    rows = grouped(*partial("PAD", ours, claims=[CLAIM], not_tested=["ImageNet"]), *partial("dynamic", theirs, 1.0))
+    [line] = verdicts.claims(rows[0], rows)
+    assert line.startswith(f"PAD is better: {verdict}. Measured: accuracy of PAD ") and line.endswith("; the claim itself is not tested at this scale")
+    assert verdicts.claims(rows[1], rows) == []
+
+
+def test_a_claim_without_its_control_has_no_verdict():
+    other = [item | {"config": item["config"] | {"data": "other"}} for item in partial("dynamic", [0.7, 0.7, 0.8])]
+    rows = grouped(*partial("PAD", [0.8, 0.81, 0.82], claims=[CLAIM]), *other)
+    assert verdicts.claims(rows[0], rows) == ["PAD is better: no verdict, control missing: dynamic"]
+
+
+def test_sentences_tables_and_points_of_a_result(tmp_path):
+    notes = dict(about=["images: digits"], tables={"Networks": [["network", "accuracy"], ["PAD", 0.8125]]}, points={"x": "dynamic share", "y": "accuracy"})
+    for number, item in enumerate([*partial("PAD", [0.8, 0.9], claims=[CLAIM], **notes), *partial("dynamic", [0.7, 0.8], 1.0, **notes)]):
+        (tmp_path / f"{number}.json").write_text(json.dumps(item))
+    report.write_report([tmp_path], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "\n- images: digits\n" in text and "| network | accuracy |\n| --- | --- |\n| PAD | 0.8125 |" in text
+    assert "### What the paper claims\n\n- PAD is better: undecided" in text
+    assert "![accuracy against dynamic share](report-x-points-1.png)" in text and (tmp_path / "out" / "report-x-points-1.png").stat().st_size > 1000
+
+
 def test_broken_and_foreign_files_are_named_and_skipped(tmp_path):
     (tmp_path / "good").mkdir()
     (tmp_path / "good" / "result.json").write_text(json.dumps(result()))

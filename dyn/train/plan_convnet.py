@@ -1,0 +1,74 @@
+"""What a run of experiments/padnet_resnet50.py would be, from shapes alone: parameters, multiply-adds, memory, steps. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from dyn.core.partition import kept_count
+from dyn.nn.bank import Banked
+from dyn.nn.surgery import count_parameters, macs_per_image
+from dyn.train.convnet import build, has_gpu, local_model
+from dyn.train.plan import GIB
+
+IMAGES = {"ILSVRC/imagenet-1k": (1_281_167, 1000), "cifar10": (50_000, 10), "uoft-cs/cifar10": (50_000, 10), "fashion-mnist": (60_000, 10),
+          "local": (60_000, 10), "digits": (1_438, 10), "tiny": (60, 3)}  # to train on, and classes
+
+
+def plan_convnets(cfg: Any) -> dict[str, Any]:
+    """What the run would be, from shapes alone. `cfg` is the Config of experiments/padnet_resnet50.py."""
+    model = local_model(cfg.model, cfg.data.size, has_gpu(cfg))
+    images, classes = IMAGES.get(cfg.data.path, (None, 1000))
+    methods = [*cfg.beside, model.method]
+    planned = {method: _planned(cfg, dataclasses.replace(model, method=method), classes) for method in methods}
+    made = {"network": ", ".join(f"{dataclasses.replace(model, method=m).what()}, {model.backbone} at {cfg.data.size} x {cfg.data.size}" for m in methods)}
+    if images is None and cfg.images is None:
+        training = {"epochs": cfg.epochs, "steps": f"known once {cfg.data.path} is open"}
+    else:
+        used = min(images or cfg.images, cfg.data.train_limit or math.inf)
+        used -= round(cfg.data.tuning * used)
+        steps = cfg.steps(used)
+        training = {"images": used, "images a step": cfg.images_per_step(), "steps": steps, "devices": cfg.trainer.world_size, "limit, minutes": cfg.minutes,
+                    "FLOPs (3 x 2 x MACs x images)": sum(6 * found["MACs an image"] for found in planned.values()) * steps * cfg.images_per_step()}
+    return made | {"training": training} | (planned if len(planned) > 1 else planned[model.method])
+
+
+def _planned(cfg: Any, model: Any, classes: int) -> dict[str, Any]:
+    """Parameters, multiply-adds and memory of one network."""
+    with torch.device("meta"):
+        net = build(cfg, model, classes)
+    shape = (3, cfg.data.size, cfg.data.size)
+    counts, macs = count_parameters(net), macs_per_image(net, shape)
+    banks = [m for m in net.modules() if isinstance(m, Banked)]
+    positions = sum(m.weight[0].numel() for m in banks)
+    static = positions - kept_count(positions, model.keep, "up") if model.method == "pad" else 0
+    if static and model.scales != "prune":
+        counts["total"] += positions  # while it trains, a partially dynamic layer holds K whole kernels and a whole static one
+    counts["stored"] -= static * (model.num_kernels - (model.scales != "prune"))
+    width = 4 if cfg.trainer.precision == "32-true" else 2
+    mixed = sum(m.weight[0].numel() for m in banks) * cfg.batch_size * width
+    memory = {"weights, gradients, momentum": (16 if cfg.optim.optimizer == "adamw" else 12) * counts["total"],
+              "activations": _outputs(net, shape) * cfg.batch_size * width, "mixed kernels, at most": mixed}
+    return {"parameters": {"total": counts["total"], "activated (without gates)": counts["active"], "stored (compact)": counts["stored"],
+                           "gates": counts["gate"]},
+            "MACs an image": macs - static * model.num_kernels,
+            "memory, GiB a device (estimate)": {key: round(value / GIB, 2) for key, value in (memory | {"total": sum(memory.values())}).items()}}
+
+
+def _outputs(net: nn.Module, shape: tuple[int, ...]) -> int:
+    """Numbers that the network's layers give for one image: about what a backward pass needs kept."""
+    counted = [0]
+
+    def add(_: nn.Module, __: tuple, out: torch.Tensor) -> None:
+        counted[0] += out.numel()
+
+    handles = [m.register_forward_hook(add) for m in net.modules() if isinstance(m, Banked) or not any(m.children())]
+    with torch.no_grad():
+        net.eval()(torch.empty(1, *shape, device="meta"))
+    for handle in handles:
+        handle.remove()
+    return counted[0]
