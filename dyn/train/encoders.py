@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from transformers import AutoTokenizer
 from dyn import env, figures
 from dyn.core.partition import kept_count
 from dyn.data.glue import DOCSTRINGS, TASKS, SentenceData, SentenceSet
-from dyn.models.encoder import make_moe
+from dyn.models.encoder import make_moe, moe_layers
 from dyn.models.packaged import sentence_classifier
 from dyn.nn.bank import Banked
 from dyn.nn.surgery import compact, count_parameters, dynamic_shares, macs_per_sentence, make_partial
@@ -90,6 +92,8 @@ def _train(cfg: Any, run: Any, data: SentenceData, task: str, name: str, model: 
     net, start = build(cfg, run, model, data), run.folder / "start" / label
     if model.method == "pad":  # kept, so that a resumed training has these modes and no others
         env.once(start, lambda part: _partition(cfg, run, data, net, model, part), rank)
+        for layer in moe_layers(net).values():
+            layer.add_partial(model.scales)
         net.load_state_dict(load_file(start / "model.safetensors"))
     trainer = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_every=min(cfg.trainer.val_every, math.ceil(steps / 2)))
     trained = train_classifier(net, train, validation, run=run, name=label, optim=cfg.optim, trainer=trainer, num_labels=data.num_labels,
@@ -109,13 +113,27 @@ def _train(cfg: Any, run: Any, data: SentenceData, task: str, name: str, model: 
 def _partition(cfg: Any, run: Any, data: SentenceData, net: nn.Module, model: Any, part: Any) -> None:
     """Iterative mode partition on training batches; writes the network that it leaves (section 4.4)."""
     batches = sentences.scoring_batches(cfg, data, model.batches)
-    make_partial(net.to(next(iter(batches[0].values())).device), batches, sentences.sentence_loss, keep=model.keep, rounds=model.rounds,
-                 schedule=model.schedule, method=model.criterion, scope=model.scope, monotone=model.monotone, scales=model.scales, static=model.static,
-                 seed=cfg.seed, shuffle="within_tensor" if model.shuffle else None)
+    with _told(run):
+        make_partial(net.to("cuda" if sentences.gpu(cfg.trainer) else "cpu"), batches, sentences.sentence_loss, keep=model.keep, rounds=model.rounds,
+                     schedule=model.schedule, method=model.criterion, scope=model.scope, monotone=model.monotone, scales=model.scales, static=model.static,
+                     seed=cfg.seed, shuffle="within_tensor" if model.shuffle else None)
     net.cpu()
     part.mkdir(parents=True)
     save_file({key: value.contiguous() for key, value in net.state_dict().items()}, part / "model.safetensors")
     run.log(f"{model.what()}: modes by {model.criterion} in {model.rounds} rounds on {model.batches} batches of {len(batches[0]['labels'])} sentences")
+
+
+@contextmanager
+def _told(run: Any) -> Iterator[None]:
+    """What the partition warns of (copies that SNIP cannot rank, for one) goes into the run's log."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: run.log(f"warning: {record.getMessage()}")
+    logger = logging.getLogger("dyn.nn.partial")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @torch.no_grad()
