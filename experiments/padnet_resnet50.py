@@ -151,7 +151,7 @@ STATIC, DY4, DY3, DY2 = dict(method="static"), *(dict(method="dyconv", num_kerne
 SAME_STORAGE = [dict(num_kernels=k, keep=keep) for k, keep in ((2, 0.9), (4, 0.3), (8, 0.9 / 7), (16, 0.06))]  # 1 + (K - 1) keep = 1.9 times the static weights
 CPU = dict(  # what one CPU core does in less than 8 minutes a row: a part of CIFAR-10, few epochs
     model__backbone="resnet10", model__stem="stride2", model__batches=5, data__path="uoft-cs/cifar10", data__train_limit=10_000, data__validation_limit=2_000,
-    epochs=3.0, batch_size=64, workers=0, optim__lr=0.05, trainer__precision="bf16-mixed", trainer__val_every=156, trainer__checkpoint_every=0,
+    epochs=3.5, batch_size=64, workers=0, optim__lr=0.05, trainer__precision="bf16-mixed", trainer__val_every=156, trainer__checkpoint_every=0,
     compact_images=500, timing_rounds=5)
 
 SWEEPS: dict[str, list[dict[str, Any]]] = {

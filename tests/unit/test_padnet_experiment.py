@@ -112,7 +112,7 @@ def test_bad_images_are_named(damage, tmp_path):
 
 
 def test_minutes_decide_steps_and_precision_from_measured_steps(tmp_path, monkeypatch):
-    cfg = load("smoke", "minutes=0.01", "trainer.precision=bf16-mixed", "epochs=50", "method=dyconv")
+    cfg = load("smoke", "minutes=0.011", "trainer.precision=bf16-mixed", "epochs=50", "method=dyconv")
     images = open_data(cfg, Run(tmp_path))
     monkeypatch.setattr(convnet, "interleaved", lambda runs, rounds: {"step": [0.3, 0.01, 0.2]})
     models = {"static": None, "dyconv": None}
@@ -120,8 +120,8 @@ def test_minutes_decide_steps_and_precision_from_measured_steps(tmp_path, monkey
     for bf16, precision, total in ((0.08, "32-true", 2 * (0.05 + 0.01)), (0.01, "bf16-mixed", 2 * (0.01 + 0.01))):
         monkeypatch.setattr(convnet, "seconds_per_micro_batch", lambda net, loss, dtype, bf16=bf16: bf16 if dtype == torch.bfloat16 else 0.05)
         run = Run(tmp_path)
-        assert convnet._length(cfg, run, images, models) == {"steps": int(0.8 * 0.6 / total), "precision": precision}
-        assert f"hold {int(0.8 * 0.6 / total)} of 300 steps" in run.lines[-1] and (len(run.lines) == 2) is (precision == "32-true")
+        assert convnet._length(cfg, run, images, models) == {"steps": int(0.8 * 0.66 / total), "precision": precision}
+        assert f"hold {int(0.8 * 0.66 / total)} of 300 steps" in run.lines[-1] and (len(run.lines) == 2) is (precision == "32-true")
     assert convnet._length(load("smoke", "epochs=50"), run, images, models) == {"steps": 300, "precision": "32-true"}
 
 
