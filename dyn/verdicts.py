@@ -89,8 +89,8 @@ def compare(group: Group, rows: Sequence[Group]) -> list[str]:
 
 def resampled(group: Group, control: Group, rounds: int = 500) -> list[str]:
     """Lines on the tasks of which both keep what was said to every example (notes: answers): the difference of the leading metric under resampling of seeds
-    and of examples together, since a validation set is a small sample itself; the smallest detectable difference (2.8 standard errors: found four times in five)
-    first."""
+    and of examples together, since a validation set is a small sample itself; first the smallest detectable difference (2.8 standard errors, which four of five
+    repetitions would find)."""
     ours, theirs = ({r["config"].get("seed"): r["notes"].get("answers", {}) for r in g.good} for g in (group, control))
     seeds, lines = sorted(seed for seed in ours.keys() & theirs.keys()), []
     for task in union(answers for seed in seeds for answers in [ours[seed]]):
@@ -111,8 +111,8 @@ def resampled(group: Group, control: Group, rounds: int = 500) -> list[str]:
         low, high = (sorted(found)[int(share * (rounds - 1))] for share in (0.025, 0.975))
         verdict = "no difference shown" if low <= 0 <= high else "higher" if gain > 0 else "lower"
         lines.append(f"{group.row} against {control.row}, {task} {pairs[0][0]['metric']}: smallest detectable difference {2.8 * statistics.stdev(found):.2g}; "
-                     f"measured {gain:+.3g}, 95 % interval {low:+.3g} to {high:+.3g} over {len(pairs)} seed{'s' * (len(pairs) > 1)} and {len(labels)} examples, "
-                     f"both resampled: {verdict}")
+                     f"measured {gain:+.3g}, 95 % interval {low:+.3g} to {high:+.3g} over {len(pairs)} seed{'s' * (len(pairs) > 1)} and {len(labels)} "
+                     f"examples, both resampled: {verdict}")
     return lines
 
 
@@ -129,7 +129,13 @@ def _pearson(predictions: Sequence[float], labels: Sequence[float], weights: Seq
     return joint / math.sqrt(var_p * var_y) if var_p * var_y > 0 else 0.0
 
 
-_SCORES = {"accuracy": _accuracy, "matthews": _pearson, "pearson": _pearson}  # Matthews' coefficient of two classes is Pearson's of zeros and ones
+def _mean(predictions: Sequence[float], _: Sequence[float], weights: Sequence[int]) -> float:
+    """Of a score by example."""
+    return sum(w * p for p, w in zip(predictions, weights, strict=True)) / sum(weights)
+
+
+# Matthews' coefficient of two classes is Pearson's of zeros and ones
+_SCORES = {"accuracy": _accuracy, "matthews": _pearson, "pearson": _pearson, "mean": _mean}
 
 
 def claims(group: Group, rows: Sequence[Group]) -> list[str]:

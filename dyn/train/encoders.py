@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from dyn import env, figures
 from dyn.core.partition import kept_count
-from dyn.data.glue import DOCSTRINGS, TASKS, SentenceData, SentenceSet
+from dyn.data.glue import DOCSTRINGS, EXAMPLES, NOT_IN_MEANS, TASKS, SentenceData, SentenceSet
 from dyn.models.encoder import make_moe, moe_layers
 from dyn.models.packaged import sentence_classifier
 from dyn.nn.bank import Banked
@@ -36,7 +36,6 @@ from dyn.train.trainer import check_world, world
 # What a row and its control share
 SAME = ("tasks", "epochs", "batch_size", "model.source", "data", "optim", "classify", "trainer.accumulate", "trainer.precision")
 CLAIM = "fully dynamic (MoE) BERT on GLUE: 1.9 points less average score than with 50 % dynamic parameters (the paper's abstract)"
-NOT_IN_MEANS = "wnli"  # its validation set is built against its training set: most models do worse than always giving one answer
 TOLERANCE = 0.01  # between the logits of a network and of its compact form, of the largest
 
 
@@ -257,8 +256,6 @@ def _numbers(cfg: Any, run: Any, data: Mapping[str, SentenceData], results: Mapp
 
 
 # Plan
-
-EXAMPLES = {"cola": 8_551, "sst2": 67_349, "mrpc": 3_668, "qqp": 363_846, "stsb": 5_749, "mnli": 392_702, "qnli": 104_743, "rte": 2_490, "wnli": 635}
 
 
 def plan_encoders(cfg: Any) -> dict[str, Any]:
