@@ -51,6 +51,7 @@ CPU: dict[str, Any] = dict(  # what one CPU core does in some minutes a row
     trainer__checkpoint_every=0)
 FULL, DENSE, SNIP = SparseConfig(kind="none", lr=2e-5), SparseConfig(keep=1.0), SparseConfig()
 FIRST = [replace(FULL, lr=1e-4), DENSE, *with_controls(SparseConfig(keep=0.2)), SNIP, SparseConfig(factor=4, keep=None)]
+REST = [net for net in with_controls(SNIP, FIRST[-1]) if net not in FIRST]
 KINDS = [SparseConfig(kind="pfeiffer"), SparseConfig(kind="lora", r=16, lr=2e-4), SparseConfig(kind="mam", r=16, prefix=True), SparseConfig(kind="parallel")]
 
 SWEEPS: dict[str, list[dict[str, Any]]] = {
@@ -60,7 +61,8 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "large_sparse": adapter_rows(FULL, *(made for k in (2, 3, 4) for made in with_controls(SparseConfig(factor=k, keep=None))),
                                  *(SparseConfig(r=64 * k, keep=1.0) for k in (2, 3, 4)), seeds=5),  # Table 3
     "kinds": adapter_rows(FULL, *(made for kind in KINDS for made in with_controls(kind)), seeds=5),  # Table 4
-    "cpu": [made for task, name in (("mrpc", "MRPC"), ("cola", "CoLA")) for made in adapter_rows(*FIRST, seeds=5, suffix=f", {name}", tasks=[task], **CPU)],
+    "cpu": [made for nets in (FIRST, REST) for task, name in (("mrpc", "MRPC"), ("cola", "CoLA"))
+            for made in adapter_rows(*nets, seeds=5, suffix=f", {name}", tasks=[task], **CPU)],
 }
 
 
