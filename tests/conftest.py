@@ -56,6 +56,7 @@ def tiny_host():
     families = {
         "bert": ("Bert", bert),
         "roberta": ("Roberta", bert | dict(pad_token_id=0)),
+        "xlm_roberta": ("XLMRoberta", bert | dict(pad_token_id=0)),
         "electra": ("Electra", bert | dict(embedding_size=16)),
         "albert": ("Albert", bert | dict(embedding_size=16)),
         "distilbert": ("DistilBert", dict(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=99, max_position_embeddings=64,

@@ -192,7 +192,8 @@ def _llama_layer(m: nn.Module) -> Layer | None:
 
 
 FAMILIES: dict[str, Callable[[nn.Module], Layer | None]] = {
-    "bert": _bert_layer, "roberta": _bert_layer, "electra": _bert_layer, "albert": _albert_layer, "distilbert": _distilbert_layer, "bart": _bart_layer,
+    "bert": _bert_layer, "roberta": _bert_layer, "xlm-roberta": _bert_layer, "electra": _bert_layer, "albert": _albert_layer,
+    "distilbert": _distilbert_layer, "bart": _bart_layer,
 }
 
 

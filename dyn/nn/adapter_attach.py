@@ -216,6 +216,9 @@ def _remove(model: nn.Module, name: str, which: Callable[[Site], bool]) -> None:
                 handle.remove()
             owner = model.get_submodule(parent)
             delattr(owner, role)
+            for m in model.modules():
+                if getattr(m, "adapter_exit", (None,))[0] is site:
+                    del m.adapter_exit
             if site.how == "attention":
                 hosts().forget_prefix(owner)
 

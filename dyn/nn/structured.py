@@ -61,12 +61,11 @@ def narrow(model: nn.Module, units: Units, masks: Masks) -> None:
     """Leave the kept units alone in every bottleneck, whose matrices become smaller; what it computes is what it computed with the others at zero."""
     for path, (block, first, second) in units.pairs.items():
         inner, outer = (block.get_submodule(key.rpartition(".")[0].removeprefix(f"{path}.")) for key in (first, second))
-        kept = masks[path]
+        kept_R = masks[path].nonzero().squeeze(1)
         for module, name, axis in ((inner, "weight", 0), (inner, "bias", 0), (outer, "weight", 1)):
             if (p := getattr(module, name)) is not None:
-                values = p[kept] if axis == 0 else p[:, kept]
-                setattr(module, name, nn.Parameter(values.clone(), requires_grad=p.requires_grad))
-        inner.out_features = outer.in_features = int(kept.sum())
+                setattr(module, name, nn.Parameter(p.index_select(axis, kept_R), requires_grad=p.requires_grad))
+        inner.out_features = outer.in_features = len(kept_R)
 
 
 @torch.no_grad()

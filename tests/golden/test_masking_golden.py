@@ -17,6 +17,7 @@ from dyn.core.saliency import score
 from dyn.nn.adapter_modules import Bottleneck, LoRA, Prefix
 from dyn.nn.count import count_parameters
 from dyn.nn.masking import dense_weights, large_sparse, masks, prune, set_masks
+from dyn.nn.structured import dead_units
 
 
 def houlsby(r=64, blocks=24, d=768, seed=0):
@@ -210,6 +211,13 @@ def test_fact_34_memory_of_the_flat_form():
     assert megabytes(model) == pytest.approx(38.9, abs=0.06)
     assert megabytes(houlsby(64)) == pytest.approx(37.7, abs=0.06)
     assert round(16 * 24 * 2 * 768 * preset.r / 1e6, 1) == 151.0  # dense
+
+
+@pytest.mark.parametrize(("keep", "share"), [(0.2, 0.0), (0.05, 0.0), (0.01, 0.00065)])
+def test_unstructured_masks_leave_hardly_a_unit_dead(keep, share):
+    """Section 7.7: no free compression."""
+    dead = dead_units(prune(houlsby(seed=1), None, None, "random", keep=keep))
+    assert len(dead) == 24 and sum(dead.values()) / (24 * 64) == pytest.approx(share, abs=0.0015 if share else 0)
 
 
 def test_lora_counts():

@@ -11,7 +11,7 @@ from dyn.nn.adapter import adapter_parameters, adapters, attach, detach, flatten
 from dyn.nn.adapter_build import FLAGS
 from dyn.nn.adapter_sites import sites
 
-FAMILIES = ["bert", "roberta", "electra", "albert", "distilbert", "bart", "llama", "mistral", "qwen2", "qwen3", "llama_moe"]
+FAMILIES = ["bert", "roberta", "xlm_roberta", "electra", "albert", "distilbert", "bart", "llama", "mistral", "qwen2", "qwen3", "llama_moe"]
 KINDS = [kind for kind in FLAGS if kind != "fusion"]
 
 

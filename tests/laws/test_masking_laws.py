@@ -83,7 +83,8 @@ def test_ties_of_a_zero_projection_are_drawn_not_taken_from_the_front(scope):
 OPTIMISERS = {"adamw": lambda p: torch.optim.AdamW(p, 1e-2, betas=(0.9, 0.98), weight_decay=0.1),
               "adamw, fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
               "adam, foreach": lambda p: torch.optim.Adam(p, 1e-2, weight_decay=0.1, foreach=True),
-              "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.1, nesterov=True)}
+              "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.1, nesterov=True),
+              "sgd, fused": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.1, fused=True)}
 
 
 @pytest.mark.parametrize("make", OPTIMISERS.values(), ids=OPTIMISERS)
@@ -121,6 +122,7 @@ def test_a_narrowed_bottleneck_computes_what_the_masked_one_does(seed, keep, sco
     for small, big in ((narrow.blocks[0], wide.blocks[0]), (narrow.blocks[1], wide.blocks[1]), (narrow.lora, wide.lora)):
         (inner, outer), (first, second) = ((b.down, b.up) if isinstance(b, Bottleneck) else (b.A, b.B) for b in (small, big))
         assert inner.weight.shape == (inner.out_features, 12) and outer.weight.shape == (12, outer.in_features) == (12, inner.out_features)
+        assert inner.weight.is_contiguous() and outer.weight.is_contiguous()
         rows = {tuple(row.tolist()): i for i, row in enumerate(first.weight)}
         kept = torch.zeros(len(first.weight), dtype=torch.bool)
         kept[[rows[tuple(row.tolist())] for row in inner.weight]] = True
