@@ -94,7 +94,7 @@ def find_host(model: nn.Module) -> Host:
     if host is None:
         raise ValueError(f"{type(model).__name__} holds no model of transformers; adapters sit on {', '.join(FAMILIES)} and Llama-like decoders")
     kind = host.config.model_type
-    read = FAMILIES.get(kind, _llama_layer)
+    read = FAMILIES.get(kind.removeprefix("dyn_moe_"), _llama_layer)  # encoders with experts have their family's layers
     layers = [layer for m in host.modules() if (layer := read(m)) is not None]
     if not layers:
         raise ValueError(f"{type(host).__name__} (model_type {kind!r}) has no layer whose parts are known; adapters sit on {', '.join(FAMILIES)}, and on "
@@ -209,14 +209,15 @@ class PrefixConfig:
         return PREFIX_ATTENTION if name == "_attn_implementation" else getattr(self.dyn_config, name)
 
 
-def see_prefix(attention: nn.Module) -> None:
-    """Let an attention block use the prefixes of its site `prefix`.
-
-    Raises:
-        ValueError: an attention function that takes no mask that could be widened.
-    """
+def check_prefix(attention: nn.Module) -> None:
+    """ValueError for an attention function that takes no mask that could be widened."""
     if not isinstance(attention.config, PrefixConfig):
         _inner(attention, attention.config)
+
+
+def see_prefix(attention: nn.Module) -> None:
+    """Let an attention block use the prefixes of its site `prefix`."""
+    if not isinstance(attention.config, PrefixConfig):
         attention.config = PrefixConfig(attention.config)
 
 

@@ -56,6 +56,8 @@ def attach(model: nn.Module, kind: Kind, r: int | None = None, name: str = "defa
     generator, made = None if seed is None else torch.Generator().manual_seed(seed), pieces(model, host, config, name, dtype)
     for piece in made:
         check_place(piece.place, piece.role)
+        if piece.place.how == "attention":
+            hosts().check_prefix(piece.place.module)
     for piece in made:
         piece.module.draw(piece.init, generator)
         open_site(piece.place, piece.role, active)[name] = piece.module.train(model.training)

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from dyn.nn.adapter import adapter_parameters, attach, set_active
 from dyn.nn.adapter_build import FLAGS
+from dyn.nn.adapter_sites import sites
 
 KINDS = [kind for kind in FLAGS if kind != "fusion"]
 
@@ -143,11 +144,17 @@ def test_compiled_without_a_break(tiny_host, tiny_text, family):
     assert torch.allclose(found, expected, atol=1e-6)
 
 
-def test_other_attention_functions_are_refused(tiny_host):
+def test_other_attention_functions_are_refused(tiny_host, tiny_text):
     model = tiny_host()
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="needs attn_implementation 'eager' or 'sdpa', got 'flex_attention'"):
         attach(model, "prefix", 4)
+    assert not sites(model) and all(p.requires_grad for p in model.parameters())
+    model.config._attn_implementation = "sdpa"
+    attach(model, "prefix", 4)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="needs attn_implementation"):
+        model(**tiny_text())
 
 
 def test_the_attention_function_can_change(tiny_host, tiny_text):
