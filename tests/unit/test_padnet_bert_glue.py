@@ -104,6 +104,22 @@ def test_what_an_encoder_has_seen():
     assert sentences.caveats("google-bert/bert-base-uncased", TASKS) == []
 
 
+def test_data_and_encoders_that_cannot_be_had(tmp_path, monkeypatch):
+    """The docstring task in place of MRPC where that is asked for, and said; else one clear line."""
+    monkeypatch.delenv("DYN_DATA", raising=False)
+    monkeypatch.setenv("DYN_CACHE", str(tmp_path / "cache"))
+    cfg = smoke(["data.path=nyu-mll/glue", "data.fallback=true", "data.train_limit=40"])
+    run = new_run(tmp_path, cfg)
+    opened = sentences.open_task(cfg, run, "tiny", "mrpc")
+    assert opened.task == "docstrings" and opened.num_labels == 8 and len(opened.train) == 40
+    assert opened.what.startswith("the docstring task in place of mrpc, which neither $DYN_DATA nor the hub gives")
+    assert opened.what in (run.folder / "log.txt").read_text()
+    with pytest.raises(ValueError, match="no/such has no tokenizer that transformers can load"):
+        sentences.open_task(cfg, run, "no/such", "mrpc")
+    with pytest.raises(ValueError, match="no/such is no encoder that transformers can load"):
+        sentences.build(cfg, run, "no/such", opened)
+
+
 def test_answers(tmp_path):
     sentences.write_answers(tmp_path / "a" / "x.json", {"validation": Answers(torch.arange(2), torch.tensor([1, 0]), torch.tensor([1, 1]))})
     assert json.loads((tmp_path / "a" / "x.json").read_text()) == {"validation": {"index": [0, 1], "predictions": [1, 0], "labels": [1, 1]}}
