@@ -152,7 +152,7 @@ def test_a_stopped_run_goes_on_with_the_modes_it_had(tmp_path, monkeypatch):
     assert timeless[0] == timeless[1] and found["mrpc/variation of load"] > 0
     for name in ("answers/mrpc-pad.json", "export/mrpc-pad/config.json", "export/mrpc-pad/model.safetensors"):
         assert (run.folder / name).read_bytes() == (whole.folder / name).read_bytes()
-    assert not list(run.folder.glob("start/*/*.safetensors")) and (run.folder / "plots" / "load.png").is_file()
+    assert not (run.folder / "start").exists() and (run.folder / "plots" / "load.png").is_file()
     loaded = AutoModelForSequenceClassification.from_pretrained(run.folder / "export" / "mrpc-pad")
     assert sum(p.numel() for p in loaded.parameters()) == found["mrpc/compact/parameters"] == run.cost["stored_parameters"]
     assert AutoTokenizer.from_pretrained(run.folder / "export" / "mrpc-pad")("a b").input_ids
