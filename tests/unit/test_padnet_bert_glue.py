@@ -104,6 +104,22 @@ def test_what_an_encoder_has_seen():
     assert sentences.caveats("google-bert/bert-base-uncased", TASKS) == []
 
 
+def test_data_and_encoders_that_cannot_be_had(tmp_path, monkeypatch):
+    """The docstring task in place of MRPC where that is asked for, and said; else one clear line."""
+    monkeypatch.delenv("DYN_DATA", raising=False)
+    monkeypatch.setenv("DYN_CACHE", str(tmp_path / "cache"))
+    cfg = smoke(["data.path=nyu-mll/glue", "data.fallback=true", "data.train_limit=40"])
+    run = new_run(tmp_path, cfg)
+    opened = sentences.open_task(cfg, run, "tiny", "mrpc")
+    assert opened.task == "docstrings" and opened.num_labels == 8 and len(opened.train) == 40
+    assert opened.what.startswith("the docstring task in place of mrpc, which neither $DYN_DATA nor the hub gives")
+    assert opened.what in (run.folder / "log.txt").read_text()
+    with pytest.raises(ValueError, match="no/such has no tokenizer that transformers can load"):
+        sentences.open_task(cfg, run, "no/such", "mrpc")
+    with pytest.raises(ValueError, match="no/such is no encoder that transformers can load"):
+        sentences.build(cfg, run, "no/such", opened)
+
+
 def test_answers(tmp_path):
     sentences.write_answers(tmp_path / "a" / "x.json", {"validation": Answers(torch.arange(2), torch.tensor([1, 0]), torch.tensor([1, 1]))})
     assert json.loads((tmp_path / "a" / "x.json").read_text()) == {"validation": {"index": [0, 1], "predictions": [1, 0], "labels": [1, 1]}}
@@ -136,7 +152,7 @@ def test_a_stopped_run_goes_on_with_the_modes_it_had(tmp_path, monkeypatch):
     assert timeless[0] == timeless[1] and found["mrpc/variation of load"] > 0
     for name in ("answers/mrpc-pad.json", "export/mrpc-pad/config.json", "export/mrpc-pad/model.safetensors"):
         assert (run.folder / name).read_bytes() == (whole.folder / name).read_bytes()
-    assert not list(run.folder.glob("start/*/*.safetensors")) and (run.folder / "plots" / "load.png").is_file()
+    assert not (run.folder / "start").exists() and (run.folder / "plots" / "load.png").is_file()
     loaded = AutoModelForSequenceClassification.from_pretrained(run.folder / "export" / "mrpc-pad")
     assert sum(p.numel() for p in loaded.parameters()) == found["mrpc/compact/parameters"] == run.cost["stored_parameters"]
     assert AutoTokenizer.from_pretrained(run.folder / "export" / "mrpc-pad")("a b").input_ids
