@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
 import math
 import shutil
@@ -53,7 +54,10 @@ def train_convnets(cfg: Any, run: Any) -> dict[str, Any]:
     models = {method: dataclasses.replace(cfg.model, method=method) for method in [*cfg.beside, cfg.model.method]}
     length = run.stage("length", lambda: _length(cfg, run, data, models))
     steps, cfg = length["steps"], dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, precision=length["precision"]))
-    results = {name: run.stage(name, lambda name=name: _train(cfg, run, data, name, models[name], steps)) for name in models}
+    results = {}
+    for name, model in models.items():
+        results[name] = run.stage(name, lambda name=name, model=model: _train(cfg, run, data, name, model, steps))
+        gc.collect()  # trainers and their networks hold each other
     if rank:
         return {}
     shutil.rmtree(run.folder / "start", ignore_errors=True)  # checkpoints hold what is in it
