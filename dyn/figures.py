@@ -98,14 +98,14 @@ def by_layer(path: str | Path, lines: Mapping[str, Sequence[float]], ylabel: str
     return _save(fig, path)
 
 
-def points(path: str | Path, found: Mapping[str, tuple[float, float]], xlabel: str, ylabel: str) -> Path:
-    """Named points (x, y), with a line through them in the order of x."""
+def points(path: str | Path, found: Mapping[str, tuple[float, float]], xlabel: str, ylabel: str, *, log: bool = False) -> Path:
+    """Named points (x, y), with a line through them in the order of x; `log`: a logarithmic axis of x."""
     fig, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
     ordered = sorted(found.items(), key=lambda item: item[1])
     ax.plot(*zip(*(place for _, place in ordered), strict=True), color="lightgrey", zorder=1)
     for name, (x, y) in ordered:
         ax.scatter([x], [y], label=name, zorder=2)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
     ax.legend(fontsize=7)
     return _save(fig, path)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,58 @@ def compare(group: Group, rows: Sequence[Group]) -> list[str]:
             else:
                 verdict = ("lower" if a < b else "higher") if abs(a - b) > least else "no difference shown"
                 lines.append(f"{text}; smallest that the seeds could have shown {least:.2g}: {verdict}{_paired(group.by_seed(key), control.by_seed(key))}")
+    return lines + [line for control in controls.values() for line in resampled(group, control)]
+
+
+def resampled(group: Group, control: Group, rounds: int = 500) -> list[str]:
+    """Lines on the tasks of which both keep what was said to every example (notes: answers): the difference of the leading metric under resampling of seeds
+    and of examples together, since a validation set is a small sample itself; first the smallest detectable difference (2.8 standard errors, which four of five
+    repetitions would find)."""
+    ours, theirs = ({r["config"].get("seed"): r["notes"].get("answers", {}) for r in g.good} for g in (group, control))
+    seeds, lines = sorted(seed for seed in ours.keys() & theirs.keys()), []
+    for task in union(answers for seed in seeds for answers in [ours[seed]]):
+        pairs = [(ours[seed][task], theirs[seed][task]) for seed in seeds if task in ours[seed] and task in theirs[seed]]
+        pairs = [pair for pair in pairs if pair[0]["labels"] == pairs[0][0]["labels"] == pair[1]["labels"] and pair[0]["metric"] in _SCORES]
+        if not pairs:
+            continue
+        labels, score, draw = pairs[0][0]["labels"], _SCORES[pairs[0][0]["metric"]], random.Random(0)
+        found = []
+        for _ in range(rounds):
+            examples, chosen = draw.choices(range(len(labels)), k=len(labels)), draw.choices(pairs, k=len(pairs))
+            weights = [0] * len(labels)
+            for place in examples:
+                weights[place] += 1
+            found.append(statistics.fmean(score(a["predictions"], labels, weights) - score(b["predictions"], labels, weights) for a, b in chosen))
+        ones = [1] * len(labels)
+        gain = statistics.fmean(score(a["predictions"], labels, ones) - score(b["predictions"], labels, ones) for a, b in pairs)
+        low, high = (sorted(found)[int(share * (rounds - 1))] for share in (0.025, 0.975))
+        verdict = "no difference shown" if low <= 0 <= high else "higher" if gain > 0 else "lower"
+        lines.append(f"{group.row} against {control.row}, {task} {pairs[0][0]['metric']}: smallest detectable difference {2.8 * statistics.stdev(found):.2g}; "
+                     f"measured {gain:+.3g}, 95 % interval {low:+.3g} to {high:+.3g} over {len(pairs)} seed{'s' * (len(pairs) > 1)} and {len(labels)} "
+                     f"examples, both resampled: {verdict}")
     return lines
+
+
+def _accuracy(predictions: Sequence[float], labels: Sequence[float], weights: Sequence[int]) -> float:
+    return sum(w for p, y, w in zip(predictions, labels, weights, strict=True) if p == y) / sum(weights)
+
+
+def _pearson(predictions: Sequence[float], labels: Sequence[float], weights: Sequence[int]) -> float:
+    """0 where either side is constant."""
+    total = sum(weights)
+    mean_p, mean_y = (sum(w * v for v, w in zip(values, weights, strict=True)) / total for values in (predictions, labels))
+    var_p, var_y = (sum(w * (v - mean) ** 2 for v, w in zip(values, weights, strict=True)) for values, mean in ((predictions, mean_p), (labels, mean_y)))
+    joint = sum(w * (p - mean_p) * (y - mean_y) for p, y, w in zip(predictions, labels, weights, strict=True))
+    return joint / math.sqrt(var_p * var_y) if var_p * var_y > 0 else 0.0
+
+
+def _mean(predictions: Sequence[float], _: Sequence[float], weights: Sequence[int]) -> float:
+    """Of a score by example."""
+    return sum(w * p for p, w in zip(predictions, weights, strict=True)) / sum(weights)
+
+
+# Matthews' coefficient of two classes is Pearson's of zeros and ones
+_SCORES = {"accuracy": _accuracy, "matthews": _pearson, "pearson": _pearson, "mean": _mean}
 
 
 def claims(group: Group, rows: Sequence[Group]) -> list[str]:

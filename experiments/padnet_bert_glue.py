@@ -146,7 +146,8 @@ CRITERIA = [dict(criterion=c, rounds=r, shuffle=s) for c, r in (("random", 3), (
 SAME_STORAGE = [dict(num_experts=e, keep=keep) for e, keep in ((5, 0.875), (8, 0.5), (16, 7 / 30), (32, 3.5 / 31))]
 CPU = dict(  # what one CPU core does in less than 6 minutes a row
     model__source="all-MiniLM-L6-v2", model__batches=5, eval_batch_size=102, trainer__precision="bf16-mixed", trainer__accelerator="cpu", optim__lr=1e-4,
-    optim__warmup_share=0.06, trainer__val_every=1000, trainer__checkpoint_every=0, timing_rounds=5)
+    optim__warmup_share=0.06, trainer__val_every=1000, trainer__checkpoint_every=0, timing_rounds=5,
+    compact_examples=100)
 
 SWEEPS: dict[str, list[dict[str, Any]]] = {
     "methods": rows(*CONTROLS, {}, dict(where="out"), dict(method="moe", where="out"), dict(method="moe", where="out", num_experts=4), dict(gate="random"),
@@ -156,8 +157,8 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "scales": rows({}, dict(scales="s"), dict(scales="d"), dict(scales="none"), *CONTROLS),
     "pruning": rows(dict(scales="none"), dict(scales="prune"), {}, *CONTROLS),
     "experts": rows(*SAME_STORAGE, *CONTROLS),
-    "cpu": [*rows(STATIC, MOE, {}, MOE4, suffix=", MRPC", tasks=["mrpc"], epochs=2.0, **CPU),
-            *rows(STATIC, MOE, {}, MOE4, suffix=", CoLA", tasks=["cola"], epochs=2.0, **CPU)],
+    "cpu": [*rows(STATIC, MOE, {}, MOE4, suffix=", MRPC", tasks=["mrpc"], epochs=1.5, **CPU),
+            *rows(STATIC, MOE, {}, MOE4, suffix=", CoLA", tasks=["cola"], epochs=1.5, **CPU)],
 }
 
 

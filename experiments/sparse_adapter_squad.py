@@ -66,7 +66,7 @@ def main(cfg: Config, run: Any) -> dict[str, Any]:
     """Attach, prune, train, measure; see `dyn.train.adapt`."""
     from dyn.train import adapt, adapt_jobs
 
-    return adapt.train_adapters(cfg, run, adapt_jobs.questions(cfg, run))
+    return adapt.train_adapters(cfg, run, {"": adapt_jobs.questions(cfg, run)})
 
 
 def plan(cfg: Config) -> dict[str, Any]:

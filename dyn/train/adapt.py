@@ -1,8 +1,8 @@
 """Networks with adapters, pruned or not, on a task, from data to a report: the stages of experiments/sparse_adapter_*.py.
 
 A run trains `cfg.sparse` and, for comparison on the same batches, the networks of `cfg.beside`; its numbers are remembered in the run folder stage by stage.
-What is special about a task is a `Job`. A Config has what is read here: `seed`, `source`, `sparse`, `beside`, `rates`, `epochs`, `minutes`, `batch_size`,
-`eval_batch_size`, `workers`, `export`, `optim`, `trainer`, `data`.
+What is special about a task is a `Job`; a run has one, or several by name. A Config has what is read here: `seed`, `source`, `sparse`, `beside`, `rates`,
+`epochs`, `minutes`, `batch_size`, `eval_batch_size`, `workers`, `export`, `optim`, `trainer`, `data`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dyn import figures
 from dyn.core.partition import kept_count
+from dyn.data.glue import NOT_IN_MEANS
 from dyn.data.loader import EvaluationLoader, ResumableLoader
 from dyn.nn.adapter import save_adapter
 from dyn.train import sentences
@@ -32,15 +33,16 @@ from dyn.train.supervised import Supervised
 from dyn.train.trainer import check_world, world
 
 # What a row and its control share
-SAME = ("source", "epochs", "batch_size", "rates", "data", "optim", "trainer.accumulate", "trainer.precision")
+SAME = ("source", "tasks", "epochs", "batch_size", "rates", "data", "optim", "trainer.accumulate", "trainer.precision")
+ANSWERS = 6000  # validation examples up to which a result holds what was said to each
 
 
 class Job(NamedTuple):
     """A task, opened: its data (train, validation, tuning, what), how its network begins, its loss of a batch, and what trains and measures it.
 
     task: (network, names of the validation sets, their data, optimiser, trainer) -> Supervised. scores: the metrics of a validation set, the leading one first.
-    answer: what was said to an example -> plain data. claim: of the paper, about SNIP at keep 0.6 against the dense adapter; tested: on these networks and
-    data only.
+    answers: what was said to the examples of a set -> plain data, a list. claims: (of the paper, about "pruned" (SNIP at keep 0.6) or "large" (Large-Sparse)
+    against the dense adapter) -> text; tested: on these networks and data only. numbers: what was said in all sets -> what `dyn.verdicts.resampled` wants.
     """
 
     data: Any
@@ -48,28 +50,36 @@ class Job(NamedTuple):
     loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
     task: Callable[[nn.Module, Mapping[str, Any], Any, TrainerConfig], Supervised]
     scores: tuple[str, ...]
-    answer: Callable[[Any], Mapping[str, Any]]
-    claim: str
-    tested: Mapping[str, str]
+    answers: Callable[[Any], list[Any]]
+    claims: Mapping[str, str]
+    tested: Mapping[str, Any]
+    numbers: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    mean: bool = False  # the task's score is the mean of `scores`, as GLUE has it
+    caveats: tuple[str, ...] = ()  # to be said beside results
 
 
-def train_adapters(cfg: Any, run: Any, job: Job) -> dict[str, Any]:
-    """Attach, prune, train, measure. Returns the metrics, fills `run.cost` and `run.notes`."""
+def train_adapters(cfg: Any, run: Any, jobs: Mapping[str, Job]) -> dict[str, Any]:
+    """Attach, prune, train, measure; jobs: by name, "" for the only one. Returns the metrics, fills `run.cost` and `run.notes`."""
     check_world(cfg.trainer)
     networks = {_key(sparse): sparse for sparse in [*cfg.beside, cfg.sparse]}
-    steps = run.stage("steps", lambda: _steps(cfg, run, job, networks.values()))
-    results = {}
-    for name, sparse in networks.items():
-        tried = {rate: run.stage(f"{name}-lr{rate:g}", functools.partial(_train, cfg, run, job, name, sparse, rate, steps))
-                 for rate in cfg.rates or [cfg.optim.lr]}
-        results[name] = max(tried.values(), key=lambda found: found["chosen by"])
-        if cfg.rates:
-            run.log(f"{sparse.what()}: lr {results[name]['lr']:g} is best on the examples held out for that, {job.scores[0]} "
-                    + ", ".join(f"{found['chosen by']:.4f} ({rate:g})" for rate, found in tried.items()))
+    steps = run.stage("steps", lambda: _steps(cfg, run, jobs, networks.values()))
+    results = {task: {name: _best(cfg, run, job, f"{task}-{name}".lstrip("-"), sparse, steps[task]) for name, sparse in networks.items()}
+               for task, job in jobs.items()}
     if world(cfg.trainer)[0]:
         return {}
-    _draw(run, job, results)
-    return _numbers(cfg, run, job, results, steps)
+    _draw(run, jobs, results)
+    return _numbers(cfg, run, jobs, results, steps)
+
+
+def _best(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig, steps: int) -> dict[str, Any]:
+    """The network trained at its rate, or at each of `cfg.rates`: the best of them on examples that are not reported."""
+    tried = {rate: run.stage(f"{name}-lr{rate:g}", functools.partial(_train, cfg, run, job, name, sparse, rate, steps))
+             for rate in cfg.rates or [sparse.lr or cfg.optim.lr]}
+    best = max(tried.values(), key=lambda found: found["chosen by"])
+    if cfg.rates:
+        run.log(f"{sparse.what()}: lr {best['lr']:g} is best on the examples held out for that, {job.scores[0]} "
+                + ", ".join(f"{found['chosen by']:.4f} ({rate:g})" for rate, found in tried.items()))
+    return best
 
 
 def _key(sparse: SparseConfig) -> str:
@@ -87,12 +97,13 @@ def _network(cfg: Any, run: Any, job: Job, sparse: SparseConfig, *, quiet: bool 
     return net, facts
 
 
-def _steps(cfg: Any, run: Any, job: Job, networks: Iterable[SparseConfig]) -> int:
-    """Of each training; masks cost the same whatever they keep."""
-    nets = [functools.partial(lambda sparse: _network(cfg, run, job, sparse, quiet=True)[0], dataclasses.replace(sparse, method="random"))
+def _steps(cfg: Any, run: Any, jobs: Mapping[str, Job], networks: Iterable[SparseConfig]) -> dict[str, int]:
+    """Of each training, by job; masks cost the same whatever they keep."""
+    first = next(iter(jobs.values()))
+    nets = [functools.partial(lambda sparse: _network(cfg, run, first, sparse, quiet=True)[0], dataclasses.replace(sparse, method="random"))
             for sparse in networks for _ in cfg.rates or [0]]
-    wanted = {"task": sentences.full_steps(cfg, len(job.data.train))}
-    return sentences.fitting_steps(cfg, run, wanted, nets, job.data, job.loss)["task"]
+    wanted = {task: sentences.full_steps(cfg, len(job.data.train)) for task, job in jobs.items()}
+    return sentences.fitting_steps(cfg, run, wanted, nets, first.data, first.loss)
 
 
 def _train(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig, rate: float, steps: int) -> dict[str, Any]:
@@ -109,6 +120,7 @@ def _train(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig, rate: 
     sets = [f"val/{split}/" for split in job.data.validation] if len(parts) > 1 else ["val/"]
     scores = {key: statistics.fmean(trained.metrics[f"{split}{key}"] for split in sets) for key in (*job.scores, "loss")
               if f"{sets[0]}{key}" in trained.metrics}
+    scores |= {"score": statistics.fmean(scores[key] for key in job.scores)} if job.mean else {}
     chosen_by = trained.metrics[f"val/tuning/{job.scores[0]}" if cfg.rates else f"{sets[0]}{job.scores[0]}"]
     result = {"what": sparse.what(), "lr": rate, "chosen by": chosen_by, "scores": scores, "facts": facts, "cost": trained.cost}
     if world(cfg.trainer)[0] == 0:
@@ -121,9 +133,10 @@ def _keep(cfg: Any, run: Any, job: Job, label: str, sparse: SparseConfig, traine
     for split in job.data.validation:
         path = run.folder / "answers" / f"{label}-{split}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps([job.answer(said) for said in trained.answers[split]]) + "\n")
+        path.write_text(json.dumps(job.answers(trained.answers[split])) + "\n")
     trainable = [p for p in trained.net.parameters() if p.requires_grad]
-    sizes = {"optimizer bytes": 8 * sum(p.numel() for p in trainable)}
+    numbers = job.numbers({split: trained.answers[split] for split in job.data.validation})
+    sizes = {"optimizer bytes": 8 * sum(p.numel() for p in trainable), "numbers": numbers if len(numbers["labels"]) <= ANSWERS else None}
     if sparse.kind == "none":
         if cfg.export:
             trained.net.save_pretrained(run.folder / "export" / label)
@@ -137,44 +150,85 @@ def _keep(cfg: Any, run: Any, job: Job, label: str, sparse: SparseConfig, traine
     return sizes
 
 
-def _draw(run: Any, job: Job, results: Mapping[str, Mapping[str, Any]]) -> None:
-    plots, lead = run.folder / "plots", job.scores[0]
-    if len(results) > 1:
-        points = {result["what"]: (result["facts"]["trained_parameters"], result["scores"][lead]) for result in results.values()}
-        figures.points(plots / "score.png", points, "trained parameters", lead)
-    if density := {result["what"]: list(result["facts"]["density"].values()) for result in results.values() if result["facts"]["mask"]}:
-        figures.by_layer(plots / "density.png", density, "kept share, matrix by matrix")
+def _lead(jobs: Mapping[str, Job]) -> str:
+    """The metric that a run is read by: the only job's leading one, or the mean score of several."""
+    return jobs[""].scores[0] if "" in jobs else "score"
 
 
-def _numbers(cfg: Any, run: Any, job: Job, results: Mapping[str, Mapping[str, Any]], steps: int) -> dict[str, Any]:
+def _mean(results: Mapping[str, Mapping[str, Any]], name: str, key: str) -> float:
+    """Average over jobs, as GLUE's without WNLI."""
+    tasks = [task for task in results if task != NOT_IN_MEANS] or list(results)
+    return statistics.fmean(results[task][name]["scores"][key] for task in tasks)
+
+
+def _draw(run: Any, jobs: Mapping[str, Job], results: Mapping[str, Mapping[str, Any]]) -> None:
+    plots, lead, first = run.folder / "plots", _lead(jobs), next(iter(results.values()))
+    if len(first) > 1:
+        scores = {name: _mean(results, name, lead) for name in first}
+        figures.points(plots / "score.png", {found["what"]: (found["facts"]["trained_parameters"], scores[name]) for name, found in first.items()},
+                       "trained parameters", lead, log=True)
+        if keeps := {found["what"]: (found["facts"]["keep"], scores[name]) for name, found in first.items() if found["facts"]["weights"]}:
+            figures.points(plots / "keep.png", keeps, "keep", lead)
+    for name, found in first.items():
+        if found["facts"]["mask"]:
+            figures.by_layer(plots / f"density-{name}.png", densities(found["facts"]["density"]), "density", level={"keep": found["facts"]["keep"]})
+
+
+def densities(by_tensor: Mapping[str, float]) -> dict[str, list[float]]:
+    """Kept shares by matrix, a line of values over the layers for each: keys that differ in the layer's number alone are of one matrix."""
+    lines: dict[str, list[float]] = {}
+    for key, share in by_tensor.items():
+        parts = [part for part in key.split(".") if not part.isdigit()]
+        place = [part for part in parts if part in ("attention", "self", "query", "key", "value", "intermediate", "output", "ffn", "crossattention")]
+        lines.setdefault(" ".join([*dict.fromkeys(place), *parts[-2:]]).removesuffix(" weight"), []).append(share)
+    return lines
+
+
+def _numbers(cfg: Any, run: Any, jobs: Mapping[str, Job], results: Mapping[str, Mapping[str, Any]], steps: Mapping[str, int]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
-    main, lead = _key(cfg.sparse), job.scores[0]
-    for name, result in results.items():
-        prefix, facts, cost = "" if name == main else f"{name}/", result["facts"], result["cost"]
-        metrics |= {f"{prefix}{key}": value for key, value in result["scores"].items()}
-        metrics |= {f"{prefix}keep": facts["keep"], f"{prefix}trained parameters": facts["trained_parameters"], f"{prefix}file bytes": result["file bytes"],
-                    f"{prefix}learning rate": result["lr"]}
+    main, lead, first = _key(cfg.sparse), _lead(jobs), next(iter(results.values()))
+    for name, found in first.items():
+        prefix, facts, cost = "" if name == main else f"{name}/", found["facts"], found["cost"]
+        metrics |= {f"{prefix}{lead}": _mean(results, name, lead)}
+        for task, by_net in results.items():
+            inner = f"{prefix}{task}/" if task else prefix
+            metrics |= {f"{inner}{key}": value for key, value in by_net[name]["scores"].items()} | {f"{inner}learning rate": by_net[name]["lr"]}
+        metrics |= {f"{prefix}keep": facts["keep"], f"{prefix}trained parameters": facts["trained_parameters"], f"{prefix}file bytes": found["file bytes"]}
         metrics |= {f"{prefix}density": list(facts["density"].values())} if facts["density"] else {}
-        cost |= {key: facts[key] for key in ("weights", "kept", "adapter_parameters", "head_parameters", "mask")}
-        cost |= {"seconds_pruning": facts["seconds"], "optimizer_bytes": result["optimizer bytes"]}
+        cost |= {key: facts[key] for key in ("weights", "kept", "trained_parameters", "adapter_parameters", "head_parameters", "mask")}
+        cost |= {"seconds_pruning": facts["seconds"], "file_bytes": found["file bytes"], "optimizer_bytes": found["optimizer bytes"],
+                 "seconds_training": sum(by_net[name]["cost"]["seconds_training"] for by_net in results.values())}
         cost |= {"seconds_per_step": 1 / cost["steps_per_second"]} if cost.get("steps_per_second") else {}
         run.cost |= {name: cost} if prefix else cost
-    metrics["train/steps"] = steps
+    metrics |= {f"train/steps/{task}".rstrip("/"): count for task, count in steps.items()}
     what = cfg.sparse.what()
     suffix = run.row.removeprefix(what) if run.row.startswith(what) else ""
     size = cfg.batch_size * cfg.trainer.accumulate * cfg.trainer.world_size
     threads = "" if sentences.gpu(cfg.trainer) else f" on {torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}"
-    about = f"{cfg.source}, {steps:,} steps of {size}{threads}{', one seed, networks side by side' if cfg.beside else ''}"
+    counts = ", ".join(f"{count:,} steps of {size}{f' on {task}' if task else ''}" for task, count in steps.items())
+    about = f"{cfg.source}, {counts}{threads}{', one seed, networks side by side' if cfg.beside else ''}"
+    job = next(iter(jobs.values()))
+    claim = job.claims.get(_claimed(cfg.sparse) or "") if run.row else None
     dense = dataclasses.replace(cfg.sparse, keep=1.0, factor=1)
-    claimed = run.row and not cfg.sparse.dense() and not cfg.sparse.shuffle and cfg.sparse.method == "snip" and cfg.sparse.keep == 0.6
-    tested = cfg.source == job.tested["source"] and cfg.data.path == job.tested["path"] and not cfg.data.train_limit and cfg.minutes is None
+    tested = all(getattr(cfg, key, getattr(cfg.data, key, None)) == value for key, value in job.tested.items())
+    tested = tested and not cfg.data.train_limit and cfg.minutes is None
     run.notes |= {
         "main": [f"{p}{key}" for key in (lead, "keep", "trained parameters") for p in ("", *(f"{_key(s)}/" for s in cfg.beside))],
-        "compare": [lead], "same": list(SAME), "controls": [name + suffix for name in cfg.sparse.controls()] if run.row else [],
-        "about": [job.data.what, about], "points": {"x": "trained parameters", "y": lead},
-        "claims": [{"text": job.claim, "metric": lead, "against": dense.what() + suffix, "wants": "higher"}] if claimed else [],
-        "not_tested": [] if tested else [f"the paper's claim ({job.claim}) is about {job.tested['source']} on {job.tested['path']}; here: {about}"]}
+        "compare": [lead], "same": [key for key in SAME if hasattr(cfg, key.split(".")[0])],
+        "controls": [name + suffix for name in cfg.sparse.controls()] if run.row else [],
+        "about": [*(f"{task}: {job.data.what}".lstrip(": ") for task, job in jobs.items()), about, *(text for job in jobs.values() for text in job.caveats)],
+        "points": {"x": "keep", "y": lead},
+        "answers": {task or lead: found for task, by_net in results.items() if (found := by_net[main]["numbers"])},
+        "claims": [{"text": claim, "metric": lead, "against": dense.what() + suffix, "wants": "higher"}] if claim else [],
+        "not_tested": [] if tested else [f"the paper's claims are about {job.tested['source']} on {job.tested['path']}; here: {about}"]}
     return metrics
+
+
+def _claimed(sparse: SparseConfig) -> str | None:
+    """Which of the paper's claims a row is about."""
+    if sparse.dense() or sparse.shuffle or sparse.method != "snip":
+        return None
+    return "large" if sparse.factor > 1 else "pruned" if sparse.keep == 0.6 else None
 
 
 def plan_adapters(cfg: Any, build: Callable[[], nn.Module], examples: int | None, unit: str) -> dict[str, Any]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
+import shutil
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,8 +24,8 @@ from transformers import AutoTokenizer
 
 from dyn import env, figures
 from dyn.core.partition import kept_count
-from dyn.data.glue import DOCSTRINGS, TASKS, SentenceData, SentenceSet
-from dyn.models.encoder import make_moe
+from dyn.data.glue import DOCSTRINGS, EXAMPLES, NOT_IN_MEANS, TASKS, SentenceData, SentenceSet
+from dyn.models.encoder import make_moe, moe_layers
 from dyn.models.packaged import sentence_classifier
 from dyn.nn.bank import Banked
 from dyn.nn.surgery import compact, count_parameters, dynamic_shares, macs_per_sentence, make_partial
@@ -34,7 +37,6 @@ from dyn.train.trainer import check_world, world
 # What a row and its control share
 SAME = ("tasks", "epochs", "batch_size", "model.source", "data", "optim", "classify", "trainer.accumulate", "trainer.precision")
 CLAIM = "fully dynamic (MoE) BERT on GLUE: 1.9 points less average score than with 50 % dynamic parameters (the paper's abstract)"
-NOT_IN_MEANS = "wnli"  # its validation set is built against its training set: most models do worse than always giving one answer
 TOLERANCE = 0.01  # between the logits of a network and of its compact form, of the largest
 
 
@@ -46,10 +48,15 @@ def train_encoders(cfg: Any, run: Any) -> dict[str, Any]:
         run.log(f"warning: {caveat}")
     models = {method: dataclasses.replace(cfg.model, method=method) for method in [*cfg.beside, cfg.model.method]}
     steps = run.stage("steps", lambda: _steps(cfg, run, data, models))
+    for task in data:  # all before the first training, since several processes only meet there, and one of them does this
+        for name, model in models.items():
+            if model.method == "pad":
+                env.once(run.folder / "start" / f"{task}-{name}", functools.partial(_partition, cfg, run, data[task], model), world(cfg.trainer)[0])
     results = {task: {name: run.stage(f"{task}-{name}", functools.partial(_train, cfg, run, data[task], task, name, models[name], steps[task]))
                       for name in models} for task in data}
     if world(cfg.trainer)[0]:
         return {}
+    shutil.rmtree(run.folder / "start", ignore_errors=True)  # all trainings are done
     first = next(iter(data.values()))
     speed = run.stage("timing", lambda: _timing(cfg, run, first, models))
     _draw(run, results, cfg.model)
@@ -84,38 +91,58 @@ def _partitioned(cfg: Any, run: Any, model: Any, data: SentenceData) -> nn.Modul
 
 
 def _train(cfg: Any, run: Any, data: SentenceData, task: str, name: str, model: Any, steps: int) -> dict[str, Any]:
-    """Build and partition one network, train it on one task, compact and export it."""
-    rank, label = world(cfg.trainer)[0], f"{task}-{name}"
+    """Build one network, with the modes that it got, train it on one task, compact and export it."""
+    label, device = f"{task}-{name}", "cuda" if sentences.gpu(cfg.trainer) else "cpu"
     train, validation = sentences.loaders(cfg, data, steps)
-    net, start = build(cfg, run, model, data), run.folder / "start" / label
-    if model.method == "pad":  # kept, so that a resumed training has these modes and no others
-        env.once(start, lambda part: _partition(cfg, run, data, net, model, part), rank)
-        net.load_state_dict(load_file(start / "model.safetensors"))
+    net = build(cfg, run, model, data)
+    if model.method == "pad":
+        modes = load_file(run.folder / "start" / label / "modes.safetensors")
+        for layer_name, layer in moe_layers(net).items():
+            layer.add_partial(model.scales)
+            layer.partition(modes[f"{layer_name}.mask"], modes.get(f"{layer_name}.static", "mean"))
     trainer = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_every=min(cfg.trainer.val_every, math.ceil(steps / 2)))
     trained = train_classifier(net, train, validation, run=run, name=label, optim=cfg.optim, trainer=trainer, num_labels=data.num_labels,
                                metrics=data.metrics, classify=cfg.classify)
     part = next(iter(data.validation.values()))
     length = round(float(part.lengths.mean()))
     result = {"scores": sentences.scores(trained.metrics, data) | {"loss": trained.metrics["val/loss"]}, "cost": trained.cost, "length": length,
-              "macs": macs_per_sentence(trained.net, length), "dynamic": dynamic_shares(trained.net), "load": expert_load(cfg, trained.net, part),
+              "macs": macs_per_sentence(trained.net, length), "dynamic": dynamic_shares(trained.net), "load": expert_load(cfg, trained.net.to(device), part),
               "what": model.what()}
-    if rank == 0:
+    if world(cfg.trainer)[0] == 0:
         sentences.write_answers(run.folder / "answers" / f"{label}.json", trained.answers)
         result |= _finish(cfg, run, data, label, name, model, trained)
-        (start / "model.safetensors").unlink(missing_ok=True)
     return result
 
 
-def _partition(cfg: Any, run: Any, data: SentenceData, net: nn.Module, model: Any, part: Any) -> None:
-    """Iterative mode partition on training batches; writes the network that it leaves (section 4.4)."""
+def _partition(cfg: Any, run: Any, data: SentenceData, model: Any, part: Any) -> None:
+    """Iterative mode partition on training batches (section 4.4); writes masks and static values, so that a resumed run has these and no others."""
+    net = build(cfg, run, model, data)
     batches = sentences.scoring_batches(cfg, data, model.batches)
-    make_partial(net.to(next(iter(batches[0].values())).device), batches, sentences.sentence_loss, keep=model.keep, rounds=model.rounds,
-                 schedule=model.schedule, method=model.criterion, scope=model.scope, monotone=model.monotone, scales=model.scales, static=model.static,
-                 seed=cfg.seed, shuffle="within_tensor" if model.shuffle else None)
-    net.cpu()
+    with _told(run):
+        make_partial(net.to("cuda" if sentences.gpu(cfg.trainer) else "cpu"), batches, sentences.sentence_loss, keep=model.keep, rounds=model.rounds,
+                     schedule=model.schedule, method=model.criterion, scope=model.scope, monotone=model.monotone, scales=model.scales, static=model.static,
+                     seed=cfg.seed, shuffle="within_tensor" if model.shuffle else None)
+    modes = {}
+    for name, layer in moe_layers(net).items():
+        mask, static = layer.partial.mask, layer.partial.static
+        modes[f"{name}.mask"] = (torch.ones_like(layer.weight[0], dtype=torch.bool) if mask is None else mask).cpu()
+        modes |= {} if static is None else {f"{name}.static": static.detach().cpu()}
     part.mkdir(parents=True)
-    save_file({key: value.contiguous() for key, value in net.state_dict().items()}, part / "model.safetensors")
+    save_file(modes, part / "modes.safetensors")
     run.log(f"{model.what()}: modes by {model.criterion} in {model.rounds} rounds on {model.batches} batches of {len(batches[0]['labels'])} sentences")
+
+
+@contextmanager
+def _told(run: Any) -> Iterator[None]:
+    """What the partition warns of (copies that SNIP cannot rank, for one) goes into the run's log."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: run.log(f"warning: {record.getMessage()}")
+    logger = logging.getLogger("dyn.nn.partial")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @torch.no_grad()
@@ -133,7 +160,7 @@ def expert_load(cfg: Any, net: nn.Module, part: SentenceSet, limit: int = 256) -
 
 def _finish(cfg: Any, run: Any, data: SentenceData, label: str, name: str, model: Any, trained: Trained) -> dict[str, Any]:
     """The compact form of a partially dynamic network, held against the trained one; the folder that is kept."""
-    net, result = trained.net.to("cuda" if sentences.gpu(cfg.trainer) else "cpu").eval(), {}
+    net, result = trained.net.eval(), {}
     made = compact(net) if model.method == "pad" else net
     if made is not net:
         result["compact"] = {"parameters": sum(p.numel() for p in made.parameters())} | _compare(cfg, net, made, next(iter(data.validation.values())))
@@ -239,8 +266,6 @@ def _numbers(cfg: Any, run: Any, data: Mapping[str, SentenceData], results: Mapp
 
 
 # Plan
-
-EXAMPLES = {"cola": 8_551, "sst2": 67_349, "mrpc": 3_668, "qqp": 363_846, "stsb": 5_749, "mnli": 392_702, "qnli": 104_743, "rte": 2_490, "wnli": 635}
 
 
 def plan_encoders(cfg: Any) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class SparseConfig:
     prefix: bool = False  # prune prefixes too
     official: bool = False  # the official code's placement and defaults, and as there no head is trained
     name: str = "default"
+    lr: float | None = None  # of this network, in place of optim.lr; full fine-tuning wants a smaller one
     flags: dict[str, Any] = field(default_factory=dict)  # of `attach`: alpha, where, length, scale, init, layer_norm, ...
 
     def check(self) -> None:

@@ -1,5 +1,7 @@
-"""Tiny classifications for the tests beside this file, served as tiny_training.py's: of images, with everything that could go astray, and of sentences."""
+"""Tiny classifications for the tests beside this file, served as tiny_training.py's: of images, with everything that could go astray, of sentences, and of
+sentences by a partially dynamic mixture of experts."""
 
+import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,11 +10,14 @@ import numpy as np
 import torch
 from tiny_training import main, serve, trainer_config
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import ModelOutput
 
 from dyn.data.images import ArrayImages
 from dyn.data.loader import EvaluationLoader, ResumableLoader
 from dyn.data.tiny import tiny_pictures
+from dyn.models.encoder import make_moe
+from dyn.nn.partial import make_partial
 from dyn.runfolder import Run
 from dyn.train.annealing import KeepMask, Temperature
 from dyn.train.classify import Classifier
@@ -90,6 +95,15 @@ class Reader(nn.Module):
         return Said(logits=self.classifier(x[:, 0]), aux_loss=0.01 * x.square().mean())
 
 
+def encoder(dropout: float, plain: bool) -> nn.Module:
+    """A BERT with partially dynamic experts: noisy gates, masks, static values, scale factors, a balance loss."""
+    torch.manual_seed(0)
+    net = BertForSequenceClassification(BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+                                                   max_position_embeddings=16, num_labels=1, hidden_dropout_prob=dropout))
+    make_moe(net, 4, 2, noise=0.1, gate_noise=not plain, balance_weight=0.1)
+    return make_partial(net, None, None, keep=0.5, method="random")
+
+
 def train(run: Run, cfg: Config) -> tuple[Classifier, dict[str, float]]:
     rank, size = world(cfg.trainer)
     optim, dropout = RecipeConfig(lr=1e-2, head_lr=2e-2, warmup_steps=2), 0.0 if cfg.plain else 0.2
@@ -101,7 +115,8 @@ def train(run: Run, cfg: Config) -> tuple[Classifier, dict[str, float]]:
         callbacks = [KeepMask(net.keep), Temperature(lambda step: max(1.0, 30.0 - 3 * step), net.warm, log_every=1)]
     else:
         data, held = Sentences(26, 1), Sentences(10, 2)
-        task = Classifier(lambda: Reader(dropout), optim, ["held"], cfg.trainer, num_labels=1, metrics=("pearson", "spearman"), head="classifier")
+        net = functools.partial(encoder, dropout, cfg.plain) if cfg.kind == "moe" else functools.partial(Reader, dropout)
+        task = Classifier(net, optim, ["held"], cfg.trainer, num_labels=1, metrics=("pearson", "spearman"), head="classifier")
         callbacks = []
     loader = ResumableLoader(data, batch_size=cfg.batch_size, num_batches=cfg.trainer.max_steps * cfg.trainer.accumulate, seed=5, rank=rank, world_size=size,
                              lengths=getattr(data, "lengths", None), workers=cfg.workers, drop_last=cfg.kind == "images")

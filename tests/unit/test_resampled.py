@@ -1,0 +1,58 @@
+"""Differences of two rows under resampling of seeds and examples."""
+
+import random
+from pathlib import Path
+
+import pytest
+from sklearn.metrics import matthews_corrcoef
+from torchmetrics.functional import pearson_corrcoef
+
+from dyn import verdicts
+from dyn.verdicts import Group, resampled
+
+
+def group(row, answers):
+    """Results of one row: seed -> predictions; the labels are zeros and ones in turn."""
+    results = [{"status": "ok", "config": {"seed": seed}, "notes": {"answers": {"mrpc": {"metric": "accuracy", "predictions": p, "labels": labels(len(p))}}}}
+               for seed, p in answers.items()]
+    return Group(row=row, profile="small", results=[(Path("x"), result) for result in results])
+
+
+def labels(count):
+    return [i % 2 for i in range(count)]
+
+
+def guess(count, right, seed):
+    """Answers of which `right` of every ten are right."""
+    draw = random.Random(seed)
+    return [y if draw.random() < right / 10 else 1 - y for y in labels(count)]
+
+
+def test_a_clear_difference_is_shown_and_a_small_one_is_not():
+    good, bad = (group(name, {seed: guess(300, right, seed + right) for seed in range(3)}) for name, right in (("good", 9), ("bad", 6)))
+    [line] = resampled(good, bad)
+    assert line.endswith("over 3 seeds and 300 examples, both resampled: higher") and "smallest detectable difference" in line.split("measured")[0]
+    assert resampled(bad, good)[0].endswith(": lower")
+    like = group("like", {seed: guess(300, 9, seed + 50) for seed in range(3)})
+    assert resampled(good, like)[0].endswith("no difference shown")
+
+
+def test_only_seeds_and_examples_that_both_have_count():
+    a, b = group("a", {0: guess(20, 9, 1), 1: guess(20, 9, 2)}), group("b", {1: guess(20, 8, 3), 2: guess(20, 8, 4)})
+    assert "over 1 seed and 20 examples" in resampled(a, b)[0]
+    assert resampled(a, group("other examples", {0: guess(22, 9, 1)})) == []
+    assert resampled(a, Group(row="none", profile="small", results=[])) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_are_those_of_the_libraries(seed):
+    import torch
+
+    draw = random.Random(seed)
+    predictions, truth, weights = ([draw.randrange(2) for _ in range(40)] for _ in range(3))
+    repeated = [[v for v, w in zip(values, weights, strict=True) for _ in range(w)] for values in (predictions, truth)]
+    assert verdicts._SCORES["matthews"](predictions, truth, weights) == pytest.approx(matthews_corrcoef(repeated[1], repeated[0]))
+    real = [draw.random() for _ in range(40)]
+    theirs = pearson_corrcoef(torch.tensor(real), torch.tensor(truth).float()).item()
+    assert verdicts._SCORES["pearson"](real, truth, [1] * 40) == pytest.approx(theirs, abs=1e-5)
+    assert verdicts._SCORES["pearson"]([1] * 40, truth, [1] * 40) == 0

@@ -1,0 +1,73 @@
+"""The experiment on GLUE: what its config refuses, which rows its sweeps have, how jobs are averaged and drawn."""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dyn import config
+from dyn.train import adapt
+from dyn.train.sparse import SparseConfig
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("experiments.sparse_adapter_glue", ROOT / "experiments" / "sparse_adapter_glue.py")
+experiment = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+if not hasattr(experiment, "SWEEPS"):
+    spec.loader.exec_module(experiment)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["tasks=[ax]"], "tasks=ax is unknown; allowed: cola, sst2"),
+    (["tasks=[]"], "at least one, each once"),
+    (["data.task=cola"], "data.task=cola would be ignored"),
+    (["rates=[1e-3]", "data.tuning=0"], "data.tuning=0.0 must be above 0"),
+    (["sparse.keep=0"], r"keep=0.0 must lie in \(0, 1\]"),
+    (["sparse.keep=1.5"], r"keep=1.5 must lie in \(0, 1\]"),
+    (["sparse.factor=4"], "Large-Sparse keeps 1 / factor exactly, set keep=null"),
+    (["trainer.max_steps=5"], "set epochs"),
+])
+def test_refusals(words, message):
+    with pytest.raises(ValueError, match=message):
+        config.load(experiment.Config, "sparse_adapter_glue", "smoke", words, root=ROOT)
+
+
+@pytest.mark.parametrize("sweep", experiment.SWEEPS)
+def test_every_pruned_row_has_its_controls(sweep):
+    """A sweep trains what its rows are compared with, by the same seeds and on the same tasks."""
+    rows = experiment.SWEEPS[sweep]
+    names = {(row["row"], row["seed"]) for row in rows}
+    assert len(names) == len(rows)
+    for row in rows:
+        net = SparseConfig(**{key.removeprefix("sparse."): value for key, value in row.items() if key.startswith("sparse.")})
+        suffix = row["row"].removeprefix(net.what())
+        wanted = {name + suffix for name in net.controls()} if not net.shuffle and net.method != "random" else set()
+        assert {(name, row["seed"]) for name in wanted} <= names, row["row"]
+
+
+def test_the_mean_leaves_wnli_out():
+    results = {task: {"net": {"scores": {"score": score}}} for task, score in (("mrpc", 0.8), ("cola", 0.4), ("wnli", 0.1))}
+    assert adapt._mean(results, "net", "score") == pytest.approx(0.6)
+    assert adapt._mean({"wnli": results["wnli"]}, "net", "score") == pytest.approx(0.1)
+
+
+def test_densities_are_lines_over_layers_by_matrix():
+    keys = [f"bert.encoder.layer.{i}.{place}.default.{side}.weight" for i in range(3) for place in ("attention.output.dense", "output.dense")
+            for side in ("down", "up")]
+    lines = adapt.densities({key: n / 12 for n, key in enumerate(keys)})
+    assert list(lines) == ["attention output down", "attention output up", "output down", "output up"]
+    assert lines["output up"] == [3 / 12, 7 / 12, 11 / 12]
+
+
+def test_claims_belong_to_the_papers_rows():
+    usual = SparseConfig()
+    assert adapt._claimed(usual) == "pruned" and adapt._claimed(SparseConfig(factor=4, keep=None)) == "large"
+    for other in (dict(shuffle=True), dict(method="random"), dict(keep=1.0), dict(keep=0.2), dict(kind="none")):
+        assert adapt._claimed(dataclasses.replace(usual, **other)) is None
+
+
+def test_leading_metric():
+    job = SimpleNamespace(scores=("f1", "exact_match"))
+    assert adapt._lead({"": job}) == "f1" and adapt._lead({"mrpc": job}) == "score"
