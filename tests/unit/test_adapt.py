@@ -12,7 +12,7 @@ import torch
 from dyn import config
 from dyn.data.loader import EvaluationLoader
 from dyn.data.squad import open_questions
-from dyn.data.tiny import tiny_tokenizer
+from dyn.data.tiny import tiny_squad, tiny_tokenizer, tiny_xsum
 from dyn.models.packaged import question_answerer
 from dyn.nn.adapter import load_adapter
 from dyn.run import main
@@ -93,6 +93,33 @@ def test_a_run_chooses_its_rate_apart_and_leaves_what_it_measured(tmp_path):
     validate(task, {"validation": EvaluationLoader(data.validation["validation"], 8)}, cfg.trainer)
     assert [a.text for a in task.answers["validation"]] == [a["text"] for a in said]
     assert task.val_metrics["val/loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("task", "path"), [("squad", "rajpurkar/squad_v2"), ("xsum", "EdinburghNLP/xsum")])
+def test_hub_ids_with_copies_and_a_model_in_a_folder(tmp_path, monkeypatch, task, path):
+    """As a user has them: $DYN_DATA holds copies in the hub's layout, the model and its tokenizer are a folder of transformers."""
+    from transformers import BartConfig, BartForConditionalGeneration, RobertaConfig, RobertaModel
+
+    monkeypatch.setenv("DYN_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("DYN_CACHE", str(tmp_path / "cache"))
+    tiny_squad(tmp_path / "data" / "squad_v2", 24, unanswerable=True)
+    tiny_xsum(tmp_path / "data" / "EdinburghNLP" / "xsum", 24)
+    tokenizer, tokens = tiny_tokenizer(framed=True), dict(vocab_size=260, bos_token_id=1, eos_token_id=2, pad_token_id=259)
+    if task == "squad":
+        net = RobertaModel(RobertaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=400,
+                                         **tokens))
+    else:
+        net = BartForConditionalGeneration(BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                                                      encoder_ffn_dim=32, decoder_ffn_dim=32, decoder_start_token_id=2, **tokens))
+    for part in (net, tokenizer):
+        part.save_pretrained(tmp_path / "host")
+    words = [f"source={tmp_path / 'host'}", f"data.path={path}", "beside=[]", "epochs=1", "sparse.form=flat"]
+    assert main([f"sparse_adapter_{task}", "profile=smoke", f"runs={tmp_path / 'runs'}", *words]) == 0
+    [found] = (tmp_path / "runs" / f"sparse_adapter_{task}").glob("*/result.json")
+    result = json.loads(found.read_text())
+    expected = {"squad": {"f1", "exact_match", "f1_answerable", "f1_unanswerable", "best_f1"}, "xsum": {"rouge1", "rouge2", "rougeL", "length"}}[task]
+    assert expected <= result["metrics"].keys() and result["metrics"]["keep"] == pytest.approx(0.6, abs=0.01)
+    assert any(f"{path}, a local copy: 24" in line for line in result["notes"]["about"])
 
 
 def test_without_a_model_the_refusal_is_one_line(tmp_path, capsys, monkeypatch):
