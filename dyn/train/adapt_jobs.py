@@ -26,9 +26,7 @@ def glue(cfg: Any, run: Any) -> dict[str, Job]:
     jobs = {}
     for task in cfg.tasks:
         data = sentences.open_task(cfg, run, cfg.source, task)
-        caveats = tuple(sentences.caveats(cfg.source, [data.task]))
-        for caveat in caveats:
-            run.log(f"warning: {caveat}")
+        caveats = _caveats(cfg, run, data.task)
         jobs[task] = Job(data, functools.partial(sentences.build, cfg, run, cfg.source, data), sentences.sentence_loss, _classifier(cfg, data), data.metrics,
                          lambda said: [column.tolist() for column in said],  # places, predictions, labels
                          {"large": "Large-Sparse is better than the dense adapter of its budget on GLUE (the paper: +1.3 points on average)",
@@ -36,6 +34,13 @@ def glue(cfg: Any, run: Any) -> dict[str, Job]:
                          {"source": "google-bert/bert-base-uncased", "path": "nyu-mll/glue", "tasks": list(TASKS)},
                          functools.partial(_numbers, data.metrics[0]), mean=True, caveats=caveats)
     return jobs
+
+
+def _caveats(cfg: Any, run: Any, task: str) -> tuple[str, ...]:
+    found = tuple(sentences.caveats(cfg.source, [task]))
+    for caveat in found:
+        run.log(f"warning: {caveat}")
+    return found
 
 
 def _classifier(cfg: Any, data: Any) -> Any:
@@ -70,7 +75,8 @@ def questions(cfg: Any, run: Any) -> Job:
     return Job(data, _seeded(cfg, lambda: question_answerer(cfg.source, len(tokenizer))), question_loss, task,
                ("f1", "exact_match", "f1_answerable", "f1_unanswerable", "best_f1"), lambda said: [answer(one) for one in said],
                {"pruned": "SNIP at 40 % pruned is better than the dense adapter on SQuAD (the paper's table 2)"},
-               {"source": "google-bert/bert-base-uncased", "path": "rajpurkar/squad"}, lambda answers: _means(answers, lambda said: said.f1))
+               {"source": "google-bert/bert-base-uncased", "path": "rajpurkar/squad"}, lambda answers: _means(answers, lambda said: said.f1),
+               caveats=_caveats(cfg, run, cfg.data.path.rpartition("/")[2]))
 
 
 def summaries(cfg: Any, run: Any) -> Job:
