@@ -135,7 +135,8 @@ class Config:
 def rows(*changes: dict[str, Any], suffix: str = "", **more: Any) -> list[dict[str, Any]]:
     """Sweep rows for three seeds, a network for each of `changes` to the paper's, named after it; `more`: other keys, a__b for a.b."""
     more = {key.replace("__", "."): value for key, value in more.items()}
-    kept, models = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "source"], [ModelConfig(**change) for change in changes]
+    kept = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("source", "gate_std", "batches")]
+    models = [ModelConfig(**change) for change in changes]
     return [{"row": model.what() + suffix, "seed": seed, "beside": [], "minutes": None, "export": False} | {f"model.{key}": getattr(model, key) for key in kept}
             | more for seed in range(3) for model in models]
 

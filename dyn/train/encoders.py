@@ -43,8 +43,8 @@ TOLERANCE = 0.01  # between the logits of a network and of its compact form, of 
 def train_encoders(cfg: Any, run: Any) -> dict[str, Any]:
     """Partition, train, compact, measure. Returns the metrics, fills `run.cost` and `run.notes`."""
     check_world(cfg.trainer)
-    data = {task: sentences.open_task(cfg, run, cfg.model.source, task) for task in cfg.tasks}
-    for caveat in (warnings := sentences.caveats(cfg.model.source, (d.task for d in data.values()))):
+    data = {found.task: found for task in cfg.tasks for found in (sentences.open_task(cfg, run, cfg.model.source, task),)}  # the docstring task as itself
+    for caveat in (warnings := sentences.caveats(cfg.model.source, data)):
         run.log(f"warning: {caveat}")
     models = {method: dataclasses.replace(cfg.model, method=method) for method in [*cfg.beside, cfg.model.method]}
     steps = run.stage("steps", lambda: _steps(cfg, run, data, models))
@@ -248,11 +248,11 @@ def _numbers(cfg: Any, run: Any, data: Mapping[str, SentenceData], results: Mapp
                                       "tokens_per_example": first[name]["length"], "seconds_per_example": speed[name]}
         run.cost |= cost if not prefix else {name: cost}
     metrics |= {f"train/steps/{task}": count for task, count in steps.items()}
-    what, names = cfg.model.what(), [d.task for d in data.values()]
+    what = cfg.model.what()
     suffix = run.row.removeprefix(what) if run.row.startswith(what) else ""
     threads = "" if sentences.gpu(cfg.trainer) else f" on {torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}"
     about = f"{cfg.model.source}, {', '.join(f'{count:,} steps on {task}' for task, count in steps.items())}, {cfg.sentences_per_step()} sentences each"
-    full = cfg.model.source == "google-bert/bert-base-uncased" and {*names, NOT_IN_MEANS} == TASKS.keys() and not cfg.data.train_limit and cfg.minutes is None
+    full = cfg.model.source == "google-bert/bert-base-uncased" and {*data, NOT_IN_MEANS} == TASKS.keys() and not cfg.data.train_limit and cfg.minutes is None
     run.notes |= {
         "main": [f"{p}{key}" for key in ("score", "dynamic share", "time an example / static") for p in ("", *(f"{name}/" for name in cfg.beside))],
         "compare": ["score"], "same": list(SAME), "controls": [name + suffix for name in cfg.model.controls()] if run.row else [],
