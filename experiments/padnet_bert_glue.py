@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from dyn.data.glue import TASKS, SentenceSource
 from dyn.train.optim import RecipeConfig
-from dyn.train.settings import ClassifyConfig, TrainerConfig
+from dyn.train.settings import ClassifyConfig, TrainerConfig, check_trainings, seeded_rows
 
 Method = Literal["static", "moe", "pad"]
 
@@ -112,33 +112,19 @@ class Config:
 
     def check(self) -> None:
         """ValueError for settings that cannot be, before anything is loaded."""
-        for name, least in {"batch_size": 1, "eval_batch_size": 1, "timing_batch": 1, "timing_rounds": 1, "workers": 0, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        check_trainings(self, timing_batch=1, timing_rounds=1)
         if wrong := [task for task in self.tasks if task not in (*TASKS, "docstrings")]:
             raise ValueError(f"tasks={wrong[0]} is unknown; allowed: {', '.join((*TASKS, 'docstrings'))}")
         if not self.tasks or len(set(self.tasks)) < len(self.tasks) or self.data.task != SentenceSource().task:
             raise ValueError(f"tasks={self.tasks}: at least one, each once; data.task={self.data.task} would be ignored")
-        if self.epochs <= 0 or (self.minutes is not None and self.minutes <= 0):
-            raise ValueError(f"epochs={self.epochs} and minutes={self.minutes} must be above 0")
-        for name, instead in {"max_steps": "epochs", "seed": "seed"}.items():
-            if getattr(self.trainer, name) != getattr(TrainerConfig(), name):
-                raise ValueError(f"trainer.{name}={getattr(self.trainer, name)} would be ignored by this experiment; set {instead}")
-        if self.minutes is not None and self.trainer.world_size > 1:
-            raise ValueError(f"minutes={self.minutes} is for one device; give epochs for {self.trainer.world_size}")
-        if self.trainer.strategy == "fsdp2" or (self.trainer.strategy == "auto" and self.trainer.num_nodes > 1):
-            raise ValueError("these networks fit a device: set trainer.strategy=ddp")
         if len({*self.beside, self.model.method}) <= len(self.beside):
             raise ValueError(f"beside={self.beside} must be methods other than model.method={self.model.method}, each once")
 
 
 def rows(*changes: dict[str, Any], suffix: str = "", **more: Any) -> list[dict[str, Any]]:
-    """Sweep rows for three seeds, a network for each of `changes` to the paper's, named after it; `more`: other keys, a__b for a.b."""
-    more = {key.replace("__", "."): value for key, value in more.items()}
-    kept = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("source", "gate_std", "batches")]
-    models = [ModelConfig(**change) for change in changes]
-    return [{"row": model.what() + suffix, "seed": seed, "beside": [], "minutes": None, "export": False} | {f"model.{key}": getattr(model, key) for key in kept}
-            | more for seed in range(3) for model in models]
+    """Sweep rows for three seeds, a network for each of `changes` to the paper's; `more` as in `seeded_rows`."""
+    return seeded_rows("model", (ModelConfig(**change) for change in changes), range(3), suffix, leave_out=("source", "gate_std", "batches"),
+                       **more)
 
 
 STATIC, MOE, MOE4 = dict(method="static"), dict(method="moe"), dict(method="moe", num_experts=4)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from dyn.data.images import ImageSource
 from dyn.train.optim import RecipeConfig
-from dyn.train.settings import ClassifyConfig, TrainerConfig
+from dyn.train.settings import ClassifyConfig, TrainerConfig, check_trainings, seeded_rows
 
 Method = Literal["static", "dyconv", "condconv", "odconv", "pad"]
 LABELS = {"static": "static", "dyconv": "DY-Conv", "condconv": "CondConv", "odconv": "ODConv", "pad": "PAD"}
@@ -122,29 +122,14 @@ class Config:
         """ValueError for settings that cannot be, before anything is loaded."""
         if self.batch_size < 2:
             raise ValueError(f"batch_size={self.batch_size}: batch norm needs at least 2 images to have a variance")
-        for name, least in {"eval_batch_size": 1, "timing_batch": 1, "timing_rounds": 1, "workers": 0, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        if self.epochs <= 0 or (self.minutes is not None and self.minutes <= 0):
-            raise ValueError(f"epochs={self.epochs} and minutes={self.minutes} must be above 0")
-        for name, instead in {"max_steps": "epochs", "seed": "seed"}.items():
-            if getattr(self.trainer, name) != getattr(TrainerConfig(), name):
-                raise ValueError(f"trainer.{name}={getattr(self.trainer, name)} would be ignored by this experiment; set {instead}")
-        if self.minutes is not None and self.trainer.world_size > 1:
-            raise ValueError(f"minutes={self.minutes} is for one device; give epochs for {self.trainer.world_size}")
-        if self.trainer.strategy == "fsdp2" or (self.trainer.strategy == "auto" and self.trainer.num_nodes > 1):
-            raise ValueError("these networks fit a device: set trainer.strategy=ddp")
+        check_trainings(self, timing_batch=1, timing_rounds=1)
         if len({*self.beside, self.model.method}) <= len(self.beside):
             raise ValueError(f"beside={self.beside} must be methods other than model.method={self.model.method}, each once")
 
 
 def rows(*changes: dict[str, Any], suffix: str = "", **more: Any) -> list[dict[str, Any]]:
-    """Sweep rows for three seeds, a network for each of `changes` to the paper's, named after it; `more`: other keys, a__b for a.b."""
-    more = {key.replace("__", "."): value for key, value in more.items()}
-    kept = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("backbone", "stem", "dropout", "pretrained")]
-    models = [ModelConfig(**change) for change in changes]
-    return [{"row": model.what() + suffix, "seed": seed, "beside": [], "minutes": None, "export": False} | {f"model.{key}": getattr(model, key) for key in kept}
-            | more for seed in range(3) for model in models]
+    """Sweep rows for three seeds, a network for each of `changes` to the paper's; `more` as in `seeded_rows`."""
+    return seeded_rows("model", (ModelConfig(**change) for change in changes), range(3), suffix, ("backbone", "stem", "dropout", "pretrained"), **more)
 
 
 STATIC, DY4, DY3, DY2 = dict(method="static"), *(dict(method="dyconv", num_kernels=k) for k in (4, 3, 2))

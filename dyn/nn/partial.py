@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dyn.core.mixture import Scales
 from dyn.core.partition import Keep, Scope, keep_masks, kept_count
 from dyn.core.rounds import Masks, Schedule, partition_in_rounds
-from dyn.core.saliency import Loss, gradient, score
+from dyn.core.saliency import APART, Loss, gradient, score
 from dyn.nn.bank import Banked, CompactBank, PartialBank, StaticStart
 from dyn.nn.dynamic_conv import DynamicConv2d, set_temperature
 from dyn.nn.linear_experts import LinearExperts
@@ -100,7 +100,7 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
     batches = list(batches) if batches is not None else []
     before = {name: (m.partial, *((m.partial.mask, m.partial.static) if m.partial else (None, None))) for name, m in layers.items()}
     try:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed + APART)
         values = {name: m.static_start(static, generator) for name, m in layers.items()}
         for m in layers.values():
             m.add_partial(scales)
@@ -227,7 +227,7 @@ def _over_sets(method: str) -> Callable[..., Criterion]:
 
 
 def _random(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int, _: Scope) -> Criterion:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + APART + 1)
     drawn = {name: torch.rand(m.weight.shape[1:], generator=generator).to(m.weight.device) for name, m in layers.items()}
     return lambda masks: drawn  # one draw for all rounds: a new one each would make more rounds no different from one
 

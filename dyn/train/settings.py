@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 
@@ -121,3 +122,33 @@ class ClassifyConfig:
         for name in ("mixup", "cutmix"):
             if getattr(self, name) < 0:
                 raise ValueError(f"classify.{name}={getattr(self, name)} must be at least 0")
+
+
+def check_trainings(cfg: Any, **least: int) -> None:
+    """ValueError for settings of an experiment on labelled examples that cannot be, before anything is loaded.
+
+    `cfg` has seed, epochs, minutes, batch_size, eval_batch_size, workers and trainer; `least`: the smallest values of more of its fields.
+    """
+    for name, value in ({"batch_size": 1, "eval_batch_size": 1, "workers": 0, "seed": 0} | least).items():
+        if getattr(cfg, name) < value:
+            raise ValueError(f"{name}={getattr(cfg, name)} must be at least {value}")
+    if cfg.epochs <= 0 or (cfg.minutes is not None and cfg.minutes <= 0):
+        raise ValueError(f"epochs={cfg.epochs} and minutes={cfg.minutes} must be above 0")
+    for name, instead in {"max_steps": "epochs", "seed": "seed"}.items():
+        if getattr(cfg.trainer, name) != getattr(TrainerConfig(), name):
+            raise ValueError(f"trainer.{name}={getattr(cfg.trainer, name)} would be ignored by this experiment; set {instead}")
+    if cfg.minutes is not None and cfg.trainer.world_size > 1:
+        raise ValueError(f"minutes={cfg.minutes} is for one device; give epochs for {cfg.trainer.world_size}")
+    if cfg.trainer.strategy == "fsdp2" or (cfg.trainer.strategy == "auto" and cfg.trainer.num_nodes > 1):
+        raise ValueError("these networks fit a device: set trainer.strategy=ddp")
+
+
+def seeded_rows(part: str, networks: Iterable[Any], seeds: Iterable[int], suffix: str = "", leave_out: Iterable[str] = (), **more: Any) -> list[dict[str, Any]]:
+    """Sweep rows for every seed and network (a dataclass, the config's field `part`), each named by its `what()`; networks of one name are one.
+
+    leave_out: fields that rows take from the profile. more: other keys, a__b for a.b.
+    """
+    named, more = {network.what(): network for network in networks}, {key.replace("__", "."): value for key, value in more.items()}
+    return [{"row": what + suffix, "seed": seed, "beside": [], "minutes": None, "export": False}
+            | {f"{part}.{f.name}": getattr(network, f.name) for f in fields(network) if f.name not in leave_out} | more
+            for seed in seeds for what, network in named.items()]

@@ -16,7 +16,7 @@ from dyn.core.saliency import Loss
 from dyn.nn.adapter import adapter_parameters, attach, head_parameters
 from dyn.nn.adapter_sites import adapter_modules
 from dyn.nn.masking import large_sparse, mask_hash, masks, prune
-from dyn.train.settings import TrainerConfig
+from dyn.train.settings import check_trainings, seeded_rows
 
 
 @dataclass(kw_only=True, slots=True)
@@ -101,28 +101,13 @@ def with_controls(*rows: SparseConfig) -> list[SparseConfig]:
 
 
 def adapter_rows(*networks: SparseConfig, seeds: int = 3, suffix: str = "", **more: Any) -> list[dict[str, Any]]:
-    """Sweep rows for so many seeds, one a network of another name, named after it; `more`: other keys, a__b for a.b."""
-    more = {key.replace("__", "."): value for key, value in more.items()}
-    named = {network.what(): network for network in networks}
-    return [{"row": what + suffix, "seed": 42 + seed, "beside": [], "minutes": None, "export": False}
-            | {f"sparse.{f.name}": getattr(network, f.name) for f in dataclasses.fields(SparseConfig)} | more
-            for seed in range(seeds) for what, network in named.items()]
+    """Sweep rows for so many seeds from 42, one a network of another name; `more` as in `seeded_rows`."""
+    return seeded_rows("sparse", networks, range(42, 42 + seeds), suffix, **more)
 
 
 def check_adapter_run(cfg: Any) -> None:
     """ValueError for settings of an adapter experiment that cannot be; `cfg` has what `dyn.train.adapt` reads."""
-    for name, least in {"batch_size": 1, "eval_batch_size": 1, "workers": 0, "seed": 0}.items():
-        if getattr(cfg, name) < least:
-            raise ValueError(f"{name}={getattr(cfg, name)} must be at least {least}")
-    if cfg.epochs <= 0 or (cfg.minutes is not None and cfg.minutes <= 0):
-        raise ValueError(f"epochs={cfg.epochs} and minutes={cfg.minutes} must be above 0")
-    for name, instead in {"max_steps": "epochs", "seed": "seed"}.items():
-        if getattr(cfg.trainer, name) != getattr(TrainerConfig(), name):
-            raise ValueError(f"trainer.{name}={getattr(cfg.trainer, name)} would be ignored by this experiment; set {instead}")
-    if cfg.minutes is not None and cfg.trainer.world_size > 1:
-        raise ValueError(f"minutes={cfg.minutes} is for one device; give epochs for {cfg.trainer.world_size}")
-    if cfg.trainer.strategy == "fsdp2" or (cfg.trainer.strategy == "auto" and cfg.trainer.num_nodes > 1):
-        raise ValueError("these networks fit a device: set trainer.strategy=ddp")
+    check_trainings(cfg)
     if any(rate <= 0 for rate in cfg.rates) or len(set(cfg.rates)) < len(cfg.rates) or (cfg.rates and not cfg.data.tuning):
         raise ValueError(f"rates={cfg.rates} must be positive and differ, and are chosen by examples that are held out: data.tuning={cfg.data.tuning} must be "
                          "above 0")
