@@ -123,7 +123,8 @@ class Config:
 
 def rows(*changes: dict[str, Any], suffix: str = "", **more: Any) -> list[dict[str, Any]]:
     """Sweep rows for three seeds, a network for each of `changes` to the paper's; `more` as in `seeded_rows`."""
-    return seeded_rows("model", (ModelConfig(**change) for change in changes), range(3), suffix, leave_out=("source",), **more)
+    return seeded_rows("model", (ModelConfig(**change) for change in changes), range(3), suffix, leave_out=("source", "gate_std", "batches"),
+                       **more)
 
 
 STATIC, MOE, MOE4 = dict(method="static"), dict(method="moe"), dict(method="moe", num_experts=4)

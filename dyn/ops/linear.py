@@ -104,7 +104,7 @@ def partial_routed_linear(
     if form not in ("merged", "factorised"):
         raise ValueError(f"form={form!r} of partial_routed_linear is unknown; allowed: merged, factorised")
     if form == "merged":  # one pass over the E weights each way, however they are scaled
-        factor_OI, static_OI = (dynamic_scale * mask_OI).to(x_TI.dtype), (static_scale * static_OI * ~mask_OI).to(x_TI.dtype)
+        factor_OI, static_OI = (dynamic_scale * mask_OI.to(x_TI.dtype)).to(x_TI.dtype), (static_scale * static_OI * ~mask_OI).to(x_TI.dtype)
         weight_EOI = torch.addcmul(static_OI, dynamic_EOI, factor_OI)
         return routed_linear(x_TI, weight_EOI, idx_TK, weight_TK, bias_EO, backend)
     rows_R, columns_C, block_RC = _block(mask_OI)

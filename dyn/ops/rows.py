@@ -164,7 +164,7 @@ def scratch(like: Tensor, num_rows: int, num_columns: int) -> Tensor:
     size = num_rows * num_columns * like.element_size()
     if not like.is_cpu or size > _SCRATCH_BYTES:
         return like.new_empty(num_rows, num_columns)
-    if len(getattr(_memory, "block", ())) < size:
+    if not hasattr(_memory, "block") or len(_memory.block) < size:
         _memory.block = torch.empty(size, dtype=torch.uint8)
     return _memory.block[:size].view(like.dtype).view(num_rows, num_columns)
 

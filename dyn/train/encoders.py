@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import logging
 import math
 import shutil
@@ -43,21 +44,26 @@ TOLERANCE = 0.01  # between the logits of a network and of its compact form, of 
 def train_encoders(cfg: Any, run: Any) -> dict[str, Any]:
     """Partition, train, compact, measure. Returns the metrics, fills `run.cost` and `run.notes`."""
     check_world(cfg.trainer)
-    data = {task: sentences.open_task(cfg, run, cfg.model.source, task) for task in cfg.tasks}
-    for caveat in (warnings := sentences.caveats(cfg.model.source, (d.task for d in data.values()))):
+    data = {found.task: found for task in cfg.tasks for found in (sentences.open_task(cfg, run, cfg.model.source, task),)}  # the docstring task as itself
+    for caveat in (warnings := sentences.caveats(cfg.model.source, data)):
         run.log(f"warning: {caveat}")
     models = {method: dataclasses.replace(cfg.model, method=method) for method in [*cfg.beside, cfg.model.method]}
+    first = next(iter(data.values()))
+    precision = run.stage("precision", lambda: sentences.faster_precision(cfg, run, lambda: build(cfg, run, next(iter(models.values())), first), first))
+    cfg = dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, precision=precision))
     steps = run.stage("steps", lambda: _steps(cfg, run, data, models))
     for task in data:  # all before the first training, since several processes only meet there, and one of them does this
         for name, model in models.items():
             if model.method == "pad":
                 env.once(run.folder / "start" / f"{task}-{name}", functools.partial(_partition, cfg, run, data[task], model), world(cfg.trainer)[0])
-    results = {task: {name: run.stage(f"{task}-{name}", functools.partial(_train, cfg, run, data[task], task, name, models[name], steps[task]))
-                      for name in models} for task in data}
+    results: dict[str, dict[str, Any]] = {task: {} for task in data}
+    for task, found in results.items():
+        for name, model in models.items():
+            found[name] = run.stage(f"{task}-{name}", functools.partial(_train, cfg, run, data[task], task, name, model, steps[task]))
+            gc.collect()  # trainers and their networks hold each other
     if world(cfg.trainer)[0]:
         return {}
     shutil.rmtree(run.folder / "start", ignore_errors=True)  # all trainings are done
-    first = next(iter(data.values()))
     speed = run.stage("timing", lambda: _timing(cfg, run, first, models))
     _draw(run, results, cfg.model)
     return _numbers(cfg, run, data, results, speed, steps, warnings)
@@ -248,11 +254,11 @@ def _numbers(cfg: Any, run: Any, data: Mapping[str, SentenceData], results: Mapp
                                       "tokens_per_example": first[name]["length"], "seconds_per_example": speed[name]}
         run.cost |= cost if not prefix else {name: cost}
     metrics |= {f"train/steps/{task}": count for task, count in steps.items()}
-    what, names = cfg.model.what(), [d.task for d in data.values()]
+    what = cfg.model.what()
     suffix = run.row.removeprefix(what) if run.row.startswith(what) else ""
-    threads = "" if sentences.gpu(cfg.trainer) else f" on {torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}"
+    threads = "" if sentences.gpu(cfg.trainer) else f" on {torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}, {cfg.trainer.precision}"
     about = f"{cfg.model.source}, {', '.join(f'{count:,} steps on {task}' for task, count in steps.items())}, {cfg.sentences_per_step()} sentences each"
-    full = cfg.model.source == "google-bert/bert-base-uncased" and {*names, NOT_IN_MEANS} == TASKS.keys() and not cfg.data.train_limit and cfg.minutes is None
+    full = cfg.model.source == "google-bert/bert-base-uncased" and {*data, NOT_IN_MEANS} == TASKS.keys() and not cfg.data.train_limit and cfg.minutes is None
     run.notes |= {
         "main": [f"{p}{key}" for key in ("score", "dynamic share", "time an example / static") for p in ("", *(f"{name}/" for name in cfg.beside))],
         "compare": ["score"], "same": list(SAME), "controls": [name + suffix for name in cfg.model.controls()] if run.row else [],

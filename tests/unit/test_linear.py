@@ -1,6 +1,7 @@
 """`routed_linear` and its partial form do what their docstrings say: edges, dtypes, autocast, compile, memory, refusals. Values: tests/parity."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -200,3 +201,19 @@ def test_partial_refuses(kwargs, message):
     given = dict(x_TI=x, dynamic_EOI=weight, static_OI=weight[0], mask_OI=torch.ones(4, 6, dtype=torch.bool), idx_TK=idx, weight_TK=scores, bias_EO=bias)
     with pytest.raises(ValueError, match=message):
         partial_routed_linear(**given | kwargs)
+
+
+def test_no_tokens_in_a_new_thread():
+    """The rows' memory is a thread's own; its first call may need none."""
+    x, weight, idx, scores = torch.zeros(0, 3), torch.zeros(2, 4, 3), torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(routed_linear, x, weight, idx, scores).result().shape == (0, 4)
+
+
+def test_scales_keep_their_digits():
+    """Numbers as scales are not rounded to float32 on the way into float64 weights."""
+    x, dynamic, static = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    for mask, expected in ((True, 0.6), (False, 1.4)):
+        y = partial_routed_linear(x, dynamic, static, torch.full((1, 1), mask), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.float64),
+                                  dynamic_scale=0.6, static_scale=1.4)
+        assert y.item() == expected

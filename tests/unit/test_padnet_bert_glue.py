@@ -98,6 +98,16 @@ def test_length(monkeypatch):
     assert set(sentences.typical_batch(data().train, 4)["attention_mask"].sum(1).tolist()) == {5}, "as long as they are on average"
 
 
+def test_precision_is_the_faster_one_where_minutes_count(monkeypatch):
+    cfg, lines = dataclasses.replace(smoke(["trainer.precision=bf16-mixed"]), minutes=1.0), []
+    run = type("R", (), {"log": staticmethod(lines.append)})
+    for slower, expected in ((torch.bfloat16, "32-true"), (torch.float32, "bf16-mixed")):
+        monkeypatch.setattr(sentences, "seconds_per_micro_batch", lambda net, loss, dtype, trials, slower=slower: 2.0 if dtype == slower else 1.0)
+        assert sentences.faster_precision(cfg, run, lambda: nn.Linear(1, 1), data()) == expected
+    assert lines == ["bfloat16 is slower than float32 on this CPU: training in float32"]
+    assert sentences.faster_precision(dataclasses.replace(cfg, minutes=None), run, None, None) == "bf16-mixed"
+
+
 def test_what_an_encoder_has_seen():
     assert sentences.caveats("all-MiniLM-L6-v2", ["mrpc", "rte"]) == [
         "rte: all-MiniLM-L6-v2 was trained on NLI pairs (SNLI, MultiNLI), so this task is not new to it"]
