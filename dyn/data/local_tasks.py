@@ -6,8 +6,8 @@ PEP 257 calls its summary line) from the rest of it. Both are split by document 
 
 from __future__ import annotations
 
-import ast
 import hashlib
+import inspect
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from dyn.data import local_text
 GAP = "____"
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 _WORD = re.compile(r"[A-Za-z_][\w.]*\w|\d+")
+_DOCSTRING = re.compile(r'(?:\A|:\s*?\n\s+)"""([^"\\]{100,}?)"""')  # parsing every file would take a minute on a busy machine
 _SHORTEST, _LONGEST = 200, 900  # characters of a paragraph
 _COMMON = 4  # letters: shorter words are mostly grammar
 
@@ -55,20 +56,18 @@ def _gaps_of(document: local_text.Document) -> Iterator[dict[str, Any]]:
 
 
 def summary_lines(held_out: float = 0.1) -> tuple[dict[str, tuple[list[str], list[str]]], str]:
-    """Split -> (the rest of docstrings, their first lines) of the standard library; and what they are in words."""
+    """Split -> (the rest of docstrings, their first lines) of the standard library, those with a quote or a backslash left out; and what they are in words."""
     root = Path(sysconfig.get_path("stdlib"))
     pairs: dict[str, dict[str, str]] = {"train": {}, "validation": {}}  # what repeats comes once, in validation if it is there
-    for path in sorted(root.rglob("*.py")):
+    skipped = {"site-packages", "dist-packages", "test", "tests", "lib2to3", "pydoc_data"}
+    for path in sorted(path for path in root.rglob("*.py") if skipped.isdisjoint(path.relative_to(root).parts)):
         inner = path.relative_to(root)
-        if not {"site-packages", "dist-packages", "test", "tests", "lib2to3", "pydoc_data"}.isdisjoint(inner.parts):
-            continue
         split = "validation" if local_text.is_held_out(inner.as_posix(), held_out) else "train"
         try:
-            tree = ast.parse(path.read_text("utf-8"))
-        except (OSError, SyntaxError, UnicodeDecodeError):  # a file that is broken on purpose
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError):  # a file that is broken on purpose
             continue
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        for docstring in (ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)):
+        for docstring in map(inspect.cleandoc, _DOCSTRING.findall(text)):
             summary, _, rest = docstring.partition("\n\n")
             if "\n" not in summary and len(summary) >= 20 and len(rest) >= 80:
                 pairs[split].setdefault(rest, summary)

@@ -286,7 +286,7 @@ def _numbers(cfg: Any, run: Any, data: ImageData, results: Mapping[str, Any], sp
         cost = counts | {"macs_per_image": result["macs"], "seconds_per_image": speed[name], "time_an_image / static": speed[name] / speed["static"]}
         run.cost |= cost if not prefix else {name: cost}
         for form, seconds in times.items():
-            stored = counts["total_parameters"] if form != "compact/" else compacted["parameters"]
+            stored = compacted["parameters"] if form else counts["total_parameters"]  # both compact forms have one file
             table.append([result["what"] + (f", {form[:-1]}" if form else ""), compacted["accuracy"] if form else result["metrics"]["val/accuracy"], stored,
                           counts["active_parameters"], result["macs"], 1000 * seconds, seconds / speed["static"]])
     metrics |= {"train/steps": steps, "train/images": steps * cfg.images_per_step()}

@@ -159,7 +159,7 @@ def read_answers(data: QuestionSet, table: Tensor, cfg: AnswerConfig, unanswerab
         null = null_W[mine].min().item()
         share = torch.cat([best, torch.tensor([null], dtype=best.dtype)] if unanswerable else [best]).softmax(0).tolist()
         spans = [Span(text, score, probability) for text, score, probability in zip(texts, best.tolist(), share[: len(texts)], strict=True)]
-        odds = null - spans[0].score if spans else math.inf
+        odds = null - spans[0].score if spans else -_NEVER
         text = "" if not spans or (unanswerable and odds > cfg.null_threshold) else spans[0].text
         answers.append(Answer(question.id, text, odds, *scores_of(text, question), spans))
     return answers

@@ -208,3 +208,17 @@ def test_autocast_meets_the_precisions_of_the_host(tiny_host, tiny_text, kind):
             hook.remove()
         found.append(seen)
     assert found[0] == found[1] and torch.bfloat16 in found[0]
+
+
+@pytest.mark.parametrize("kind", ["houlsby", "pfeiffer", "parallel", "lora"])
+@pytest.mark.parametrize("family", ["bert", "albert", "electra"])
+def test_encoders_with_experts_are_hosts_too(tiny_host, tiny_text, family, kind):
+    from dyn.models.encoder import make_moe
+
+    model, batch = make_moe(tiny_host(family), 4, 2), tiny_text()
+    before = run(model, batch)
+    assert torch.equal(run(attach(model, kind, 4, init="lora"), batch), before)
+    assert not torch.allclose(run(stir(model), batch), before, atol=1e-3)
+    assert {key for key, p in model.named_parameters() if p.requires_grad} == set(adapter_parameters(model) | head_parameters(model))
+    with pytest.raises(ValueError, match="has no linear map of its own"):
+        attach(model, "lora", 4, "other", where="ffn")

@@ -182,7 +182,6 @@ def test_gaps_in_documentation():
     assert {q["context"] for q in parts["train"]}.isdisjoint({q["context"] for q in parts["validation"]}) and gaps(limit_bytes=150_000)[0] == parts
 
 
-@pytest.mark.slow
 def test_summary_lines_of_docstrings():
     parts, what = summary_lines()
     assert "not XSum" in what and len(parts["train"][0]) > 500 and len(parts["validation"][0]) > 30
