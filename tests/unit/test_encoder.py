@@ -149,6 +149,13 @@ def test_a_whole_graph():
     assert out.aux_loss > 0 and out.expert_load.shape == want.expert_load.shape and all(p.grad is not None for p in model.parameters())
 
 
+def test_the_compact_encoder_exports():
+    model = make_partial(make_moe(dense(num_hidden_layers=1), 4, 2, noise=0.2), None, None, keep=0.4, method="random").eval()
+    made = compact(model)
+    exported = torch.export.export(made, (batch()["input_ids"],), {"attention_mask": batch()["attention_mask"]})
+    torch.testing.assert_close(exported.module()(batch()["input_ids"], attention_mask=batch()["attention_mask"]).logits, model(**batch()).logits)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_partition_of_copies_is_not_all_static(family, caplog):
     """Fresh copies have no mode-switch gradient: positions are ranked by removal, and the log says so."""
@@ -239,7 +246,7 @@ def test_files_that_do_not_fit(tmp_path):
     compact(model).save_pretrained(tmp_path / "compact")
     file = tmp_path / "compact" / "model.safetensors"
     state, name = load_file(file), next(iter(moe_layers(model)))
-    state[f"{name}.partial.bits"] = state[f"{name}.partial.bits"] ^ 1
+    state[f"{name}.partial.bits"][0] ^= 1
     save_file(state, file, {"format": "pt"})
     with pytest.raises(ValueError, match=rf"{name}: the bits say \d+ of 384 positions are dynamic, and there are values for \d+"):
         kind.from_pretrained(tmp_path / "compact")
