@@ -27,7 +27,8 @@ def glue(cfg: Any, run: Any) -> dict[str, Job]:
     for task in cfg.tasks:
         data = sentences.open_task(cfg, run, cfg.source, task)
         caveats = _caveats(cfg, run, data.task)
-        jobs[task] = Job(data, functools.partial(sentences.build, cfg, run, cfg.source, data), sentences.sentence_loss, _classifier(cfg, data), data.metrics,
+        build = functools.partial(sentences.build, cfg, run, cfg.source, data)
+        jobs[data.task] = Job(data, build, sentences.sentence_loss, _classifier(cfg, data), data.metrics,  # by the name of what was taken
                          lambda said: [column.tolist() for column in said],  # places, predictions, labels
                          {"large": "Large-Sparse is better than the dense adapter of its budget on GLUE (the paper: +1.3 points on average)",
                           "pruned": "SNIP at 40 % pruned is no worse than the dense adapter on GLUE (the paper: up to +0.6 points on average)"},
