@@ -25,7 +25,7 @@ class Banked(nn.Module):
     A subclass computes with `mixture` (or `parts`), never with `weight` itself, and defines `draw`.
     """
 
-    sums_to_one = True  # do an input's weights of the sets sum to one? Then static values may stand in every set, and cost nothing
+    sums_to_one = True  # do an input's weights of the sets sum to one? Then the compact form has static values in every set, and they cost nothing
     sets_per_input: int = 1  # parameter sets that one input is computed with, after mixing
     weight: nn.Parameter | None
 
