@@ -144,7 +144,7 @@ def test_files(tmp_path):
 
 def test_damaged_files_are_refused():
     state = compact(network()).state_dict()
-    state["1.partial.bits"] = state["1.partial.bits"] ^ 1
+    state["1.partial.bits"][0] ^= 1  # one bit alone: of many, as many could be lost as won
     with pytest.raises(RuntimeError, match=r"1.partial.: the bits say \d+ of 216 positions; dynamic \[4, \d+\] and static \[\d+\] do not fit 4 sets"):
         compact(network(None)).load_state_dict(state)
     del state["1.partial.bits"]
