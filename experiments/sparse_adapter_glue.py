@@ -63,8 +63,9 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "kinds": adapter_rows(FULL, *(made for kind in KINDS for made in with_controls(kind)), seeds=5),  # Table 4
     "cpu": [made for nets in (FIRST, REST) for task, name in (("mrpc", "MRPC"), ("cola", "CoLA"))
             for made in adapter_rows(*nets, seeds=5, suffix=f", {name}", tasks=[task], **CPU)],
-    "rates": [made for net in FIRST for made in adapter_rows(net, seeds=1, suffix=", MRPC, rates", tasks=["mrpc"], data__tuning=0.2,
-                                                               rates=[1e-4, 2e-4] if net.kind == "none" else [1e-3, 3e-3], **CPU)],  # to choose FIRST's by
+    # What FIRST's rates were chosen by: on a fifth of the training examples that is never reported.
+    "rates": [made for net in {net.what(): net for net in FIRST}.values() for made in adapter_rows(
+        net, seeds=1, suffix=", MRPC, rates", tasks=["mrpc"], data__tuning=0.2, rates=[1e-4, 2e-4] if net.kind == "none" else [1e-3, 3e-3], **CPU)],
 }
 
 
