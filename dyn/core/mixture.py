@@ -53,24 +53,28 @@ def partial_sets(bank: Tensor, mask: Tensor, static: Tensor | None, ratio: Tenso
 
 
 class _Held(torch.autograd.Function):
-    """A bank as it is; backward zeroes the gradient where the mask is False."""
+    """bank (+ static); backward zeroes the bank's gradient where the mask is False."""
 
     @staticmethod
-    def forward(ctx: Any, bank: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, bank: Tensor, mask: Tensor, static: Tensor | None) -> Tensor:
         ctx.save_for_backward(mask)
-        return bank.view_as(bank)
+        return bank.view_as(bank) if static is None else bank + static
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        mask = ctx.saved_tensors[0].to(grad.dtype)  # once: a product of floats and bools is cast number by number, which takes a CPU three times as long
+        shared = grad.sum(0) if ctx.needs_input_grad[2] else None
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not grad.is_contiguous():
-            return grad * mask, None
-        return grad.mul_(mask), None  # fresh from the product that used the bank; a second one of K sets costs as much as a small convolution
+            return grad * mask, None, shared
+        return grad.mul_(mask), None, shared  # fresh from the product that used the bank; a second one of K sets costs as much as a small convolution
 
 
-def held(bank: Tensor, mask: Tensor) -> Tensor:
-    """`bank` [K, ...], which is zero outside `mask` already; its gradient there is exactly zero too, without a pass over the sets in forward."""
-    return _Held.apply(bank, mask)
+def held(bank: Tensor, mask: Tensor, static: Tensor | None = None) -> Tensor:
+    """`bank` [..., P], which is zero outside `mask` [P] already; its gradient there is exactly zero too, without a product with the mask in forward.
+
+    static: [P], zero inside the mask, which comes into every set.
+    """
+    return _Held.apply(bank, mask, static)
 
 
 def partial_parts(bank: Tensor, mask: Tensor, static: Tensor | None, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:

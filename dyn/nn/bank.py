@@ -43,9 +43,10 @@ class Banked(nn.Module):
 
     def mixture(self, weight_BK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(sets [K, ...], weights [B, K], static [...] or None): an input's parameters are the weighted sum of the sets and the static part (section 3.2)."""
-        if isinstance(self.partial, CompactBank) and self.partial.folded:
-            return self.partial.sets()[0], weight_BK, None
-        sets, static, gain = self.parts()
+        if self.partial is not None and self.sums_to_one:  # a second product, with the static set, would cost a small network more than a pass over the sets
+            (sets, gain), static = self.partial.sets(self.weight), None
+        else:
+            sets, static, gain = self.parts()
         return sets, weight_BK if gain is None else weight_BK * gain, static
 
     def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -101,6 +102,8 @@ class Banked(nn.Module):
         if isinstance(there, PartialBank) and there.mask is not None:
             with torch.no_grad():
                 self.weight.masked_fill_(~there.mask.to(self.weight.device), 0)  # what the layer computes with
+                if there.static is not None:
+                    there.static.masked_fill_(there.mask.to(self.weight.device), 0)
 
 
 class PartialBank(nn.Module):
@@ -114,16 +117,16 @@ class PartialBank(nn.Module):
     def __init__(self, scales: Scales = "both", device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         check_scales(scales)
-        self.scales = scales
+        self.scales, self.settled = scales, True
         self.register_buffer("mask", None)
         self.register_parameter("static", None)
         self.phi = nn.Parameter(torch.zeros(1, device=device, dtype=dtype)) if scales not in ("none", "prune") else None
         self.register_parameter("on", None)
         self.register_parameter("off", None)
 
-    def hold(self, mask: Tensor | None, static: Tensor | None, requires_grad: bool = True) -> None:
-        """Take a mask and static values as they are."""
-        self.mask = mask
+    def hold(self, mask: Tensor | None, static: Tensor | None, requires_grad: bool = True, settled: bool = True) -> None:
+        """Take a mask and static values as they are; `settled`: the bank is zero outside the mask and static values inside it, so products can be spared."""
+        self.mask, self.settled = mask, settled
         self.static = None if static is None else nn.Parameter(static, requires_grad=requires_grad)
 
     def watch(self, shape: torch.Size, like: Tensor) -> None:
@@ -154,7 +157,9 @@ class PartialBank(nn.Module):
         if self.on is not None:
             weight = weight * self.on
             return weight if self.static is None else weight + (1 - self.off) * (self.static * (static / dynamic)), gain
-        return weight if self.mask is None else partial_sets(weight, self.mask, self.static, static / dynamic), gain
+        if self.mask is None or not self.settled:
+            return weight if self.mask is None else partial_sets(weight, self.mask, self.static, static / dynamic), gain
+        return held(weight, self.mask, None if self.static is None else held(self.static, ~self.mask) * (static / dynamic)), gain
 
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See `Banked.parts`."""
@@ -164,7 +169,9 @@ class PartialBank(nn.Module):
             return weight * self.on, None if self.static is None else (1 - self.off) * (self.static * static), gain
         if self.mask is None:
             return weight, None, gain
-        return held(weight, self.mask), None if self.static is None else self.static * static * ~self.mask, gain
+        if not self.settled:
+            return (*partial_parts(weight, self.mask, self.static, static), gain)
+        return held(weight, self.mask), None if self.static is None else held(self.static, ~self.mask) * static, gain
 
     def extra_repr(self) -> str:
         return f"scales={self.scales}, " + ("all dynamic" if self.mask is None else f"mask {list(self.mask.shape)}")
@@ -216,13 +223,15 @@ class CompactBank(nn.Module):
 
     def _build(self) -> Tensor:
         """Dense sets: [K, ...] with static values in all of them; not folded, those without and one more with the static values, if any: [K + 1, ...]."""
-        mask_P = self.mask().flatten()
-        static_P = self.static.new_zeros(len(mask_P))
-        if self.has_static:
-            static_P = static_P.masked_scatter(~mask_P, self.static)
-        under_P = static_P if self.folded else torch.zeros_like(static_P)
-        sets_KP = under_P.expand(self.num_sets, -1).masked_scatter(mask_P.expand(self.num_sets, -1), self.dynamic)
-        return (torch.cat([sets_KP, static_P[None]]) if self.has_static and not self.folded else sets_KP).unflatten(1, self.shape)
+        mask_P, number = self.mask().flatten(), self.num_dynamic
+        static = self.static if self.has_static else self.static.new_zeros(len(mask_P) - number)
+        pool_KP = torch.cat([self.dynamic, (static if self.folded else torch.zeros_like(static)).expand(self.num_sets, -1)], 1)
+        if self.has_static and not self.folded:
+            pool_KP = torch.cat([pool_KP, torch.cat([self.dynamic.new_zeros(number), static])[None]])
+        # Where each position's value lies in `pool_KP`: gathered, which takes a CPU half as long as to scatter by mask.
+        count_P = mask_P.cumsum(0, dtype=torch.int32)
+        behind_P = torch.arange(number, number + len(mask_P), dtype=torch.int32, device=mask_P.device) - count_P
+        return pool_KP.index_select(1, torch.where(mask_P, count_P - 1, behind_P)).unflatten(1, self.shape)
 
     def sets(self, _: None = None) -> tuple[Tensor, None]:
         """See `PartialBank.sets`; not folded, the static set is the last one."""

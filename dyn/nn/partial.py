@@ -108,7 +108,7 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
 
         def apply(masks: Masks) -> None:
             for name, m in layers.items():
-                m.partial.hold(masks[name], None if scales == "prune" else values[name])
+                m.partial.hold(masks[name], None if scales == "prune" else values[name], settled=False)
 
         apply(masks)
         if count == 0:
@@ -127,7 +127,7 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
         for name, (partial, mask, values_before) in before.items():
             layers[name].partial = partial
             if partial is not None:
-                partial.mask, partial.static = mask, values_before
+                partial.mask, partial.static, partial.settled = mask, values_before, True
         raise
     _log.info("make_partial: %d of %d positions dynamic in %d layers (%s, %d rounds)", count, total, len(layers), method, rounds)
     return model

@@ -102,9 +102,9 @@ def test_rounds_are_monotone_unless_told():
     for monotone in (True, False):
         seen, hold = [], partial_module.PartialBank.hold
 
-        def spy(self, mask, static, requires_grad=True, hold=hold, seen=seen):
+        def spy(self, mask, *args, hold=hold, seen=seen, **kwargs):
             seen.append((id(self), mask.clone()))
-            hold(self, mask, static, requires_grad)
+            hold(self, mask, *args, **kwargs)
 
         partial_module.PartialBank.hold = spy
         try:
@@ -117,6 +117,25 @@ def test_rounds_are_monotone_unless_told():
         revived[monotone] = sum(int((later & ~earlier).sum()) for m in by_layer.values() for earlier, later in zip(m, m[1:], strict=False))
         assert dynamic(model) == kept_count(TOTAL, 0.2, "up")
     assert revived[True] == 0 < revived[False]
+
+
+def test_every_round_scores_the_network_of_its_modes(monkeypatch):
+    """What turned static in an earlier round is static while the next one scores, although its kernels are still there."""
+    seen, score = [], partial_module.score
+
+    def spy(model, *args, **kwargs):
+        settled = copy.deepcopy(model)
+        for m in settled.modules():
+            if isinstance(m, Banked):
+                m.partition(m.partial.mask, m.partial.static)
+        with torch.no_grad():
+            seen.append(torch.equal(model.eval()(data()[0][0]), settled.eval()(data()[0][0])))
+        model.train()
+        return score(model, *args, **kwargs)
+
+    monkeypatch.setattr(partial_module, "score", spy)
+    make_partial(network(), data(), loss, keep=0.3, method="grasp", rounds=3, static="fresh")
+    assert seen == [True] * 3
 
 
 def test_a_second_call_goes_on():
