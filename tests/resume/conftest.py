@@ -1,6 +1,9 @@
 """Trainings in processes of their own, for the modules here; one names its script in SCRIPT, and in EXPERIMENT what it runs, unless that is "tiny"."""
 
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +37,33 @@ class Server:
         ended = self.ask("wait", pid)
         assert ended == code, (ended, (self.folder / f"{name}.out").read_text())
         return next((self.folder / name).glob(f"{self.experiment}/*"))
+
+    def kill(self, pid: int, name: str) -> Path:
+        os.kill(pid, signal.SIGKILL)
+        return self.end(pid, name, -signal.SIGKILL)
+
+    def pair(self, name: str, **settings: object) -> list[int]:
+        """Two processes, as Lightning's own launcher would start them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        both = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, devices=2, **settings)
+        first = self.start(name, LOCAL_RANK=0, **both)
+        while not (folder := next((self.folder / name).glob(f"{self.experiment}/*/stages.json"), None)):
+            time.sleep(0.01)
+        return [first, self.start(name, LOCAL_RANK=1, DYN_RUN_FOLDER=folder.parent, **both)]
+
+    @staticmethod
+    def rows(folder: Path) -> list[dict]:
+        """The metrics without times, which no resumed run repeats."""
+        read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [row for row in read if not any(key.startswith("speed/") for key in row)]
+
+    def same(self, resumed: Path, whole: Path, *names: str) -> None:
+        """Equal metrics, and equal files."""
+        assert self.rows(resumed) == self.rows(whole)
+        for name in ("final.txt", *names):
+            assert (resumed / name).read_text() == (whole / name).read_text()
 
     def until(self, name: str, step: int) -> None:
         """Wait until a step is in the metrics."""

@@ -1,19 +1,12 @@
 """A pruned adapter that is killed in training and resumed is, bit by bit, the one that was left alone: mask, weights, moments, answers and summaries."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 SCRIPT = "tiny_adapt.py"
-
-
-def rows(folder: Path) -> list[dict]:
-    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in read if not any(key.startswith("speed/") for key in row)]
 
 
 def last(folder: Path) -> dict:
@@ -29,15 +22,14 @@ def test_sigkill(server, experiment, form, early, late):
     for name, step in names.items():
         if step is not None:
             server.until(name, step)
-            os.kill(pids[name], signal.SIGKILL)
-            assert not (server.end(pids[name], name, -signal.SIGKILL) / "result.json").exists()
+            assert not (server.kill(pids[name], name) / "result.json").exists()
     whole = server.end(pids.pop(f"{experiment}-whole"), f"{experiment}-whole")
     state = last(whole)
     masked = [value for key, value in state["state_dict"].items() if key.endswith((".mask", ".bits"))]
     assert masked and any(value.any() for value in masked)
     for name in pids:
         folder = server.run(name, **settings)
-        assert rows(folder) == rows(whole)
+        assert server.rows(folder) == server.rows(whole)
         other = last(folder)
         assert other["state_dict"].keys() == state["state_dict"].keys()
         assert [key for key, value in state["state_dict"].items() if not torch.equal(value, other["state_dict"][key])] == []

@@ -2,26 +2,11 @@
 
 Order, augmentation, mixing, dropout, weight average, masks and temperature included; of partially dynamic experts modes, scale factors and the gates' noise."""
 
-import json
-import os
-import signal
-import socket
-import time
 from pathlib import Path
 
 import pytest
 
 SCRIPT = "tiny_classify.py"
-
-
-def rows(folder: Path) -> list[dict]:
-    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in read if not any(key.startswith("speed/") for key in row)]
-
-
-def same(resumed: Path, whole: Path) -> None:
-    assert rows(resumed) == rows(whole)
-    assert (resumed / "final.txt").read_text() == (whole / "final.txt").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +16,12 @@ def whole(server) -> dict[str, Path]:
     return {kind: server.end(pid, f"{kind}-whole") for kind, pid in pids.items()}
 
 
-def test_the_runs_are_what_they_should_be(whole):
-    losses = [row["train/loss"] for row in rows(whole["images"]) if "train/loss" in row]
+def test_the_runs_are_what_they_should_be(server, whole):
+    losses = [row["train/loss"] for row in server.rows(whole["images"]) if "train/loss" in row]
     assert len(losses) == len(set(losses)) == 14
-    assert [row["train/temperature"] for row in rows(whole["images"]) if "train/temperature" in row][:3] == [30.0, 27.0, 24.0]
-    assert all("val/pearson" in row for row in rows(whole["sentences"]) if "val/loss" in row)
-    assert all(row["train/aux_loss"] > 0 for row in rows(whole["moe"]) if "train/loss" in row)
+    assert [row["train/temperature"] for row in server.rows(whole["images"]) if "train/temperature" in row][:3] == [30.0, 27.0, 24.0]
+    assert all("val/pearson" in row for row in server.rows(whole["sentences"]) if "val/loss" in row)
+    assert all(row["train/aux_loss"] > 0 for row in server.rows(whole["moe"]) if "train/loss" in row)
 
 
 @pytest.mark.parametrize("kind", ["images", "sentences", "moe"])
@@ -45,32 +30,18 @@ def test_sigkill(server, whole, kind):
     started = {f"{kind}-{step}": (step, server.start(f"{kind}-{step}", kind=kind)) for step in (2, 5, 10)}
     for name, (step, pid) in started.items():
         server.until(name, step)
-        os.kill(pid, signal.SIGKILL)
-        folder = server.end(pid, name, -signal.SIGKILL)
+        folder = server.kill(pid, name)
         assert not (folder / "final.txt").exists()
     for name, pid in {name: server.start(name, kind=kind) for name in started}.items():
-        same(server.end(pid, name), whole[kind])
+        server.same(server.end(pid, name), whole[kind])
 
 
 def test_sigkill_with_workers(server, whole):
     """Workers prepare batches ahead, and change nothing: the same run as without."""
     pid = server.start("workers", workers=1)
     server.until("workers", 7)
-    os.kill(pid, signal.SIGKILL)
-    server.end(pid, "workers", -signal.SIGKILL)
-    same(server.run("workers", workers=1), whole["images"])
-
-
-def pair(server, name: str, **settings: object) -> list[int]:
-    """Two processes, as Lightning's own launcher would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    both = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, devices=2, **settings)
-    first = server.start(name, LOCAL_RANK=0, **both)
-    while not (folder := next((server.folder / name).glob("tiny/*/stages.json"), None)):
-        time.sleep(0.01)
-    return [first, server.start(name, LOCAL_RANK=1, DYN_RUN_FOLDER=folder.parent, **both)]
+    server.kill(pid, "workers")
+    server.same(server.run("workers", workers=1), whole["images"])
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -78,8 +49,8 @@ def test_two_processes_train_as_one(server, strategy):
     """Sentences, without chance: half the batch each; the validation's ten examples in four batches are each counted once."""
     settings = dict(kind="sentences", plain="true", max_steps=4, val_every=2)
     alone = server.start(f"one-{strategy}", batch_size=8, **settings)
-    pids = pair(server, strategy, strategy=strategy, batch_size=4, **settings)
-    one, (two, _) = rows(server.end(alone, f"one-{strategy}")), [rows(server.end(pid, strategy)) for pid in pids]
+    pids = server.pair(strategy, strategy=strategy, batch_size=4, **settings)
+    one, (two, _) = server.rows(server.end(alone, f"one-{strategy}")), [server.rows(server.end(pid, strategy)) for pid in pids]
     assert [row["step"] for row in two] == [row["step"] for row in one]
     for row, expected in zip(two, one, strict=True):
         assert row == pytest.approx(expected, rel=2e-3), row["step"]
@@ -90,8 +61,8 @@ def test_experts_train_alike_under_ddp_and_fsdp2(server):
     settings = dict(kind="moe", plain="true", max_steps=4, val_every=2, batch_size=4)
     found = {}
     for strategy in ("ddp", "fsdp2"):
-        pids = pair(server, f"moe-{strategy}", strategy=strategy, **settings)
-        found[strategy], _ = [rows(server.end(pid, f"moe-{strategy}")) for pid in pids]
+        pids = server.pair(f"moe-{strategy}", strategy=strategy, **settings)
+        found[strategy], _ = [server.rows(server.end(pid, f"moe-{strategy}")) for pid in pids]
     assert [row["step"] for row in found["fsdp2"]] == [row["step"] for row in found["ddp"]]
     for row, expected in zip(found["fsdp2"], found["ddp"], strict=True):
         assert row == pytest.approx(expected, rel=2e-3), row["step"]

@@ -1,11 +1,8 @@
 """A training that is killed and resumed is, bit by bit, the one that was left alone: metrics (times apart) and final weights."""
 
-import json
 import os
 import random
 import signal
-import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -21,21 +18,10 @@ def whole(server) -> Path:
     return server.run("whole")
 
 
-def rows(folder: Path) -> list[dict]:
-    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in read if not any(key.startswith("speed/") for key in row)]
-
-
-def same(resumed: Path, whole: Path) -> None:
-    assert rows(resumed) == rows(whole)
-    for name in ("final.txt", "expert_load.json"):
-        assert (resumed / name).read_text() == (whole / name).read_text()
-
-
-def test_the_run_is_what_it_should_be(whole):
-    losses = [row["train/loss"] for row in rows(whole) if "train/loss" in row]
+def test_the_run_is_what_it_should_be(server, whole):
+    losses = [row["train/loss"] for row in server.rows(whole) if "train/loss" in row]
     assert len(losses) == len(set(losses)) == STEPS
-    weights = [row["weights/a"] for row in rows(whole) if "weights/a" in row]
+    weights = [row["weights/a"] for row in server.rows(whole) if "weights/a" in row]
     assert len(weights) == len(set(weights)) == 3
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-00000012.ckpt", "step-00000014.ckpt"]
 
@@ -48,11 +34,10 @@ def test_sigkill_at_three_random_steps(server, whole):
     for name, step in started.items():
         pid = server.start(name)
         server.until(name, step)
-        os.kill(pid, signal.SIGKILL)
-        folder = server.end(pid, name, -signal.SIGKILL)
+        folder = server.kill(pid, name)
         assert not (folder / "final.txt").exists()
     for name, pid in {name: server.start(name) for name in started}.items():
-        same(server.end(pid, name), whole)
+        server.same(server.end(pid, name), whole, "expert_load.json")
 
 
 @pytest.mark.parametrize("settings", [dict(precision="bf16-mixed", gradient_checkpointing="true"), dict(balance="bias", accumulate=1, val_every=3)],
@@ -62,9 +47,8 @@ def test_sigkill_with_other_settings(server, settings, request):
     left_alone = server.start(f"{name}-whole", **settings)
     pid = server.start(name, **settings)
     server.until(name, 7)
-    os.kill(pid, signal.SIGKILL)
-    server.end(pid, name, -signal.SIGKILL)
-    same(server.run(name, **settings), server.end(left_alone, f"{name}-whole"))
+    server.kill(pid, name)
+    server.same(server.run(name, **settings), server.end(left_alone, f"{name}-whole"), "expert_load.json")
 
 
 @pytest.mark.parametrize("step", [0, 5, STEPS])
@@ -72,7 +56,7 @@ def test_sigkill_within_a_validation(server, whole, step):
     """The checkpoint of that step is there already, the new domain weights are not."""
     name = f"validation-{step}"
     server.run(name, code=-signal.SIGKILL, signal_in_validation=f"SIGKILL@{step}")
-    same(server.run(name), whole)
+    server.same(server.run(name), whole, "expert_load.json")
 
 
 def test_sigterm_writes_a_checkpoint_at_once(server, whole):
@@ -82,57 +66,45 @@ def test_sigterm_writes_a_checkpoint_at_once(server, whole):
     folder = server.end(pid, "asked", 130)
     (path,) = (folder / "checkpoints").iterdir()
     step = torch.load(path, weights_only=True)["global_step"]
-    assert rows(folder)[-1]["step"] == step and 4 <= step < STEPS
-    same(server.run("asked", checkpoint_every=0), whole)
+    assert server.rows(folder)[-1]["step"] == step and 4 <= step < STEPS
+    server.same(server.run("asked", checkpoint_every=0), whole, "expert_load.json")
 
 
 def test_sigterm_within_a_validation(server, whole):
     folder = server.run("asked-in-validation", code=130, checkpoint_every=0, signal_in_validation="SIGTERM@5")
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000005.ckpt"]
-    assert not any("val/loss" in row for row in rows(folder) if row["step"] == 5)
-    same(server.run("asked-in-validation", checkpoint_every=0), whole)
-
-
-def pair(server, name: str, **settings: object) -> list[int]:
-    """Two processes, as Lightning's own launcher would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    both = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, devices=2, **settings)
-    first = server.start(name, LOCAL_RANK=0, **both)
-    while not (folder := next((server.folder / name).glob("tiny/*/stages.json"), None)):
-        time.sleep(0.01)
-    return [first, server.start(name, LOCAL_RANK=1, DYN_RUN_FOLDER=folder.parent, **both)]
+    assert not any("val/loss" in row for row in server.rows(folder) if row["step"] == 5)
+    server.same(server.run("asked-in-validation", checkpoint_every=0), whole, "expert_load.json")
 
 
 @pytest.mark.parametrize(("strategy", "more"), [("ddp", {}), ("fsdp2", dict(precision="bf16-mixed", gradient_checkpointing="true", balance="bias"))],
                          ids=["ddp", "fsdp2-bf16-bias"])
 def test_two_processes(server, strategy, more, request):
     settings, strategy = dict(strategy=strategy, max_steps=8, **more), request.node.callspec.id
-    left_alone = pair(server, f"{strategy}-whole", **settings)
-    both = pair(server, strategy, **settings)
+    left_alone = server.pair(f"{strategy}-whole", **settings)
+    both = server.pair(strategy, **settings)
     server.until(strategy, 4)
     os.kill(both[0], signal.SIGTERM)  # one of the two: they agree on the step
     for pid in both:
         server.end(pid, strategy, 130)
-    for pid in pair(server, strategy, **settings):
+    for pid in server.pair(strategy, **settings):
         server.end(pid, strategy)
     for pid in left_alone:
         whole = server.end(pid, f"{strategy}-whole")
     resumed = next((server.folder / strategy).glob("tiny/*"))
-    same(resumed, whole)
-    assert rows(whole)[-1]["tokens"] == 8 * 2 * 2 * 2 * 8  # steps, processes, micro-batches, sequences, tokens
+    server.same(resumed, whole, "expert_load.json")
+    assert server.rows(whole)[-1]["tokens"] == 8 * 2 * 2 * 2 * 8  # steps, processes, micro-batches, sequences, tokens
     assert torch.load(resumed / "checkpoints" / "step-00000008.ckpt", weights_only=True)["global_step"] == 8
 
 
 def test_two_processes_train_as_one(server):
     settings = dict(plain="true", max_steps=4, val_every=2)
     alone = server.start("one", batch_size=4, **settings)
-    pids = {strategy: pair(server, f"plain-{strategy}", strategy=strategy, **settings) for strategy in ("ddp", "fsdp2")}
-    one = rows(server.end(alone, "one"))
+    pids = {strategy: server.pair(f"plain-{strategy}", strategy=strategy, **settings) for strategy in ("ddp", "fsdp2")}
+    one = server.rows(server.end(alone, "one"))
     for strategy, both in pids.items():
         for pid in both:
             folder = server.end(pid, f"plain-{strategy}")
-        assert [set(row) for row in rows(folder)] == [set(row) for row in one]
-        for row, expected in zip(rows(folder), one, strict=True):
+        assert [set(row) for row in server.rows(folder)] == [set(row) for row in one]
+        for row, expected in zip(server.rows(folder), one, strict=True):
             assert row == pytest.approx(expected, rel=1e-4), strategy

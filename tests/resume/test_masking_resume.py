@@ -1,21 +1,12 @@
 """Masked training, killed and resumed, on one process and on two: the masks are the same everywhere, pruned weights exactly zero, both forms alike."""
 
 import json
-import os
-import signal
-import socket
-import time
 from pathlib import Path
 
 import pytest
 
 SCRIPT = "tiny_masking.py"
 KEPT = 1024 - round(0.6 * 1024)  # 4 blocks of 2 * 16 * 8
-
-
-def rows(folder: Path) -> list[dict]:
-    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in read if not any(key.startswith("speed/") for key in row)]
 
 
 def report(folder: Path, rank: int = 0) -> dict:
@@ -29,12 +20,12 @@ def whole(server) -> dict[str, Path]:
     return {form: server.end(pid, f"{form}-whole") for form, pid in pids.items()}
 
 
-def test_pruned_weights_are_zero_and_both_forms_train_alike(whole):
+def test_pruned_weights_are_zero_and_both_forms_train_alike(server, whole):
     """With dropout, accumulation, weight decay and a weight average; bit by bit, but for the sums over tensors that are only logged."""
     masked, flat = report(whole["mask"]), report(whole["flat"])
     assert masked["dead"] == 0 and masked["kept"] == masked["alive"] == flat["kept"] == KEPT and masked["masks"] == [masked["after"]]
     assert masked == flat
-    losses = [[(row["step"], row[key]) for row in rows(whole[form]) for key in ("train/loss", "val/loss") if key in row] for form in ("mask", "flat")]
+    losses = [[(row["step"], row[key]) for row in server.rows(whole[form]) for key in ("train/loss", "val/loss") if key in row] for form in ("mask", "flat")]
     assert losses[0] == losses[1] and len({loss for _, loss in losses[0]}) > 14
 
 
@@ -43,29 +34,16 @@ def test_sigkill(server, whole, form):
     started = {f"{form}-{step}": (step, server.start(f"{form}-{step}", form=form, ema=0.5)) for step in (2, 7)}
     for name, (step, pid) in started.items():
         server.until(name, step)
-        os.kill(pid, signal.SIGKILL)
-        assert not (server.end(pid, name, -signal.SIGKILL) / "final.txt").exists()
+        assert not (server.kill(pid, name) / "final.txt").exists()
     for name, pid in {name: server.start(name, form=form, ema=0.5) for name in started}.items():
         resumed = server.end(pid, name)
-        assert rows(resumed) == rows(whole[form]) and report(resumed) == report(whole[form])
+        assert server.rows(resumed) == server.rows(whole[form]) and report(resumed) == report(whole[form])
         assert (resumed / "final.txt").read_text() == (whole[form] / "final.txt").read_text()
 
 
 def test_an_optimiser_that_mixes_elements(server):
     mixed = report(server.run("mixed", mixing="true", max_steps=4))
     assert mixed["dead"] == 0 and mixed["alive"] == KEPT
-
-
-def pair(server, name: str, **settings: object) -> list[int]:
-    """Two processes, as Lightning's own launcher would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    both = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, devices=2, **settings)
-    first = server.start(name, LOCAL_RANK=0, **both)
-    while not (folder := next((server.folder / name).glob("tiny/*/stages.json"), None)):
-        time.sleep(0.01)
-    return [first, server.start(name, LOCAL_RANK=1, DYN_RUN_FOLDER=folder.parent, **both)]
 
 
 @pytest.mark.parametrize(("strategy", "form", "settings"), [
@@ -76,7 +54,7 @@ def test_two_processes(server, strategy, form, settings, request):
     name = request.node.callspec.id
     settings = dict(form=form, dropout=0.0, max_steps=4, val_every=2) | settings
     alone = server.start(f"one-{name}", batch_size=8, **settings)
-    pids = pair(server, name, strategy=strategy, batch_size=4, **settings)
+    pids = server.pair(name, strategy=strategy, batch_size=4, **settings)
     one = server.end(alone, f"one-{name}")
     folder, _ = (server.end(pid, name) for pid in pids)
     first, second = report(folder), report(folder, 1)

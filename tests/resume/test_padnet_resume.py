@@ -3,8 +3,6 @@
 Modes, scale factors, temperature, batch statistics, weight average, augmentation and order included; before and after the first checkpoint (every 4 steps)."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import torch
@@ -12,11 +10,6 @@ from safetensors.torch import load_file
 
 SCRIPT = "tiny_padnet.py"
 EXPERIMENT = "padnet_resnet50"
-
-
-def rows(folder: Path) -> list[dict]:
-    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in read if not any(key.startswith("speed/") for key in row)]
 
 
 def last(folder: Path) -> dict:
@@ -28,19 +21,18 @@ def test_sigkill(server):
     pids = {name: server.start(name, **settings) for name in ("whole", "early", "late")}
     for name, step in (("early", 2), ("late", 6)):
         server.until(name, step)
-        os.kill(pids[name], signal.SIGKILL)
-        folder = server.end(pids[name], name, -signal.SIGKILL)
+        folder = server.kill(pids[name], name)
         assert not (folder / "result.json").exists() and any((folder / "checkpoints" / "pad").glob("*.ckpt")) is (name == "late")
     whole = server.end(pids["whole"], "whole")
     resumed = {name: server.start(name, **settings) for name in ("early", "late")}
     state, exported = last(whole), load_file(whole / "export" / "model.safetensors")
     masks = [value for key, value in state["state_dict"].items() if key.endswith("partial.mask")]
     assert 0 < sum(int(mask.sum()) for mask in masks) < sum(mask.numel() for mask in masks)
-    temperatures = {row["train/temperature"] for row in rows(whole) if "train/temperature" in row}
+    temperatures = {row["train/temperature"] for row in server.rows(whole) if "train/temperature" in row}
     assert len(temperatures) > 3 and any(value.any() for key, value in state["state_dict"].items() if key.endswith("partial.phi"))
     for name, pid in resumed.items():
         folder = server.end(pid, name)
-        assert rows(folder) == rows(whole)
+        assert server.rows(folder) == server.rows(whole)
         other = last(folder)
         assert other["state_dict"].keys() == state["state_dict"].keys()
         assert [key for key, value in state["state_dict"].items() if not torch.equal(value, other["state_dict"][key])] == []
