@@ -122,6 +122,11 @@ class Config:
         """ValueError for settings that cannot be, before anything is loaded."""
         if self.batch_size < 2:
             raise ValueError(f"batch_size={self.batch_size}: batch norm needs at least 2 images to have a variance")
+        if (self.classify.mixup or self.classify.cutmix) and self.batch_size % 2:
+            raise ValueError(f"batch_size={self.batch_size}: classify.mixup and classify.cutmix mix pairs of images, so it must be even")
+        if self.trainer.precision == "bf16-true" or self.trainer.gradient_checkpointing:
+            raise ValueError(f"trainer.precision={self.trainer.precision}, trainer.gradient_checkpointing={self.trainer.gradient_checkpointing}: convolutional "
+                             "networks take bf16-mixed or 32-true, and no checkpointing")
         check_trainings(self, timing_batch=1, timing_rounds=1)
         if len({*self.beside, self.model.method}) <= len(self.beside):
             raise ValueError(f"beside={self.beside} must be methods other than model.method={self.model.method}, each once")

@@ -88,7 +88,8 @@ def _best(score_N: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """True at the `count` largest; those tied with the smallest that is kept are drawn."""
     if count == 0 or count == len(score_N):
         return torch.full_like(score_N, count > 0, dtype=torch.bool)
-    threshold = score_N.kthvalue(len(score_N) - count + 1).values
+    place = len(score_N) - count  # on CUDA kthvalue is not deterministic, and refused where that is asked for
+    threshold = score_N.sort().values[place] if score_N.is_cuda else score_N.kthvalue(place + 1).values
     kept_N = score_N > threshold
     tied_M = (score_N == threshold).nonzero().squeeze(1)
     drawn = torch.randperm(len(tied_M), generator=generator)[: count - int(kept_N.sum())]

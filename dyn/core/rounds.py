@@ -67,6 +67,9 @@ def partition_in_rounds(
         # A count is exact; local budgets are shares, the last one as it was given.
         budget = count if scope != "local" else keep if number + 1 == len(counts) else count / total
         new = keep_masks(found, budget, scope, seed + number, rounding)
+        if monotone and scope != "global" and (short := [name for name, m in new.items() if (m & ~masks[name]).any()]):
+            raise ValueError(f"keep={keep} with scope={scope}: {short[0]} has {int(masks[short[0]].sum())} positions left and should keep "
+                             f"{int(new[short[0]].sum())}")
         masks = {name: m & masks[name] for name, m in new.items()} if monotone else new
         apply(masks)
     return masks

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 Loss = Callable[[nn.Module, Any], Tensor]  # loss_fn(model, batch) -> scalar
 Named = Mapping[str, Tensor]  # parameters by name
+_alone = ContextVar("alone", default=False)
 APART = 0x5EED_0001  # added to seeds: weights are often drawn with the same small ones, and equal streams would tie a random choice to their values
 
 
@@ -114,7 +116,9 @@ def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             stack.enter_context(torch.random.fork_rng(devices))
             stack.enter_context(torch.enable_grad())
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also touch devices that are not put back
+            for device in devices:
+                torch.cuda.default_generators[device].manual_seed(seed)
             yield
     finally:
         scored = {p for p in wanted if p.requires_grad}
@@ -144,8 +148,23 @@ def _gradients(loss: Tensor, named: Named, **kwargs: bool) -> list[Tensor]:
     return [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), found, strict=True)]
 
 
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Inside, scores and masks are this process's alone, whatever others there are: one of them scores, and the others wait for what it found."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def together() -> bool:
+    """Do processes score together?"""
+    return dist.is_available() and dist.is_initialized() and not _alone.get()
+
+
 def _over_processes(tensors: list[Tensor]) -> list[Tensor]:
-    if dist.is_available() and dist.is_initialized():
+    if together():
         for t in tensors:
             dist.all_reduce(t)
     return tensors

@@ -239,6 +239,8 @@ class MoeEncoder:
         unfit = f"{where} is no MoE encoder, or of other settings; load a dense one with its own class and call make_moe"
         try:
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # tensors of other shapes
             raise ValueError(unfit) from error
         layers = moe_layers(model)

@@ -48,8 +48,8 @@ def attach(model: nn.Module, kind: Kind, r: int | None = None, name: str = "defa
     """
     host, active = hosts().find_host(model), _active(model) or Active()
     config = make_config(kind, flags if r is None else {"r": r, **flags}, host, official=official, head=not official if head is None else head, layers=layers)
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"name={name!r}: an adapter's name is made of letters, digits, - and _, and is no attribute of nn.ModuleDict")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(Site(Active(), "output"), name):
+        raise ValueError(f"name={name!r}: an adapter's name is made of letters, digits, - and _, and is no attribute of the module that holds adapters")
     if name in active.configs:
         raise ValueError(f"an adapter {name!r} is attached already; detach it first, or take another name")
     refuse_merged(model)

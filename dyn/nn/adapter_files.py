@@ -25,7 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from dyn.core.partition import pack_bits, unpack_bits
-from dyn.nn.adapter_attach import adapter_parameters, adapters, attach, detach, head_parameters, hosts, refuse_merged
+from dyn.nn.adapter_attach import adapter_parameters, adapters, attach, detach, head_parameters, hosts, refuse_merged, set_active
 from dyn.nn.adapter_build import make_config
 from dyn.nn.adapter_modules import AdapterModule
 from dyn.nn.adapter_sites import modules_of
@@ -128,6 +128,7 @@ def load_adapter(model: nn.Module, d: str | Path, name: str | None = None, *, he
         if there is None:
             detach(model, name)
         raise
+    set_active(model, name)
     short = short_names(model, name)
     with torch.no_grad():
         for key, p in head_parameters(model, name).items():

@@ -284,7 +284,7 @@ class Fusion(AdapterModule):
         """||I - W_v||^2, of which 0.01 times is added to the loss."""
         if self.value is None:
             return self.key.weight.new_zeros(())
-        weight = self.value.weight
+        weight = dense_weight(self.value)
         return (torch.eye(len(weight), device=weight.device, dtype=weight.dtype) - weight).square().sum()
 
     def flow(self) -> Tensor:

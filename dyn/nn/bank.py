@@ -32,6 +32,7 @@ class Banked(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.partial: PartialBank | CompactBank | None = None
+        self.register_load_state_dict_post_hook(_settle)  # after the children's, so by the mask that was loaded
 
     def draw(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """`num` new parameter sets of the layer's initialiser, on the weight's device and in its dtype: [num, ...]."""
@@ -81,6 +82,8 @@ class Banked(nn.Module):
         partial, values = self.add_partial(self.partial.scales if self.partial else "both"), static if isinstance(static, Tensor) else self.static_start(static)
         if mask.dtype != torch.bool or mask.shape != self.weight.shape[1:]:
             raise ValueError(f"mask must be bool {list(self.weight.shape[1:])}, one set of the bank; got {mask.dtype} {list(mask.shape)}")
+        if partial.phi is not None and ((partial.scales == "s" and mask.all()) or (partial.scales == "d" and not mask.any())):
+            partial.phi.requires_grad_(False)  # its factor is of no position, and processes wait for gradients of all that is trained
         if mask.all():
             partial.hold(None, None)
             return
@@ -99,11 +102,16 @@ class Banked(nn.Module):
             room = None if static is None else torch.zeros_like(self.weight[0])
             there.hold(torch.ones_like(mask, device=self.weight.device), room, self.weight.requires_grad)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if isinstance(there, PartialBank) and there.mask is not None:
-            with torch.no_grad():
-                self.weight.masked_fill_(~there.mask.to(self.weight.device), 0)  # what the layer computes with
-                if there.static is not None:
-                    there.static.masked_fill_(there.mask.to(self.weight.device), 0)
+
+
+@torch.no_grad()
+def _settle(layer: Banked, _: object = None) -> None:
+    """Dead entries are zero, as a layer with modes computes with them (`PartialBank.hold`)."""
+    partial = layer.partial
+    if isinstance(partial, PartialBank) and partial.mask is not None and not layer.weight.is_meta:
+        layer.weight.masked_fill_(~partial.mask, 0)
+        if partial.static is not None:
+            partial.static.masked_fill_(partial.mask, 0)
 
 
 class PartialBank(nn.Module):

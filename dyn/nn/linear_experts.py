@@ -24,7 +24,8 @@ class LinearExperts(Banked):
         num_experts, num_experts_per_tok: E, K.
         gate, gate_noise, noise_epsilon, balance: see `dyn.nn.experts.Gate`.
         gate_std: deviation of the gate's first weights. 0 is the official code's; then all tokens have the same experts until there is noise or training.
-        form: how partial layers compute, "merged" or "factorised" (`dyn.ops.linear.partial_routed_linear`); `partition` sets what multiplies less.
+        form: how partial layers compute, "merged" or "factorised" (`dyn.ops.linear.partial_routed_linear`); `partition` sets what multiplies less, and
+            "static" where nothing is dynamic.
 
     Raises:
         ValueError: what `Gate` refuses, and gate="switch", whose scores do not sum to one.
@@ -37,7 +38,7 @@ class LinearExperts(Banked):
         if gate == "switch":
             raise ValueError("gate='switch' gives scores that do not sum to one, so copies of a linear would not be that linear; allowed: linear, mlp, "
                              "uniform, random")
-        self.in_features, self.out_features, self.form = in_features, out_features, form
+        self.in_features, self.out_features, self.form, self.backend = in_features, out_features, form, "auto"
         self.sets_per_input = num_experts_per_tok
         self.gate = Gate(in_features, num_experts, num_experts_per_tok, gate, noise=gate_noise, noise_epsilon=noise_epsilon, balance=balance)
         self.gate.to(device=device, dtype=dtype).reset_parameters(gate_std)
@@ -76,6 +77,10 @@ class LinearExperts(Banked):
     def partition(self, mask: Tensor, static: Tensor | StaticStart = "mean") -> None:
         """See `Banked.partition`; the form becomes the one that multiplies less under this mask."""
         super().partition(mask, static)
+        if not mask.any():
+            self.form = "static"
+            self.weight.requires_grad_(False)
+            return
         area = [int(m.any(0).sum()) * int(m.any(1).sum()) for m in (mask, ~mask)]
         self.form = "factorised" if area[1] + self.sets_per_input * area[0] < self.sets_per_input * mask.numel() else "merged"
 
@@ -90,16 +95,21 @@ class LinearExperts(Banked):
     def _product(self, x_TI: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Tensor:
         partial = self.partial
         if partial is None:
-            return routed_linear(x_TI, self.weight, idx_TK, weight_TK, self.bias)
+            return routed_linear(x_TI, self.weight, idx_TK, weight_TK, self.bias, self.backend)
         if isinstance(partial, PartialBank) and partial.static is not None and partial.on is None:
             dynamic, static = partial.scale()
+            if self.form == "static":
+                return self._linear(x_TI, partial.static * static, idx_TK, weight_TK)
             return partial_routed_linear(x_TI, self.weight, partial.static, partial.mask, idx_TK, weight_TK, self.bias, dynamic_scale=dynamic,
-                                         static_scale=static, form=self.form)
+                                         static_scale=static, form=self.form, backend=self.backend)
         if isinstance(partial, CompactBank) and partial.num_dynamic == 0:  # one linear for all
-            y_TO = F.linear(x_TI, partial.static_set())
-            return y_TO if self.bias is None else y_TO + score_matrix(idx_TK, weight_TK, len(self.bias)).to(y_TO.dtype) @ self.bias.to(y_TO.dtype)
+            return self._linear(x_TI, partial.static_set(), idx_TK, weight_TK)
         sets_EOI, gain = partial.sets(self.weight)
-        return routed_linear(x_TI, sets_EOI if gain is None else sets_EOI * gain, idx_TK, weight_TK, self.bias)
+        return routed_linear(x_TI, sets_EOI if gain is None else sets_EOI * gain, idx_TK, weight_TK, self.bias, self.backend)
+
+    def _linear(self, x_TI: Tensor, weight_OI: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        y_TO = F.linear(x_TI, weight_OI)
+        return y_TO if self.bias is None else y_TO + score_matrix(idx_TK, weight_TK, len(self.bias)).to(y_TO.dtype) @ self.bias.to(y_TO.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, form={self.form}"

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from dyn.core.partition import Scope, keep_masks, kept_count, mask_hash, refuse_uninformative
 from dyn.core.rounds import Masks, Schedule, partition_in_rounds
-from dyn.core.saliency import APART, DATA_DRIVEN, METHODS, Loss, score, select
+from dyn.core.saliency import APART, DATA_DRIVEN, METHODS, Loss, score, select, together
+from dyn.nn.adapter_attach import refuse_merged
 from dyn.nn.adapter_modules import STD, AdapterModule
 from dyn.nn.masked import apply_masks, dense_weight, dense_weights, drop_masks, masks, set_masks
 from dyn.nn.structured import Units, narrow, two_of_four
@@ -75,7 +76,7 @@ def prune(model: nn.Module, batches: Iterable[Any] | None = None, loss_fn: Loss 
         keep: a share in (0, 1], read as a fraction: 0.6 is 3/5. None: 0.6, under "2:4" the half that this form always keeps.
         scope: global: one ranking over all tensors; local: the share in every tensor; erdos_renyi.
         form: mask and flat: see `dyn.nn.masked`. unit: whole units of the bottleneck by the sum of their scores, which makes it smaller and faster for real.
-            2:4: of any 4 neighbours along the input axis 2, what GPUs have fast kernels for.
+            2:4: of any 4 neighbours along the input axis 2, a layout for which GPUs have kernels; here it is computed as "mask" is.
         name: the adapter; None: those that train, or all where none does.
         params: other weights than adapters': a regular expression that finds names, or names.
         biases, prefix, fusion: prune these of the adapters too (the official code never does).
@@ -99,6 +100,7 @@ def prune(model: nn.Module, batches: Iterable[Any] | None = None, loss_fn: Loss 
         if scope == "local":
             raise ValueError("method='erdos_renyi' is an allocation of its own; scope='local' contradicts it")
         scope = "erdos_renyi"
+    refuse_merged(model)
     share, draws = _share(keep, form), seed + APART
     chosen = _adapter_weights(model, name, biases, prefix, fusion) if params is None else select(model, params)
     there = {key: mask for key, mask in masks(model).items() if key in chosen}
@@ -116,6 +118,8 @@ def prune(model: nn.Module, batches: Iterable[Any] | None = None, loss_fn: Loss 
     total = sum(m.numel() for m in start.values())
     if not kept_count(total, share):
         raise ValueError(f"keep={keep} of {total} positions keeps none of them")
+    if share == 1 and not all(m.all() for m in start.values()):
+        raise ValueError(f"keep={keep}: {sum(int(m.sum()) for m in start.values())} of {total} positions are left, and pruned ones do not come back")
     found = start
     if share < 1:
         with _stand_ins(chosen, None if method in ("random", "erdos_renyi") else draws) as values:
@@ -281,7 +285,7 @@ def _blocks_alone(model: nn.Module, chosen: Mapping[str, Tensor]) -> Callable[[n
 
 def _agree(found: Masks) -> None:
     """ValueError where processes found different masks."""
-    if dist.is_available() and dist.is_initialized():
+    if together():
         hashes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(hashes, mask_hash(found))
         if len(set(hashes)) > 1:

@@ -77,7 +77,7 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
         method: one of `CRITERIA`. Identical parameter sets have no mode-switch gradient (section 4.2): where all layers are so (with a budget for each layer:
             in those), snip ranks by removal and says so in the log.
         scope: global: one ranking over all layers; local: the share in every layer; erdos_renyi.
-        monotone: a static position stays static. False ranks all anew each round (the official code), and needs a model without modes.
+        monotone: a static position stays static. False ranks all anew each round (the official code), and like `shuffle` needs a model without modes.
         scales: which scale factors are learnt (section 3.3).
         static: what a position that turns static becomes: the mean of its K values (for kinds whose weights do not sum to one: what an input gets on
             average), or a fresh draw of the layer's initialiser.
@@ -93,8 +93,9 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Banked) and not isinstance(m.partial, CompactBank)}
     if not layers:
         raise ValueError(f"make_partial: {type(model).__name__} has no dynamic layer; call make_dynamic (convolutions) or make_moe (encoders) first")
-    if not monotone and (there := [name for name, m in layers.items() if m.partial is not None and m.partial.mask is not None]):
-        raise ValueError(f"monotone=False ranks positions that are static already, whose kernels are gone: {there[0]}; start from a fully dynamic model")
+    if (not monotone or shuffle) and (there := [name for name, m in layers.items() if m.partial is not None and m.partial.mask is not None]):
+        how = "monotone=False ranks" if not monotone else "shuffle moves"
+        raise ValueError(f"{how} positions that are static already, whose kernels are gone: {there[0]}; start from a fully dynamic model")
     total = sum(m.weight[0].numel() for m in layers.values())
     count = kept_count(total, keep, "up")
     batches = list(batches) if batches is not None else []
@@ -115,7 +116,7 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
             masks = {name: torch.zeros_like(mask) for name, mask in masks.items()}
         elif count < total or not all(mask.all() for mask in masks.values()):
             criterion = CRITERIA[method](model, layers, batches, loss_fn, seed, scope)
-            with _at_temperature(model, temperature):
+            with _at_temperature(model, temperature), _twice_differentiable(layers, method):
                 masks = partition_in_rounds(criterion, masks, keep=keep, rounds=rounds, schedule=schedule, scope=scope, seed=seed, rounding="up",
                                             monotone=monotone, informative=method if method in DATA_DRIVEN else None, apply=apply)
         if shuffle:
@@ -143,6 +144,19 @@ def _at_temperature(model: nn.Module, temperature: float | None) -> Iterator[Non
     finally:
         for m, value in held.items():
             m.temperature.copy_(value)
+
+
+@contextmanager
+def _twice_differentiable(layers: Layers, method: str) -> Iterator[None]:
+    """GraSP differentiates gradients, which the fast product of experts has none of."""
+    experts = [m for m in layers.values() if isinstance(m, LinearExperts)] if method == "grasp" else []
+    for m in experts:
+        m.backend = "eager"
+    try:
+        yield
+    finally:
+        for m in experts:
+            m.backend = "auto"
 
 
 # Criteria: (model, layers, batches, loss_fn, seed, scope) -> a function of the current masks, to scores of the same shapes ------------------------------

@@ -103,7 +103,7 @@ def partial_routed_linear(
         raise ValueError(f"partial_routed_linear needs dynamic [E, O, I], static [O, I] and a bool mask [O, I]; got {given}")
     if form not in ("merged", "factorised"):
         raise ValueError(f"form={form!r} of partial_routed_linear is unknown; allowed: merged, factorised")
-    if form == "merged":  # one pass over the E weights each way, however they are scaled
+    if form == "merged" or mask_OI.is_meta:  # one pass over the E weights each way, however they are scaled
         factor_OI, static_OI = (dynamic_scale * mask_OI.to(x_TI.dtype)).to(x_TI.dtype), (static_scale * static_OI * ~mask_OI).to(x_TI.dtype)
         weight_EOI = torch.addcmul(static_OI, dynamic_EOI, factor_OI)
         return routed_linear(x_TI, weight_EOI, idx_TK, weight_TK, bias_EO, backend)

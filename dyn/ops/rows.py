@@ -64,7 +64,7 @@ def row_weights(slot_S: Tensor, weight_TK: Tensor) -> Tensor:
 
 def can_group(*weights: Tensor) -> bool:
     """grouped_mm is one kernel, and waits for nothing, for bfloat16 on CUDA. Anything else takes a product an expert."""
-    return all(w.is_cuda and w.dtype == torch.bfloat16 and aligned(w) for w in weights)
+    return all(w.is_cuda and w.dtype == torch.bfloat16 and w.numel() > 0 and aligned(w) for w in weights)
 
 
 def aligned(weight_EIO: Tensor) -> bool:

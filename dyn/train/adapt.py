@@ -12,20 +12,23 @@ import functools
 import json
 import math
 import re
+import shutil
 import statistics
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dyn import figures
+from dyn import env, figures
 from dyn.core.partition import kept_count
 from dyn.data.glue import NOT_IN_MEANS
 from dyn.data.loader import EvaluationLoader, ResumableLoader
-from dyn.nn.adapter import save_adapter
+from dyn.nn.adapter import load_adapter, save_adapter
+from dyn.nn.masking import masks, set_masks
 from dyn.train import sentences
-from dyn.train.fit import Trained, train_task
+from dyn.train.fit import Trained, scoring, train_task
 from dyn.train.plan import GIB
 from dyn.train.settings import TrainerConfig
 from dyn.train.sparse import SparseConfig, sparsify
@@ -67,6 +70,7 @@ def train_adapters(cfg: Any, run: Any, jobs: Mapping[str, Job]) -> dict[str, Any
                for task, job in jobs.items()}
     if world(cfg.trainer)[0]:
         return {}
+    shutil.rmtree(run.folder / "start", ignore_errors=True)  # all trainings are done
     _draw(run, jobs, results)
     return _numbers(cfg, run, jobs, results, steps)
 
@@ -89,12 +93,32 @@ def _key(sparse: SparseConfig) -> str:
 
 def _network(cfg: Any, run: Any, job: Job, sparse: SparseConfig, *, quiet: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """The network as its training begins, and the facts of `sparsify`; scores look at other batches than the training's first."""
-    net = job.build()
-    size = min(cfg.batch_size, len(job.data.train))
-    batches = lambda: ResumableLoader(job.data.train, batch_size=size, seed=cfg.seed + 1, num_batches=math.ceil(sparse.samples / size))  # noqa: E731
+    net, count = job.build(), len(job.data.train)
+    size, enough = min(cfg.batch_size, count), sparse.samples < count
+    batches = lambda: ResumableLoader(job.data.train, batch_size=size, seed=cfg.seed + 1, drop_last=enough,  # noqa: E731
+                                      num_batches=math.ceil(sparse.samples / size) if enough else None)
     facts = sparsify(net, sparse, batches, job.loss, seed=cfg.seed, device="cuda" if sentences.gpu(cfg.trainer) else "cpu",
                      log=(lambda _: None) if quiet else run.log)
     return net, facts
+
+
+def _started(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig) -> tuple[nn.Module, dict[str, Any]]:
+    """The same; what was pruned is kept, so that every process and a resumed run trains this mask and no other (sums of scores on GPUs differ in last bits)."""
+    if sparse.dense():
+        return _network(cfg, run, job, sparse)
+    folder = run.folder / "start" / name
+
+    def make(part: Path) -> None:
+        with scoring(run):
+            net, facts = _network(cfg, run, job, sparse)
+        save_adapter(net, part / "adapter", sparse.name)
+        (part / "facts.json").write_text(json.dumps(facts))
+
+    env.once(folder, make, world(cfg.trainer)[0])
+    net = load_adapter(job.build(), folder / "adapter", sparse.name)
+    if sparse.form == "flat":
+        set_masks(net, masks(net), "flat")
+    return net, json.loads((folder / "facts.json").read_text())
 
 
 def _steps(cfg: Any, run: Any, jobs: Mapping[str, Job], networks: Iterable[SparseConfig]) -> dict[str, int]:
@@ -108,7 +132,7 @@ def _steps(cfg: Any, run: Any, jobs: Mapping[str, Job], networks: Iterable[Spars
 
 def _train(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig, rate: float, steps: int) -> dict[str, Any]:
     """Build one network, prune and train it at one learning rate."""
-    net, facts = _network(cfg, run, job, sparse)
+    net, facts = _started(cfg, run, job, name, sparse)
     train, validation = sentences.loaders(cfg, job.data, steps)
     parts = dict(job.data.validation)
     if cfg.rates:

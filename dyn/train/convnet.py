@@ -32,7 +32,7 @@ from dyn.models.resnet import make_network
 from dyn.nn.bank import Banked
 from dyn.nn.surgery import compact, macs_per_image, make_partial, set_temperature
 from dyn.train.annealing import AttentionEntropy, Temperature
-from dyn.train.fit import Trained, train_classifier
+from dyn.train.fit import Trained, scoring, train_classifier
 from dyn.train.speed import interleaved, seconds_per_micro_batch
 from dyn.train.trainer import check_world, world
 
@@ -172,16 +172,19 @@ def _train(cfg: Any, run: Any, data: ImageData, name: str, model: Any, steps: in
 def _partition(cfg: Any, run: Any, data: ImageData, net: nn.Module, model: Any, part: Any) -> None:
     """Iterative mode partition on training batches, augmented as in training; writes the network that it leaves (section 4.4)."""
     device = "cuda" if has_gpu(cfg) else "cpu"
-    loader = ResumableLoader(data.train, batch_size=min(cfg.images_per_step(), len(data.train)), seed=cfg.seed + 1, num_batches=model.batches)
+    # Batches of a step's images in all, as large as training holds at once: gradients are sums over them.
+    size = min(cfg.batch_size, len(data.train))
+    loader = ResumableLoader(data.train, batch_size=size, seed=cfg.seed + 1, num_batches=max(1, model.batches * cfg.images_per_step() // size))
     batches = [(batch["images"].to(device), batch["labels"].to(device)) for batch in loader]
-    make_partial(net.to(device), batches, functools.partial(_loss, smoothing=cfg.classify.label_smoothing),
-                 keep=model.keep, rounds=model.rounds, schedule=model.schedule, method=model.criterion, scope=model.scope, monotone=model.monotone,
-                 scales=model.scales, static=model.static, temperature=model.partition_temperature, seed=cfg.seed,
-                 shuffle="within_tensor" if model.shuffle else None)
+    with scoring(run):
+        make_partial(net.to(device), batches, functools.partial(_loss, smoothing=cfg.classify.label_smoothing),
+                     keep=model.keep, rounds=model.rounds, schedule=model.schedule, method=model.criterion, scope=model.scope, monotone=model.monotone,
+                     scales=model.scales, static=model.static, temperature=model.partition_temperature, seed=cfg.seed,
+                     shuffle="within_tensor" if model.shuffle else None)
     net.cpu()
     part.mkdir(parents=True)
     save_file({key: value.contiguous() for key, value in net.state_dict().items()}, part / "model.safetensors")
-    run.log(f"{model.what()}: modes by {model.criterion} in {model.rounds} rounds on {model.batches} batches of {len(batches[0][1])} images")
+    run.log(f"{model.what()}: modes by {model.criterion} in {model.rounds} rounds on {len(batches)} batches of {size} images")
 
 
 def _share(layer: Banked) -> float:

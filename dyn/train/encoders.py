@@ -9,12 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-import logging
 import math
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +29,7 @@ from dyn.models.packaged import sentence_classifier
 from dyn.nn.bank import Banked
 from dyn.nn.surgery import compact, count_parameters, dynamic_shares, macs_per_sentence, make_partial
 from dyn.train import sentences
-from dyn.train.fit import Trained, train_classifier
+from dyn.train.fit import Trained, scoring, train_classifier
 from dyn.train.plan import GIB
 from dyn.train.trainer import check_world, world
 
@@ -124,7 +122,7 @@ def _partition(cfg: Any, run: Any, data: SentenceData, model: Any, part: Any) ->
     """Iterative mode partition on training batches (section 4.4); writes masks and static values, so that a resumed run has these and no others."""
     net = build(cfg, run, model, data)
     batches = sentences.scoring_batches(cfg, data, model.batches)
-    with _told(run):
+    with scoring(run):
         make_partial(net.to("cuda" if sentences.gpu(cfg.trainer) else "cpu"), batches, sentences.sentence_loss, keep=model.keep, rounds=model.rounds,
                      schedule=model.schedule, method=model.criterion, scope=model.scope, monotone=model.monotone, scales=model.scales, static=model.static,
                      seed=cfg.seed, shuffle="within_tensor" if model.shuffle else None)
@@ -136,19 +134,6 @@ def _partition(cfg: Any, run: Any, data: SentenceData, model: Any, part: Any) ->
     part.mkdir(parents=True)
     save_file(modes, part / "modes.safetensors")
     run.log(f"{model.what()}: modes by {model.criterion} in {model.rounds} rounds on {model.batches} batches of {len(batches[0]['labels'])} sentences")
-
-
-@contextmanager
-def _told(run: Any) -> Iterator[None]:
-    """What the partition warns of (copies that SNIP cannot rank, for one) goes into the run's log."""
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: run.log(f"warning: {record.getMessage()}")
-    logger = logging.getLogger("dyn.nn.partial")
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 @torch.no_grad()

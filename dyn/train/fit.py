@@ -5,8 +5,10 @@ A run may hold several trainings; each has a name, under which its checkpoints a
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from dyn import env
+from dyn.core.saliency import one_process
 from dyn.nn.surgery import count_parameters
 from dyn.train.callbacks import Throughput
 from dyn.train.classify import Classifier
@@ -37,6 +40,19 @@ class Trained(NamedTuple):
     metrics: dict[str, float]
     answers: dict[str, Any]
     cost: dict[str, float]
+
+
+@contextmanager
+def scoring(run: Any) -> Iterator[None]:
+    """For pruning and mode partition within `env.once`: this process scores by itself while the others wait, and what is warned of goes into the run's log."""
+    handler, logger = logging.Handler(logging.WARNING), logging.getLogger("dyn.nn")
+    handler.emit = lambda record: run.log(f"warning: {record.getMessage()}")
+    logger.addHandler(handler)
+    try:
+        with one_process():
+            yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def train_classifier(net: nn.Module | Callable[[], nn.Module], train: Any, validation: Mapping[str, Iterable], *, run: Any, name: str = "",

@@ -40,7 +40,7 @@ def plan_convnets(cfg: Any) -> dict[str, Any]:
 def _planned(cfg: Any, model: Any, classes: int) -> dict[str, Any]:
     """Parameters, multiply-adds and memory of one network."""
     with torch.device("meta"):
-        net = build(cfg, model, classes)
+        net = build(cfg, dataclasses.replace(model, pretrained=False), classes)
     shape = (3, cfg.data.size, cfg.data.size)
     counts, macs = count_parameters(net), macs_per_image(net, shape)
     banks = [m for m in net.modules() if isinstance(m, Banked)]

@@ -66,9 +66,9 @@ def test_nothing_dynamic_is_one_linear():
     """kappa = 0: no gradient for gate and experts' weights."""
     net, static = layer(None, bias=False), torch.randn(O, I, dtype=torch.float64)
     net.partition(torch.zeros(O, I, dtype=torch.bool), static)
-    assert net.form == "factorised"
+    assert net.form == "static"
     want = F.linear(x(), 2 * torch.sigmoid(torch.tensor(-0.5, dtype=torch.float64)) * static)
-    for form in ("merged", "factorised"):
+    for form in ("merged", "factorised", "static"):
         net.form = form
         y = net(x())
         torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
@@ -94,7 +94,7 @@ def test_forms_agree_and_the_cheaper_one_is_taken(mask):
             "everything": torch.ones(O, I, dtype=torch.bool), "nothing": torch.zeros(O, I, dtype=torch.bool)}[mask]
     net = layer(None)
     net.partition(held.clone(), torch.randn(O, I, dtype=torch.float64))
-    assert net.form == ("merged" if mask in ("unstructured", "everything") else "factorised")
+    assert net.form == {"unstructured": "merged", "everything": "merged", "nothing": "static"}.get(mask, "factorised")
     found = []
     for net.form in ("merged", "factorised"):
         found.append(net(x()))

@@ -29,6 +29,8 @@ def first(model):
     ("lora", {"where": ()}, "names no projection"),
     ("houlsby", {"name": "a.b"}, "name='a.b'"),
     ("houlsby", {"name": "pop"}, "name='pop'"),
+    ("houlsby", {"name": "active"}, "name='active'"),
+    ("houlsby", {"name": "delta"}, "name='delta'"),
     ("houlsby", {"name": "there"}, "an adapter 'there' is attached already"),
     ("houlsby", {"layers": [2]}, r"layers=\[2\] must be indices in 0..1"),
     ("houlsby", {"layers": []}, r"layers=\[\] must be indices"),

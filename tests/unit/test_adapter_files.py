@@ -14,7 +14,7 @@ from dyn.core.partition import keep_masks
 from dyn.nn.adapter import adapter_parameters, adapters, attach, head_parameters, load_adapter, merge, save_adapter, set_active
 from dyn.nn.adapter_build import FLAGS
 from dyn.nn.adapter_files import mask_bytes
-from dyn.nn.adapter_sites import adapter_modules
+from dyn.nn.adapter_sites import adapter_modules, sites
 from dyn.nn.masking import dense_weights, masks, prune, set_masks
 
 KINDS = [kind for kind in FLAGS if kind != "fusion"]
@@ -98,6 +98,13 @@ def test_into_one_that_is_attached(tiny_host, tmp_path):
     assert not masks(other)
     with pytest.raises(ValueError, match=r"holds .*'r': 4.*attached is .*'r': 8"):
         load_adapter(attach(tiny_host(), "houlsby", 8), tmp_path / "a")
+
+
+def test_what_is_read_acts(tiny_host, tmp_path):
+    model = attach(attach(tiny_host(), "houlsby", 4, "one"), "houlsby", 4, "two")
+    save_adapter(model, tmp_path / "one", "one")
+    load_adapter(model, tmp_path / "one")
+    assert {tuple(site.acting()) for site in sites(model).values() if "one" in site} == {("one",)} and not any("two" in s.acting() for s in sites(model).values())
 
 
 def test_a_part_of_a_model_and_some_layers(tiny_host, tmp_path):

@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from dyn.core.partition import kept_count
 from dyn.data.tiny import tiny_tokenizer
 from dyn.models.encoder import FAMILIES, make_moe, moe_layers
-from dyn.nn.count import count_parameters
-from dyn.nn.partial import compact, make_partial
+from dyn.nn.count import count_parameters, macs_per_sentence
+from dyn.nn.partial import CRITERIA, compact, make_partial
 
 SIZES = dict(vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, max_position_embeddings=40, num_labels=3,
              embedding_size=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -187,6 +187,24 @@ def partial(family="bert", scales="both", keep=0.4, **kwargs):
         if layer.partial.phi is not None:
             nn.init.constant_(layer.partial.phi, 0.4)
     return model
+
+
+def test_every_criterion_ranks_experts():
+    for method in [name for name in CRITERIA if name != "synflow"]:  # which sends ones through a network: of ids there are none
+        model = make_moe(dense(), 4, 2, noise=0.1, gate_std=0.02)
+        inputs = batch() | labels_for("ForSequenceClassification", batch())
+        make_partial(model, [inputs], loss, keep=0.4, method=method, rounds=2)
+        masks = [layer.partial.mask for layer in moe_layers(model).values()]
+        assert sum(int(m.sum()) for m in masks) == kept_count(sum(m.numel() for m in masks), 0.4, "up"), method
+
+
+def test_a_static_encoder_counts_and_trains():
+    model = make_partial(make_moe(dense(), 4, 2, noise=0.1), None, None, keep=0.0, method="random")
+    layers = moe_layers(model).values()
+    assert all(layer.form == "static" and not layer.weight.requires_grad for layer in layers)
+    assert macs_per_sentence(model, 8) > 0
+    loss(model.train(), batch() | labels_for("ForSequenceClassification", batch())).backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad and "pooler" not in name), "several processes would wait for it"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

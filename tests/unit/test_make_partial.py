@@ -150,6 +150,8 @@ def test_a_second_call_goes_on():
         make_partial(model, data(), loss, keep=0.9)
     with pytest.raises(ValueError, match="monotone=False ranks positions that are static already"):
         make_partial(model, data(), loss, keep=0.1, monotone=False)
+    with pytest.raises(ValueError, match="shuffle moves positions that are static already"):
+        make_partial(model, data(), loss, keep=0.1, shuffle="within_tensor")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -211,6 +213,40 @@ def test_scores_without_information_are_refused_and_nothing_changes():
     with pytest.raises(ValueError, match="they say nothing"):
         make_partial(partial, data(), lambda m, b: 0 * loss(m, b), keep=0.3)
     assert all(torch.equal(partial.state_dict()[k], before[k]) for k in before)
+
+
+def test_a_network_takes_another_ones_modes_and_weights():
+    """Dead entries by the mask of the file, whatever mask was there."""
+    theirs, ours, fresh = (network() for _ in range(3))
+    make_partial(theirs, data(), loss, keep=0.3)
+    make_partial(ours, None, None, keep=0.5, method="random", seed=7)
+    fresh.load_state_dict(theirs.state_dict(), strict=False)
+    for made in (ours, make_partial(fresh, None, None, keep=1.0)):
+        made.load_state_dict(theirs.state_dict())
+        assert masks_equal(made, theirs)
+        x = data()[0][0]
+        torch.testing.assert_close(made.eval()(x), theirs.eval()(x), rtol=0, atol=0)
+
+
+def test_dead_entries_of_a_file_are_zeroed():
+    model = make_partial(network(), None, None, keep=0.3, method="random")
+    state = {key: value + 1.0 if key.endswith("weight") and value.ndim == 5 else value for key, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert all(not m.weight[:, ~m.partial.mask].any() and m.weight[:, m.partial.mask].all() for m in model.modules() if isinstance(m, Banked))
+
+
+def test_a_second_call_that_a_layer_cannot_fill():
+    model = make_partial(network(), data(), loss, keep=0.3)
+    with pytest.raises(ValueError, match=r"keep=0.2 with scope=local: .* has \d+ positions left and should keep \d+"):
+        make_partial(model, None, None, keep=0.2, scope="local", method="random", seed=3)
+
+
+@pytest.mark.parametrize(("scales", "keep"), [("s", 1.0), ("d", 0.0)])
+def test_a_factor_of_no_position_is_not_trained(scales, keep):
+    model = make_partial(network(), None, None, keep=keep, method="random", scales=scales)
+    model.train()(data()[0][0]).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert not any(m.partial.phi.requires_grad for m in model.modules() if isinstance(m, Banked))
 
 
 @pytest.mark.parametrize("method", CRITERIA)

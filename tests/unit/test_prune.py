@@ -279,6 +279,8 @@ def test_other_refusals():
         prune(flat, None, None, "random", keep=0.2)
     with pytest.raises(ValueError, match="is masked already"):
         prune(prune(Host(), None, None, "random"), None, None, "random", form="unit", keep=0.2)
+    with pytest.raises(ValueError, match="positions are left, and pruned ones do not come back"):
+        prune(prune(Host(), None, None, "random"), None, None, "random", keep=1.0)
     with pytest.raises(ValueError, match="monotone=False ranks positions that are pruned already"):
         prune(prune(Host(), None, None, "random"), data(), loss, keep=0.2, monotone=False)
 
