@@ -34,7 +34,7 @@ def test_refusals(words, message):
         config.load(experiment.Config, "sparse_adapter_glue", "smoke", words, root=ROOT)
 
 
-@pytest.mark.parametrize("sweep", experiment.SWEEPS)
+@pytest.mark.parametrize("sweep", [name for name in experiment.SWEEPS if name != "rates"])  # which compares rates and not networks
 def test_every_pruned_row_has_its_controls(sweep):
     """A sweep trains what its rows are compared with, by the same seeds and on the same tasks."""
     rows = experiment.SWEEPS[sweep]
