@@ -27,6 +27,11 @@ def rank() -> int:
     return next((int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if key in os.environ), 0)
 
 
+def local_rank() -> int:
+    """This process's place on its machine, which is its GPU's number."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+
+
 def world_size() -> int:
     """How many processes were started together by torchrun or srun."""
     return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1)))

@@ -51,7 +51,7 @@ def from_dense(
     """Split every feed-forward network of a dense decoder into experts and put a gate in front (LLaMA-MoE sections 1 and 2).
 
     A model given as an object stays as it is and the result shares no memory with it; given as a folder or hub id it is loaded in its own dtype and taken apart
-    layer by layer, so that the whole needs little more than one layer beyond the weights.
+    layer by layer, so that the whole needs little more than one layer beyond the weights (coactivation: about the feed-forward weights again).
 
     Args:
         dense: Llama, Mistral, Qwen2 or Qwen3 for causal language modelling, or a folder or hub id of one (safetensors).
@@ -117,7 +117,7 @@ def from_dense(
         shared.append(shared_S.cpu())
         state.update({f"model.layers.{i}.mlp.{k}": v for k, v in _experts(weights, shared_S, groups_EF, reinit, generator(seed, "reinit", i)).items()})
         # The graph pass of a later chunk runs the dense layers before it, so with co-activations nothing may go until all chunks are in.
-        if consume and (method.needs != "coactivations" or i >= len(layers) - per_pass):
+        if consume and (method.needs != "coactivations" or i >= (len(layers) - 1) // per_pass * per_pass):
             layer.mlp = None
     if fits is not None:
         next(fits, None)  # lets go of its temporary file, and of the modes and flags that the dense model has meanwhile

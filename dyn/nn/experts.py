@@ -50,7 +50,7 @@ class Choice(NamedTuple):
 
 
 class Gate(nn.Module):
-    """Choose K of E experts a token. All arithmetic in float32, whatever the dtype of the model.
+    """Choose K of E experts a token. All arithmetic in float32 (as exact as torch.set_float32_matmul_precision says), whatever the model's dtype.
 
     kind       | choice                      | weights                       | parameters
     linear     | top-k of W x                | softmax over the chosen       | weight [E, D]

@@ -33,7 +33,7 @@ from dyn.train.plan import GIB
 from dyn.train.settings import TrainerConfig
 from dyn.train.sparse import SparseConfig, sparsify
 from dyn.train.supervised import Supervised
-from dyn.train.trainer import check_world, world
+from dyn.train.trainer import check_world, on_gpu, own_device, world
 
 # What a row and its control share
 SAME = ("source", "tasks", "epochs", "batch_size", "rates", "data", "optim", "trainer.accumulate", "trainer.precision")
@@ -97,7 +97,7 @@ def _network(cfg: Any, run: Any, job: Job, sparse: SparseConfig, *, quiet: bool 
     size, enough = min(cfg.batch_size, count), sparse.samples < count
     batches = lambda: ResumableLoader(job.data.train, batch_size=size, seed=cfg.seed + 1, drop_last=enough,  # noqa: E731
                                       num_batches=math.ceil(sparse.samples / size) if enough else None)
-    facts = sparsify(net, sparse, batches, job.loss, seed=cfg.seed, device="cuda" if sentences.gpu(cfg.trainer) else "cpu",
+    facts = sparsify(net, sparse, batches, job.loss, seed=cfg.seed, device=own_device(cfg.trainer),
                      log=(lambda _: None) if quiet else run.log)
     return net, facts
 
@@ -228,7 +228,7 @@ def _numbers(cfg: Any, run: Any, jobs: Mapping[str, Job], results: Mapping[str, 
     what = cfg.sparse.what()
     suffix = run.row.removeprefix(what) if run.row.startswith(what) else ""
     size = cfg.batch_size * cfg.trainer.accumulate * cfg.trainer.world_size
-    threads = "" if sentences.gpu(cfg.trainer) else f" on {torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}"
+    threads = "" if on_gpu(cfg.trainer) else f" on {torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}"
     counts = ", ".join(f"{count:,} steps of {size}{f' on {task}' if task else ''}" for task, count in steps.items())
     about = f"{cfg.source}, {counts}{threads}{', one seed, networks side by side' if cfg.beside else ''}"
     job = next(iter(jobs.values()))

@@ -19,6 +19,7 @@ from dyn.train.adapt import Job
 from dyn.train.classify import Classifier
 from dyn.train.questions import QuestionAnswering, question_loss
 from dyn.train.summarise import Summarisation, summary_loss
+from dyn.train.trainer import on_gpu
 
 
 def glue(cfg: Any, run: Any) -> dict[str, Job]:
@@ -65,7 +66,7 @@ def _means(answers: Any, value: Any) -> dict[str, Any]:
 def questions(cfg: Any, run: Any) -> Job:
     """Extractive questions: `cfg.data` is a QuestionSource, `cfg.answer` an AnswerConfig."""
     tokenizer = _tokenizer(cfg.source)
-    data = open_questions(cfg.data, tokenizer, multiple=8 if sentences.gpu(cfg.trainer) else 1, log=run.log)
+    data = open_questions(cfg.data, tokenizer, multiple=8 if on_gpu(cfg.trainer) else 1, log=run.log)
 
     def task(net: nn.Module, parts: Any, optim: Any, trainer: Any) -> QuestionAnswering:
         return QuestionAnswering(net, optim, list(parts), trainer, questions=parts, unanswerable=data.unanswerable, answer=cfg.answer)
@@ -84,7 +85,7 @@ def summaries(cfg: Any, run: Any) -> Job:
     """Summaries: `cfg.data` is a SummarySource, `cfg.generate` a GenerateConfig."""
     tokenizer = _tokenizer(cfg.source)
     decoder = cfg.source != "tiny" and not dense_config(cfg.source).is_encoder_decoder
-    data = open_summaries(cfg.data, tokenizer, decoder=decoder, multiple=8 if sentences.gpu(cfg.trainer) else 1, log=run.log)
+    data = open_summaries(cfg.data, tokenizer, decoder=decoder, multiple=8 if on_gpu(cfg.trainer) else 1, log=run.log)
 
     def task(net: nn.Module, parts: Any, optim: Any, trainer: Any) -> Summarisation:
         return Summarisation(net, optim, list(parts), trainer, tokenizer=tokenizer, pairs=parts, generate=cfg.generate)

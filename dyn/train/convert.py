@@ -29,6 +29,7 @@ from dyn.data.sources import JoinedText, choose, read_joined
 from dyn.data.store import Store
 from dyn.models import llama_moe
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, layer_budgets
+from dyn.models.llama_moe_calibrate import active_neurons
 from dyn.models.llama_moe_construct import METHODS
 from dyn.models.llama_moe_convert import fresh, load_dense, moe_config, read_config
 from dyn.models.llama_moe_diagnose import domain_losses, ideal_routing, layer_contributions, neuron_oracle, routing_statistics
@@ -41,6 +42,7 @@ from dyn.train.speed import interleaved
 PAPER_SIZE = 6_000_000_000  # parameters of the smallest model of the training-free papers (LLaMA-2-7B)
 SAME = ("model.source", "dtype", "matmul_precision", "leave_out", "calibration_tokens", "calibration_length", "texts", "data.text", "data.bos", "data.weights",
         "data.block_size", "data.validation_tokens")  # what a row and its control share
+MADE = "conversion.json"  # in an exported folder: tokens that were read, seconds that it took
 PATIENCE = 15.0  # seconds between lines of progress
 
 HeldOut = dict[str, list[Tensor]]  # domain -> batches of ids [B, L]
@@ -81,14 +83,19 @@ def check(cfg: Any, source: Any, tokenizer: Any) -> None:
     if len(tokenizer) > dense.vocab_size:
         raise ValueError(f"model.source={model.source}: the tokenizer has {len(tokenizer)} entries and the model vocab_size={dense.vocab_size}; "
                          "they do not belong together")
-    if model.kind != "moe":
-        return
-    moe_config(dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
-               num_shared_experts=model.num_shared_experts, score_scale=model.score_scale)
+    needs = "activations" if model.kind == "prune" else "nothing"
+    if model.kind == "moe":
+        moe_config(dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
+                   num_shared_experts=model.num_shared_experts, score_scale=model.score_scale)
+        needs = METHODS[model.construction].needs
     sequences = cfg.calibration_tokens // cfg.calibration_length
-    if METHODS[model.construction].needs == "scores" and sequences < model.num_experts:
+    if needs == "scores" and sequences < model.num_experts:
         raise ValueError(f"calibration_tokens={cfg.calibration_tokens} are {sequences} sequences of calibration_length={cfg.calibration_length}: too few for a "
                          f"group for each of model.num_experts={model.num_experts}")
+    if needs == "activations":
+        [active] = active_neurons(dense.intermediate_size, model.num_experts, [model.num_experts_per_tok])
+        if cfg.calibration_tokens < active:
+            raise ValueError(f"calibration_tokens={cfg.calibration_tokens} are fewer than a layer has active neurons, {active}; take ten times more")
 
 
 def calibration_batches(cfg: Any, corpus: Corpus) -> list[Tensor]:
@@ -152,6 +159,7 @@ class _Networks:
         if kind in ("dense", "oracle"):
             return self.dense
         if folder.is_dir():
+            self.made = json.loads((folder / MADE).read_text())
             return (LlamaMoeForCausalLM.from_pretrained(folder, dtype="auto") if kind == "moe" else load_dense(folder)).to(self.device).eval()
         began = time.monotonic()
         net = (self._mixture if kind == "moe" else self._pruned)().eval()
@@ -164,6 +172,7 @@ class _Networks:
             shutil.rmtree(part, ignore_errors=True)
             net.save_pretrained(part)
             self.tokenizer.save_pretrained(part)
+            (part / MADE).write_text(json.dumps(self.made))
             part.replace(folder)
         return net
 
@@ -181,7 +190,7 @@ class _Networks:
     def _pruned(self) -> nn.Module:
         model = self.cfg.model
         keep = [Fraction(k, model.num_experts) for k in self._budgets("prune")] if model.budgets else model.active()
-        return llama_moe.prune_dense(self.dense, keep=keep, batches=self._read(), refit=True)
+        return llama_moe.prune_dense(self.dense, keep=keep, batches=self._read(), refit=True, seed=self.cfg.seed)
 
     def _budgets(self, construction: str) -> int | list[int]:
         """num_experts_per_tok, or what is measured for each layer on a part of the calibration text."""
@@ -350,14 +359,14 @@ def plan_conversion(cfg: Any) -> dict[str, Any]:
     """What the run would be, from shapes alone. `cfg` is the Config of experiments/llama_moe_convert.py."""
     model, config = cfg.model, dense_config(cfg.model.source)
     if model.kind == "moe":
-        moe_config(config, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
-                   num_shared_experts=model.num_shared_experts, score_scale=model.score_scale)
+        experts = moe_config(config, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
+                             num_shared_experts=model.num_shared_experts, score_scale=model.score_scale).num_experts  # the calibrated ones choose it
     with torch.device("meta"):
         dense = fresh(config)
     layers, width, hidden = config.num_hidden_layers, config.intermediate_size, config.hidden_size
     feed_forward = sum(p.numel() for layer in dense.model.layers for p in layer.mlp.parameters())
     total, forward, idle = count_parameters(dense)["total"], flops_per_token(dense, cfg.data.block_size), round((1 - model.active()) * feed_forward)
-    gates = layers * model.num_experts * hidden if model.kind == "moe" else 0
+    gates = layers * experts * hidden if model.kind == "moe" else 0
     saved = 0 if model.kind in ("dense", "oracle") else idle  # an oracle computes all before it chooses
     bytes_each, tokens = getattr(torch, cfg.dtype).itemsize, cfg.calibration_tokens // cfg.calibration_length * cfg.calibration_length
     memory = {"dense and converted weights": bytes_each * (2 if model.kind in ("moe", "prune") else 1) * total,

@@ -34,7 +34,7 @@ from dyn.nn.surgery import compact, macs_per_image, make_partial, set_temperatur
 from dyn.train.annealing import AttentionEntropy, Temperature
 from dyn.train.fit import Trained, scoring, train_classifier
 from dyn.train.speed import interleaved, seconds_per_micro_batch
-from dyn.train.trainer import check_world, world
+from dyn.train.trainer import check_world, on_gpu, own_device, world
 
 SAME = ("epochs", "images", "batch_size", "model.backbone", "model.stem", "model.dropout", "model.pretrained", "model.reduction", "data", "optim", "classify",
         "trainer.accumulate", "trainer.precision")  # what a row and its control share
@@ -48,7 +48,7 @@ def train_convnets(cfg: Any, run: Any) -> dict[str, Any]:
     """Partition, train, compact, measure. Returns the metrics, fills `run.cost` and `run.notes`."""
     check_world(cfg.trainer)
     rank, _ = world(cfg.trainer)
-    gpu = has_gpu(cfg)
+    gpu = on_gpu(cfg.trainer)
     cfg = dataclasses.replace(cfg, model=local_model(cfg.model, cfg.data.size, gpu))
     data = open_data(cfg, run, rank)
     models = {method: dataclasses.replace(cfg.model, method=method) for method in [*cfg.beside, cfg.model.method]}
@@ -90,11 +90,6 @@ def build(cfg: Any, model: Any, classes: int) -> nn.Module:
                         stem=model.stem, pretrained=model.pretrained, num_classes=classes, drop_rate=model.dropout)
 
 
-def has_gpu(cfg: Any) -> bool:
-    """Will it compute on a GPU?"""
-    return torch.cuda.is_available() and cfg.trainer.accelerator != "cpu"
-
-
 def _length(cfg: Any, run: Any, data: ImageData, models: Mapping[str, Any]) -> dict[str, Any]:
     """Steps of every training, and the precision. Where `cfg.minutes` is set, a step of each network is measured: fewer steps where the epochs would not fit,
     and float32 on a CPU on which bfloat16 is slower."""
@@ -104,7 +99,7 @@ def _length(cfg: Any, run: Any, data: ImageData, models: Mapping[str, Any]) -> d
         raise ValueError(f"{given} are {steps} steps of {cfg.images_per_step()}; at least 2 are needed")
     if cfg.minutes is None:
         return {"steps": steps, "precision": precision}
-    device = "cuda" if has_gpu(cfg) else "cpu"
+    device = own_device(cfg.trainer)
     batch = next(iter(ResumableLoader(data.train, batch_size=cfg.batch_size, seed=cfg.seed, num_batches=1)))
     images, labels = batch["images"].to(device), batch["labels"].to(device)
     nets = {name: _partitioned(cfg, model, len(data.classes)).to(device) for name, model in models.items()}
@@ -113,7 +108,7 @@ def _length(cfg: Any, run: Any, data: ImageData, models: Mapping[str, Any]) -> d
         return seconds_per_micro_batch(nets[name], functools.partial(_loss, nets[name], (images, labels), 0.0), dtype)
 
     first, dtype = next(iter(nets)), cfg.trainer.dtype
-    if device == "cpu" and precision == "bf16-mixed" and seconds(first, torch.float32) < seconds(first, dtype):
+    if device.type == "cpu" and precision == "bf16-mixed" and seconds(first, torch.float32) < seconds(first, dtype):
         run.log("bfloat16 is slower than float32 on this CPU: training in float32")
         precision, dtype = "32-true", torch.float32
     total = sum(seconds(name, dtype) for name in nets) * cfg.trainer.accumulate
@@ -171,7 +166,7 @@ def _train(cfg: Any, run: Any, data: ImageData, name: str, model: Any, steps: in
 
 def _partition(cfg: Any, run: Any, data: ImageData, net: nn.Module, model: Any, part: Any) -> None:
     """Iterative mode partition on training batches, augmented as in training; writes the network that it leaves (section 4.4)."""
-    device = "cuda" if has_gpu(cfg) else "cpu"
+    device = own_device(cfg.trainer)
     # Batches of a step's images in all, as large as training holds at once: gradients are sums over them.
     size = min(cfg.batch_size, len(data.train))
     loader = ResumableLoader(data.train, batch_size=size, seed=cfg.seed + 1, num_batches=max(1, model.batches * cfg.images_per_step() // size))
@@ -195,7 +190,7 @@ def _share(layer: Banked) -> float:
 
 def _finish(cfg: Any, run: Any, data: ImageData, name: str, model: Any, trained: Trained) -> dict[str, Any]:
     """The compact form of a partially dynamic network, held against the trained one; the file that is kept."""
-    device = "cuda" if has_gpu(cfg) else "cpu"
+    device = own_device(cfg.trainer)
     net, result = trained.net.to(device).eval(), {}
     made = compact(net) if model.method == "pad" else net
     if made is not net:
@@ -216,7 +211,7 @@ def _finish(cfg: Any, run: Any, data: ImageData, name: str, model: Any, trained:
 
 
 @torch.no_grad()
-def _compare(cfg: Any, net: nn.Module, made: nn.Module, data: ImageData, count: int, device: str) -> dict[str, float]:
+def _compare(cfg: Any, net: nn.Module, made: nn.Module, data: ImageData, count: int, device: torch.device) -> dict[str, float]:
     """Both forms on the first `count` validation images in float32. RuntimeError when their logits differ by more than rounding."""
     right, ours, theirs, largest, difference = 0, 0, 0, 0.0, 0.0
     for places in np.split(np.arange(count), range(cfg.eval_batch_size, count, cfg.eval_batch_size)):
@@ -235,14 +230,14 @@ def _compare(cfg: Any, net: nn.Module, made: nn.Module, data: ImageData, count: 
 
 
 @contextmanager
-def _inference(cfg: Any, device: str) -> Iterator[None]:
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda" and cfg.trainer.precision != "32-true"):
+def _inference(cfg: Any, device: torch.device) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and cfg.trainer.precision != "32-true"):
         yield
 
 
 def _timing(cfg: Any, data: ImageData, models: Mapping[str, Any]) -> dict[str, float]:
     """Seconds an image of a forward pass, medians over interleaved rounds: every network of the run, the static one, and compact forms."""
-    device = "cuda" if has_gpu(cfg) else "cpu"
+    device = own_device(cfg.trainer)
     nets: dict[str, nn.Module] = {}
     for name, model in ({"static": dataclasses.replace(cfg.model, method="static")} | dict(models)).items():
         net = nets[name] = _partitioned(cfg, model, len(data.classes)).eval().to(device)
@@ -297,7 +292,7 @@ def _numbers(cfg: Any, run: Any, data: ImageData, results: Mapping[str, Any], sp
     what = cfg.model.what()
     suffix = run.row.removeprefix(what) if run.row.startswith(what) else ""
     threads = torch.get_num_threads()
-    machine = "" if has_gpu(cfg) else f" on {threads} CPU thread{'s' if threads > 1 else ''}"
+    machine = "" if on_gpu(cfg.trainer) else f" on {threads} CPU thread{'s' if threads > 1 else ''}"
     about = (f"{cfg.model.backbone} at {cfg.data.size} x {cfg.data.size}, stem {cfg.model.stem}: {steps:,} steps of {cfg.images_per_step()} images"
              f"{' for each network, one seed' if cfg.beside else ''}{machine}")
     full = (len(data.classes), len(data.validation)) == IMAGENET and cfg.model.backbone == "resnet50"

@@ -22,7 +22,7 @@ from dyn.data.teacher import TaughtLoader, TeacherCache, describe, digest
 from dyn.data.tokens import tokenizer_hash
 from dyn.models.llama_moe_convert import load_dense, read_config
 from dyn.models.packaged import cache_folder
-from dyn.train.trainer import world
+from dyn.train.trainer import own_device, world
 
 PATIENCE_SECONDS = 3600.0  # of the other ranks, without a new shard
 
@@ -49,7 +49,7 @@ def taught(cfg: Any, run: Any, source: Any, tokenizer: Any, loader: MixtureLoade
     home = run.folder if cfg.model.source == "tiny" else cache_folder()
     cache = TeacherCache(settings.cache or str(home / "teacher" / digest(about)), about)
     if world(cfg.trainer)[0] == 0:
-        device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
+        device = own_device(cfg.trainer)
         cache_teacher(cache, loader, lambda: load_dense(source).float().to(device), batch_size=settings.batch_size, dtype=dtype, log=run.log)
     else:
         _wait(cache, loader)
@@ -84,11 +84,15 @@ def cache_teacher(cache: TeacherCache, loader: MixtureLoader, load: Callable[[],
         if missing:
             _check_room(cache, len(missing))
             log(f"teacher: top {cache.about['top_k']} of {len(missing):,} blocks, {len(missing) * cache.block_bytes / 1e9:.2f} GB, into {cache.store.address}")
-            net = load().eval()
+            net, precision = load().eval(), torch.get_float32_matmul_precision()
             width = net.get_output_embeddings().weight.shape[0]
             if width != cache.about["vocab_size"]:
                 raise ValueError(f"the teacher has {width} logits, its cache {cache.store.address} is for vocab_size={cache.about['vocab_size']}")
-            _fill(cache, loader, net, missing, batch_size, dtype, log, every_seconds)
+            torch.set_float32_matmul_precision("highest")  # a cache serves runs of every precision
+            try:
+                _fill(cache, loader, net, missing, batch_size, dtype, log, every_seconds)
+            finally:
+                torch.set_float32_matmul_precision(precision)
             del net
             gc.collect()
             if torch.cuda.is_available():

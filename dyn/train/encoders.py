@@ -31,7 +31,7 @@ from dyn.nn.surgery import compact, count_parameters, dynamic_shares, macs_per_s
 from dyn.train import sentences
 from dyn.train.fit import Trained, scoring, train_classifier
 from dyn.train.plan import GIB
-from dyn.train.trainer import check_world, world
+from dyn.train.trainer import check_world, on_gpu, own_device, world
 
 # What a row and its control share
 SAME = ("tasks", "epochs", "batch_size", "model.source", "data", "optim", "classify", "trainer.accumulate", "trainer.precision")
@@ -96,7 +96,7 @@ def _partitioned(cfg: Any, run: Any, model: Any, data: SentenceData) -> nn.Modul
 
 def _train(cfg: Any, run: Any, data: SentenceData, task: str, name: str, model: Any, steps: int) -> dict[str, Any]:
     """Build one network, with the modes that it got, train it on one task, compact and export it."""
-    label, device = f"{task}-{name}", "cuda" if sentences.gpu(cfg.trainer) else "cpu"
+    label, device = f"{task}-{name}", own_device(cfg.trainer)
     train, validation = sentences.loaders(cfg, data, steps)
     net = build(cfg, run, model, data)
     if model.method == "pad":
@@ -123,7 +123,7 @@ def _partition(cfg: Any, run: Any, data: SentenceData, model: Any, part: Any) ->
     net = build(cfg, run, model, data)
     batches = sentences.scoring_batches(cfg, data, model.batches)
     with scoring(run):
-        make_partial(net.to("cuda" if sentences.gpu(cfg.trainer) else "cpu"), batches, sentences.sentence_loss, keep=model.keep, rounds=model.rounds,
+        make_partial(net.to(own_device(cfg.trainer)), batches, sentences.sentence_loss, keep=model.keep, rounds=model.rounds,
                      schedule=model.schedule, method=model.criterion, scope=model.scope, monotone=model.monotone, scales=model.scales, static=model.static,
                      seed=cfg.seed, shuffle="within_tensor" if model.shuffle else None)
     modes = {}
@@ -241,7 +241,7 @@ def _numbers(cfg: Any, run: Any, data: Mapping[str, SentenceData], results: Mapp
     metrics |= {f"train/steps/{task}": count for task, count in steps.items()}
     what = cfg.model.what()
     suffix = run.row.removeprefix(what) if run.row.startswith(what) else ""
-    threads = "" if sentences.gpu(cfg.trainer) else f" on {torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}, {cfg.trainer.precision}"
+    threads = "" if on_gpu(cfg.trainer) else f" on {torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}, {cfg.trainer.precision}"
     about = f"{cfg.model.source}, {', '.join(f'{count:,} steps on {task}' for task, count in steps.items())}, {cfg.sentences_per_step()} sentences each"
     full = cfg.model.source == "google-bert/bert-base-uncased" and {*data, NOT_IN_MEANS} == TASKS.keys() and not cfg.data.train_limit and cfg.minutes is None
     run.notes |= {

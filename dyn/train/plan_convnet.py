@@ -12,8 +12,9 @@ from torch import nn
 from dyn.core.partition import kept_count
 from dyn.nn.bank import Banked
 from dyn.nn.surgery import count_parameters, macs_per_image
-from dyn.train.convnet import build, has_gpu, local_model
+from dyn.train.convnet import build, local_model
 from dyn.train.plan import GIB
+from dyn.train.trainer import on_gpu
 
 IMAGES = {"ILSVRC/imagenet-1k": (1_281_167, 1000), "cifar10": (50_000, 10), "uoft-cs/cifar10": (50_000, 10), "fashion-mnist": (60_000, 10),
           "local": (60_000, 10), "digits": (1_438, 10), "tiny": (60, 3)}  # to train on, and classes
@@ -21,7 +22,7 @@ IMAGES = {"ILSVRC/imagenet-1k": (1_281_167, 1000), "cifar10": (50_000, 10), "uof
 
 def plan_convnets(cfg: Any) -> dict[str, Any]:
     """What the run would be, from shapes alone. `cfg` is the Config of experiments/padnet_resnet50.py."""
-    model = local_model(cfg.model, cfg.data.size, has_gpu(cfg))
+    model = local_model(cfg.model, cfg.data.size, on_gpu(cfg.trainer))
     images, classes = IMAGES.get(cfg.data.path, (None, 1000))
     methods = [*cfg.beside, model.method]
     planned = {method: _planned(cfg, dataclasses.replace(model, method=method), classes) for method in methods}

@@ -6,6 +6,7 @@ Every stage's numbers are remembered in the run folder, so that a resumed run go
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
@@ -39,7 +40,7 @@ from dyn.train.export import load_net
 from dyn.train.plan import shape
 from dyn.train.speed import seconds_per_micro_batch
 from dyn.train.tasks import CausalLM
-from dyn.train.trainer import check_world, evaluate, find_checkpoint, fit, make_trainer, world
+from dyn.train.trainer import check_world, evaluate, find_checkpoint, fit, make_trainer, on_gpu, own_device, world
 
 PAPER_TOKENS = 5_000_000_000  # the shortest of its comparisons (score scales, section 2.3)
 SAME = ("tokens", "minutes", "optim", "model.source", "data.text", "data.bos", "data.weights", "data.dynamic", "data.filters", "data.block_size",
@@ -144,8 +145,8 @@ def _filters(cfg: Any, source: Any, tokenizer: Any) -> dict[str, Any]:
     chosen: dict[str, Any] = {name: FILTERS[name](domains=domains) for name in cfg.data.filters if name != "fluency"}
     if "fluency" in cfg.data.filters:
         low, high = cfg.data.fluency_band
-        net = _pretrained(source).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        chosen["fluency"] = Fluency(lambda texts: perplexity(net, tokenizer, texts), low, high, model=str(cfg.model.source), domains=domains)
+        net = functools.cache(lambda: _pretrained(source).eval().to(own_device(cfg.trainer)))  # read by the process that writes shards, if one has to
+        chosen["fluency"] = Fluency(lambda texts: perplexity(net(), tokenizer, texts), low, high, model=str(cfg.model.source), domains=domains)
     return chosen
 
 
@@ -155,10 +156,12 @@ def _measure_dense(cfg: Any, source: Any, tokenizer: Any, corpus: Corpus) -> dic
     samples = _samples(cfg, net, tokenizer)  # before evaluating, which may shard the network
     steps = cfg.steps()
     if cfg.minutes is not None:
+        net.to(own_device(cfg.trainer))
         batch = {k: v.to(net.device) for k, v in next(iter(_loader(cfg, corpus, 1, 0, 1))).items() if k != "domain"}
         # The dense model's step is the longer one; a fifth of the time goes to the optimiser, to validations within training, and to noise.
         seconds = seconds_per_micro_batch(net, lambda: net(**batch, use_cache=False).loss, cfg.trainer.dtype) * cfg.trainer.accumulate
         steps = max(2, min(steps, int(0.8 * 60 * cfg.minutes / seconds)))
+        net.cpu()
     return {"losses": evaluate(net, corpus.validation, cfg.trainer), "samples": samples, "steps": steps, "parameters": count_parameters(net)["total"]}
 
 
@@ -248,8 +251,8 @@ def _convert(cfg: Any, source: Any, corpus: Corpus) -> nn.Module:
         calibration = MixtureLoader(corpus.train, corpus.weights, block_size=min(cfg.data.block_size, 2048), batch_size=size, seed=cfg.seed + 1,
                                     num_batches=math.ceil(model.calibration_sequences / size))
         batches = [batch["input_ids"] for batch in calibration]
-    if torch.cuda.is_available() and batches is not None:  # statistics are forward and backward passes
-        source = load_dense(source).cuda()
+    if on_gpu(cfg.trainer) and batches is not None:  # statistics are forward and backward passes
+        source = load_dense(source).to(own_device(cfg.trainer))
     if model.kind == "prune":
         return prune_dense(source, model.keep(), batches=batches, seed=cfg.seed).float().cpu()
     moe = from_dense(

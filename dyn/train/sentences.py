@@ -27,16 +27,10 @@ from dyn.data.loader import EvaluationLoader, ResumableLoader
 from dyn.data.tiny import tiny_glue, tiny_tokenizer
 from dyn.models.packaged import PACKAGED, SEEN, packaged, sentence_classifier, tiny_encoder
 from dyn.train.classify import Answers
-from dyn.train.settings import TrainerConfig
 from dyn.train.speed import interleaved, seconds_per_micro_batch
-from dyn.train.trainer import world
+from dyn.train.trainer import on_gpu, own_device, world
 
 Inputs = dict[str, Tensor]
-
-
-def gpu(cfg: TrainerConfig) -> bool:
-    """Does a training with these settings run on a GPU here?"""
-    return torch.cuda.is_available() and cfg.accelerator != "cpu"
 
 
 def open_task(cfg: Any, run: Any, source: str, task: str) -> SentenceData:
@@ -49,7 +43,7 @@ def open_task(cfg: Any, run: Any, source: str, task: str) -> SentenceData:
         tokenizer = AutoTokenizer.from_pretrained(encoder_folder(source, run, rank))
     except OSError as error:
         raise ValueError(f"{source} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
-    return open_sentences(data, tokenizer, multiple=8 if gpu(cfg.trainer) else 1, log=run.log)
+    return open_sentences(data, tokenizer, multiple=8 if on_gpu(cfg.trainer) else 1, log=run.log)
 
 
 def encoder_folder(source: str, run: Any, rank: int = 0) -> str | Path:
@@ -71,7 +65,7 @@ def build(cfg: Any, run: Any, source: str, data: SentenceData) -> nn.Module:
     folder = encoder_folder(source, run, world(cfg.trainer)[0])
     torch.manual_seed(cfg.seed)
     net = sentence_classifier(folder, data.num_labels)
-    if not gpu(cfg.trainer):
+    if not on_gpu(cfg.trainer):
         net.set_attn_implementation("eager")  # with dropout a CPU has no fused attention, and the plain one has fewer passes: 0.88 of a MiniLM's step
     return net
 
@@ -96,7 +90,7 @@ def fitting_steps(cfg: Any, run: Any, wanted: Mapping[str, int], nets: Iterable[
     if cfg.minutes is None:
         return dict(wanted)
     loss = loss or sentence_loss
-    device, seconds = "cuda" if gpu(cfg.trainer) else "cpu", 0.0
+    device, seconds = own_device(cfg.trainer), 0.0
     batch = _on(typical_batch(data.train, cfg.batch_size), device)
     for make in nets:
         net = make().to(device)
@@ -116,7 +110,7 @@ def fitting_steps(cfg: Any, run: Any, wanted: Mapping[str, int], nets: Iterable[
 def faster_precision(cfg: Any, run: Any, make: Callable[[], nn.Module], data: Any) -> str:
     """`cfg.trainer.precision`; where the run has a limit in minutes and no GPU, float32 in place of bfloat16 if that is faster here, by a measured step."""
     precision = cfg.trainer.precision
-    if cfg.minutes is None or gpu(cfg.trainer) or precision != "bf16-mixed":
+    if cfg.minutes is None or on_gpu(cfg.trainer) or precision != "bf16-mixed":
         return precision
     net, batch = make(), typical_batch(data.train, cfg.batch_size)
     exact, short = (seconds_per_micro_batch(net, lambda: sentence_loss(net, batch), dtype, 2) for dtype in (torch.float32, torch.bfloat16))
@@ -143,7 +137,7 @@ def sentence_loss(net: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def scoring_batches(cfg: Any, data: SentenceData, count: int) -> list[Inputs]:
     """`count` random training batches of the size of a step, for criteria that look at data; other ones than the training's first."""
     size = min(cfg.batch_size * cfg.trainer.accumulate * cfg.trainer.world_size, len(data.train))
-    device = "cuda" if gpu(cfg.trainer) else "cpu"
+    device = own_device(cfg.trainer)
     return [_on(batch, device) for batch in ResumableLoader(data.train, batch_size=size, seed=cfg.seed + 1, num_batches=count)]
 
 
@@ -168,14 +162,14 @@ def caveats(source: str, tasks: Iterable[str]) -> list[str]:
 @torch.no_grad()
 def seconds_per_example(cfg: Any, nets: Mapping[str, nn.Module], part: SentenceSet, count: int, rounds: int) -> dict[str, float]:
     """Of a forward pass over `count` examples of average length, in evaluation: medians over interleaved rounds."""
-    device = "cuda" if gpu(cfg.trainer) else "cpu"
+    device = own_device(cfg.trainer)
     batch = {key: value for key, value in _on(typical_batch(part, count), device).items() if key != "labels"}
     nets = {name: net.eval().to(device) for name, net in nets.items()}
-    with torch.autocast(device, torch.bfloat16, enabled=cfg.trainer.precision != "32-true"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.trainer.precision != "32-true"):
         runs: dict[str, Callable[[], Any]] = {name: lambda net=net: net(**batch) for name, net in nets.items()}
         seconds = interleaved(runs, rounds)
     return {name: statistics.median(values) / len(batch["input_ids"]) for name, values in seconds.items()}
 
 
-def _on(batch: Mapping[str, Tensor], device: str) -> Inputs:
+def _on(batch: Mapping[str, Tensor], device: torch.device) -> Inputs:
     return {key: value.to(device) for key, value in batch.items()}

@@ -123,9 +123,19 @@ def validate(task: Task, val_loaders: Mapping[str, Iterable], cfg: TrainerConfig
 
 def world(cfg: TrainerConfig) -> tuple[int, int]:
     """(rank, number of processes) of this process, as torchrun, srun or Lightning's launcher set it; for loaders that are made before the trainer."""
-    local, node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0)))
+    local, node = env.local_rank(), int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0)))
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", node * cfg.devices + local))) if cfg.world_size > 1 else 0
     return rank, cfg.world_size
+
+
+def on_gpu(cfg: TrainerConfig) -> bool:
+    """Does a training with these settings run on a GPU here?"""
+    return torch.cuda.is_available() and cfg.accelerator != "cpu"
+
+
+def own_device(cfg: TrainerConfig) -> torch.device:
+    """Where a training with these settings computes here, for work outside of it: on GPUs this process's own, which a Trainer chooses only when it starts."""
+    return torch.device("cuda", env.local_rank()) if on_gpu(cfg) else torch.device("cpu")
 
 
 def check_world(cfg: TrainerConfig) -> None:

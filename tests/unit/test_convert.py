@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from dyn.models import llama_moe_convert
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense
 from dyn.models.llama_moe_construct import METHODS
 from dyn.nn.experts import Gate
@@ -105,6 +106,15 @@ def test_a_folder_is_consumed_in_its_own_dtype(tmp_path):
     assert moe.dtype == torch.bfloat16 and moe.construction.source_license == "mit" and moe.construction.source == tmp_path.name
     same = from_dense(dense, num_experts=4, num_experts_per_tok=2)
     assert all(torch.equal(v, same.state_dict()[k]) for k, v in moe.state_dict().items())
+
+
+def test_a_folder_is_consumed_when_its_graphs_are_all_in(tmp_path, monkeypatch):
+    """Two layers a pass over the text, of three: the last pass still needs the first layers."""
+    monkeypatch.setattr(llama_moe_convert, "CHUNK_BYTES", 2 * 4 * 24**2)
+    dense = tiny(num_hidden_layers=3)
+    dense.save_pretrained(tmp_path)
+    made = [from_dense(source, num_experts=4, num_experts_per_tok=2, construction="coactivation", batches=BATCHES) for source in (tmp_path, dense)]
+    assert all(torch.equal(a, b) for a, b in zip(made[0].state_dict().values(), made[1].state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize(("changes", "words"), [

@@ -106,6 +106,9 @@ def test_control_rows():
     assert settings("model.num_shared_experts=null").model.active() == Fraction(1, 2)  # sharing_inter has one by itself
 
 
+PLAIN = ("model.num_shared_experts=null", "model.score_scale=null", "model.num_experts=4")
+
+
 def test_plan_agrees_with_the_network():
     cfg = settings("model.source=meta-llama/Llama-2-7b-hf", "model.construction=random", "model.num_experts=4", "model.num_experts_per_tok=1",
                    "model.num_shared_experts=0")
@@ -115,6 +118,10 @@ def test_plan_agrees_with_the_network():
     counts = count_parameters(net)
     assert plan["parameters"] == {"total": counts["total"], "activated (without gates)": counts["active"], "gates": counts["gate"]}
     assert plan["FLOPs"]["forward, a token"] == flops_per_token(net, cfg.data.block_size)
+    fitted = ("model.construction=calibrated", *PLAIN[:2], "model.num_experts=32", "model.num_experts_per_tok=16")
+    with torch.device("meta"):  # which chooses how many experts it has
+        net = convert.fresh(moe_config(convert.dense_config(cfg.model.source), "calibrated", num_experts=32, num_experts_per_tok=16))
+    assert EXPERIMENT.plan(settings("model.source=meta-llama/Llama-2-7b-hf", *fitted))["parameters"]["gates"] == count_parameters(net)["gate"]
     pruned = EXPERIMENT.plan(settings("model.kind=prune", "model.num_shared_experts=null", "model.score_scale=null", "model.num_experts=4",
                                       "model.num_experts_per_tok=1", "model.source=meta-llama/Llama-2-7b-hf"))
     assert pruned["parameters"]["total"] == pruned["parameters"]["activated (without gates)"] == counts["active"] and pruned["parameters"]["gates"] == 0
@@ -138,6 +145,12 @@ def test_sizes_are_refused_first(tmp_path):
         check(tmp_path, "model.construction=kmean", "model.num_shared_experts=null")
     with pytest.raises(ValueError, match=r"calibration_tokens=64 are 2 sequences of calibration_length=32.*model\.num_experts=3"):
         check(tmp_path, "calibration_tokens=64")
+    fitted = ("model.num_shared_experts=null", "model.score_scale=null", "model.num_experts=4", "model.num_experts_per_tok=3", "calibration_tokens=35")
+    for kind in ("model.kind=prune", "model.construction=calibrated"):
+        with pytest.raises(ValueError, match="calibration_tokens=35 are fewer than a layer has active neurons, 36"):
+            check(tmp_path, kind, *fitted)
+    with pytest.raises(ValueError, match="no whole number"):
+        check(tmp_path, "model.kind=prune", *fitted[:2], "model.num_experts=5")
 
 
 def corpus(**weights):
@@ -282,7 +295,18 @@ def test_a_killed_run_goes_on_to_the_same_numbers(smoke, tmp_path, monkeypatch, 
     assert (run.folder / "export").is_dir() == export
 
 
-PLAIN = ("model.num_shared_experts=null", "model.score_scale=null", "model.num_experts=4")
+def test_what_a_conversion_cost_is_not_forgotten(tmp_path, monkeypatch):
+    """Stopped after the folder was written and before the stage was."""
+    run = run_of(settings(), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(convert._Networks, "fraction", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert.convert(settings("export=true"), run)
+    run._lock.close()
+    again = Run.open(run.folder)
+    metrics = convert.convert(settings("export=true"), again)
+    again._lock.close()
+    assert metrics["calibration tokens"] > 0 and metrics["calibration seconds"] > 0
 
 
 @pytest.mark.parametrize("words", [("model.kind=dense", *PLAIN), ("model.kind=oracle", "model.num_experts_per_tok=2", *PLAIN)])
