@@ -6,7 +6,7 @@ The defaults are the paper's, as far as they are known: BERT-base, a bottleneck 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dyn.data.squad import QuestionSource
@@ -47,7 +47,7 @@ V2: dict[str, Any] = dict(data__path="rajpurkar/squad_v2")
 CPU: dict[str, Any] = dict(  # what one CPU core does in some minutes a row: a small encoder on this machine's own text
     source="all-MiniLM-L6-v2", data__path="local", data__max_length=256, data__stride=64, data__validation_limit=300, epochs=4.0, batch_size=16,
     eval_batch_size=64, optim__lr=5e-4, trainer__accelerator="cpu", trainer__val_every=0, trainer__checkpoint_every=0)
-SNIP, DENSE, FULL = SparseConfig(r=256), SparseConfig(r=256, keep=1.0), SparseConfig(kind="none")
+SNIP, DENSE, FULL = SparseConfig(r=256), SparseConfig(r=256, keep=1.0), SparseConfig(kind="none", lr=3e-5)  # usual where a whole encoder is trained
 KINDS = [SparseConfig(kind=kind, r=r) for kind, r in (("houlsby", 256), ("pfeiffer", 256), ("lora", 10), ("mam", 64))]  # LoRA as the authors launched it
 
 SWEEPS: dict[str, list[dict[str, Any]]] = {
@@ -58,7 +58,7 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "keep": adapter_rows(FULL, DENSE, *(made for tenth in range(1, 10) for made in with_controls(SparseConfig(r=256, keep=tenth / 10)))),
     "large_sparse": adapter_rows(FULL, *(made for k in (2, 3, 4) for made in with_controls(SparseConfig(r=256, factor=k, keep=None)))),
     "adapters": adapter_rows(FULL, *(made for row in KINDS for made in with_controls(row))),
-    "cpu": adapter_rows(FULL, *with_controls(SparseConfig(r=64), SparseConfig(r=64, factor=4, keep=None)), suffix=", gaps", **CPU),
+    "cpu": adapter_rows(replace(FULL, lr=1e-4), *with_controls(SparseConfig(r=64), SparseConfig(r=64, factor=4, keep=None)), suffix=", gaps", **CPU),
 }
 
 

@@ -37,15 +37,16 @@ from dyn.train.trainer import check_world, on_gpu, own_device, world
 
 # What a row and its control share
 SAME = ("source", "tasks", "epochs", "batch_size", "rates", "data", "optim", "trainer.accumulate", "trainer.precision")
-ANSWERS = 6000  # validation examples up to which a result holds what was said to each
+ANSWERS = 12_000  # validation examples up to which a result holds what was said to each
 
 
 class Job(NamedTuple):
     """A task, opened: its data (train, validation, tuning, what), how its network begins, its loss of a batch, and what trains and measures it.
 
     task: (network, names of the validation sets, their data, optimiser, trainer) -> Supervised. scores: the metrics of a validation set, the leading one first.
-    answers: what was said to the examples of a set -> plain data, a list. claims: (of the paper, about "pruned" (SNIP at keep 0.6) or "large" (Large-Sparse)
-    against the dense adapter) -> text; tested: on these networks and data only. numbers: what was said in all sets -> what `dyn.verdicts.resampled` wants.
+    answers: what was said to the examples of a set -> plain data, a list. claims: of the paper, about "pruned" and "80 %" (SNIP at keep 0.6 and 0.2) or "large"
+    (Large-Sparse) -> against "dense" (the adapter of its r) or "full" (fine-tuning) -> text; tested: on these networks and data only. numbers: what was said in
+    all sets -> what `dyn.verdicts.resampled` wants.
     """
 
     data: Any
@@ -54,7 +55,7 @@ class Job(NamedTuple):
     task: Callable[[nn.Module, Mapping[str, Any], Any, TrainerConfig], Supervised]
     scores: tuple[str, ...]
     answers: Callable[[Any], list[Any]]
-    claims: Mapping[str, str]
+    claims: Mapping[str, Mapping[str, str]]
     tested: Mapping[str, Any]
     numbers: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     mean: bool = False  # the task's score is the mean of `scores`, as GLUE has it
@@ -232,8 +233,8 @@ def _numbers(cfg: Any, run: Any, jobs: Mapping[str, Job], results: Mapping[str, 
     counts = ", ".join(f"{count:,} steps of {size}{f' on {task}' if task else ''}" for task, count in steps.items())
     about = f"{cfg.source}, {counts}{threads}{', one seed, networks side by side' if cfg.beside else ''}"
     job = next(iter(jobs.values()))
-    claim = job.claims.get(_claimed(cfg.sparse) or "") if run.row else None
-    dense = dataclasses.replace(cfg.sparse, keep=1.0, factor=1)
+    against = {"dense": dataclasses.replace(cfg.sparse, keep=1.0, factor=1).what() + suffix, "full": SparseConfig(kind="none").what() + suffix}
+    claims = job.claims.get(_claimed(cfg.sparse) or "", {}) if run.row else {}
     tested = all(getattr(cfg, key, getattr(cfg.data, key, None)) == value for key, value in job.tested.items())
     tested = tested and not cfg.data.train_limit and cfg.minutes is None
     run.notes |= {
@@ -243,7 +244,7 @@ def _numbers(cfg: Any, run: Any, jobs: Mapping[str, Job], results: Mapping[str, 
         "about": [*(f"{task}: {job.data.what}".lstrip(": ") for task, job in jobs.items()), about, *(text for job in jobs.values() for text in job.caveats)],
         "points": {"x": "keep", "y": lead},
         "answers": {task or lead: found for task, by_net in results.items() if (found := by_net[main]["numbers"])},
-        "claims": [{"text": claim, "metric": lead, "against": dense.what() + suffix, "wants": "higher"}] if claim else [],
+        "claims": [{"text": text, "metric": lead, "against": against[other], "wants": "higher"} for other, text in claims.items()],
         "not_tested": [] if tested else [f"the paper's claims are about {job.tested['source']} on {job.tested['path']}; here: {about}"]}
     return metrics
 
@@ -252,7 +253,7 @@ def _claimed(sparse: SparseConfig) -> str | None:
     """Which of the paper's claims a row is about."""
     if sparse.dense() or sparse.shuffle or sparse.method != "snip":
         return None
-    return "large" if sparse.factor > 1 else "pruned" if sparse.keep == 0.6 else None
+    return "large" if sparse.factor > 1 else {0.6: "pruned", 0.2: "80 %"}.get(sparse.keep)
 
 
 def plan_adapters(cfg: Any, build: Callable[[], nn.Module], examples: int | None, unit: str) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class SparseConfig:
             raise ValueError(f"keep={self.keep} with factor={self.factor}: Large-Sparse keeps 1 / factor exactly, set keep=null; without a factor give keep")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise ValueError(f"keep={self.keep} must lie in (0, 1]")
+        if self.form == "2:4" and self.share() not in (1, Fraction(1, 2)):
+            raise ValueError(f"keep={self.keep}, factor={self.factor}: form=2:4 keeps exactly half; set keep=0.5")
         if self.dense() and self.shuffle:
             raise ValueError("shuffle=true permutes a mask, and there is none: everything is kept")
 

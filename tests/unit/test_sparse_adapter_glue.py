@@ -64,7 +64,8 @@ def test_densities_are_lines_over_layers_by_matrix():
 def test_claims_belong_to_the_papers_rows():
     usual = SparseConfig()
     assert adapt._claimed(usual) == "pruned" and adapt._claimed(SparseConfig(factor=4, keep=None)) == "large"
-    for other in (dict(shuffle=True), dict(method="random"), dict(keep=1.0), dict(keep=0.2), dict(kind="none")):
+    assert adapt._claimed(SparseConfig(keep=0.2)) == "80 %"
+    for other in (dict(shuffle=True), dict(method="random"), dict(keep=1.0), dict(keep=0.4), dict(kind="none")):
         assert adapt._claimed(dataclasses.replace(usual, **other)) is None
 
 
