@@ -51,7 +51,7 @@ CPU: dict[str, Any] = dict(  # what one CPU core does in some minutes a row
     trainer__checkpoint_every=0)
 FULL, DENSE, SNIP = SparseConfig(kind="none", lr=2e-5), SparseConfig(keep=1.0), SparseConfig()
 # Rates of the CPU rows: chosen by the sweep `rates` on MRPC; random and shuffled masks train at their mask's rate, so that the mask is all that differs.
-FIRST = [replace(FULL, lr=1e-4), replace(DENSE, lr=1e-3), *with_controls(SparseConfig(keep=0.2, lr=3e-3))[1:], replace(SNIP, lr=1e-3),
+FIRST = [replace(FULL, lr=2e-4), replace(DENSE, lr=1e-3), *with_controls(SparseConfig(keep=0.2, lr=3e-3))[1:], replace(SNIP, lr=1e-3),
          SparseConfig(factor=4, keep=None, lr=3e-3)]
 REST = [net for net in with_controls(*FIRST[-2:]) if net.what() not in {first.what() for first in FIRST}]
 KINDS = [SparseConfig(kind="pfeiffer"), SparseConfig(kind="lora", r=16, lr=2e-4), SparseConfig(kind="mam", r=16, prefix=True), SparseConfig(kind="parallel")]
