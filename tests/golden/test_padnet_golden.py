@@ -80,6 +80,15 @@ def meta_static(name):
         return dyn.models.resnet.BACKBONES[name]()
 
 
+@pytest.mark.parametrize(("name", "convs"), [("resnet34", 35), ("resnet101", 103)])
+def test_dynamic_networks_without_a_number_follow_the_formula(name, convs):
+    model, base = meta(f"dyconv_{name}", num_kernels=4), count_parameters(meta_static(name))["total"]
+    hidden = [(m.in_channels, max(1, m.in_channels // 16)) for m in layers(model)]
+    assert len(hidden) == convs  # all but the stem: with a down-sample convolution in each stage that needs one
+    attention = sum(channels * units + units * 4 + 4 for channels, units in hidden)
+    assert count_parameters(model)["total"] == base + 3 * sum(m.weight[0].numel() for m in layers(model)) + attention
+
+
 @pytest.mark.parametrize(("name", "kernels", "total"), [
     ("resnet18", 1, 11_943_944), ("resnet18", 4, 44_901_640), ("resnet50", 1, 28_635_112), ("resnet50", 4, 90_670_888), ("mobilenetv2_100", 1, 4_940_185),
     ("mobilenetv2_100", 4, 11_512_149), ("mobilenetv2_075", 4, 7_496_013), ("mobilenetv2_050", 4, 4_435_501),
@@ -109,6 +118,7 @@ def test_compact_size_by_the_formula(name, keep, total):
 
 @pytest.mark.parametrize(("name", "keep", "held", "small_total", "overhead", "macs"), [
     ("resnet18", 0.3, 56_396_871, 21_808_592, 0.3, 1.8275e9), ("mobilenetv2_100", 0.1, 12_842_891, 4_743_926, 0.1, None),
+    ("mobilenetv2_100", 0.3, 12_842_891, 6_057_263, 0.3, 304.0e6), ("resnet10", 0.3, 25_014_591, 9_853_648, 0.3, 0.8951e9),
 ])
 def test_partitioned_networks(name, keep, held, small_total, overhead, macs):
     model = randomly(meta(f"padnet_{name}"), keep)
@@ -133,7 +143,7 @@ def test_resnet50_partitioned():
 
 
 @pytest.mark.parametrize(("name", "mixing", "attention", "macs"), [("resnet18", 44.6e6, 0.08e6, 1.8588e9), ("resnet50", 93.8e6, 1.24e6, 4.1842e9),
-                                                                   ("resnet10", 19.56e6, 0.033e6, 0.9088e9)])
+                                                                   ("resnet10", 19.56e6, 0.033e6, 0.9088e9), ("mobilenetv2_100", 8.756e6, 0.58e6, 310.1e6)])
 def test_multiply_adds_of_dynamic_networks(name, mixing, attention, macs):
     model, static = meta(f"dyconv_{name}"), meta_static(name).eval()
     more = macs_per_image(model) - macs_per_image(static)
@@ -189,7 +199,7 @@ def test_mode_switch_gradient():
     torch.manual_seed(0)
     conv = PartialConv2d(3, 4, 3, padding=1).double()
     static = torch.randn(conv.weight.shape[1:], dtype=torch.float64)
-    conv.partial.hold(torch.rand(static.shape) > 0.4, static)
+    conv.partial.hold(torch.rand(static.shape) > 0.4, static, settled=False)
     conv.partial.phi.data.fill_(0.3)
     model, batch = nn.Sequential(conv), torch.randn(5, 3, 6, 6, dtype=torch.float64)
     target = torch.randn(5, 4, 6, 6, dtype=torch.float64)
@@ -201,7 +211,19 @@ def test_mode_switch_gradient():
     alpha, (dynamic, still) = conv.alpha(batch).detach(), (v.item() for v in conv.partial.scale())
     mixed = torch.einsum("nk,k...->n...", alpha, conv.weight.detach())
     mask = conv.partial.mask.double()
-    kernels = (dynamic * mask * mixed + still * (1 - mask) * static).requires_grad_()
-    total = ((torch.cat([F.conv2d(batch[n : n + 1], kernels[n], padding=1) for n in range(5)]) - target) ** 2).sum()
-    (G,) = torch.autograd.grad(total, kernels)
+
+    def total(kernels):
+        return ((torch.cat([F.conv2d(batch[n : n + 1], kernels[n], padding=1) for n in range(5)]) - target) ** 2).sum()
+
+    def kernels_of(mask):
+        return dynamic * mask * mixed + still * (1 - mask) * static
+
+    kernels = kernels_of(mask).requires_grad_()
+    (G,) = torch.autograd.grad(total(kernels), kernels)
     torch.testing.assert_close(switch["0"], (G * (dynamic * mixed - still * static)).sum(0), rtol=1e-9, atol=1e-9)
+    for place in torch.randperm(mask.numel())[:8]:
+        step = torch.zeros(mask.numel(), dtype=torch.float64)
+        step[place] = 1e-4
+        step = step.view(mask.shape)
+        slope = (total(kernels_of(mask + step)) - total(kernels_of(mask - step))) / 2e-4  # exact but for rounding: the loss is quadratic
+        torch.testing.assert_close(switch["0"].flatten()[place], slope, rtol=1e-8, atol=1e-6)
