@@ -128,7 +128,7 @@ def test_a_sweep_on_a_full_disk_ends_with_its_table(fake, capsys, monkeypatch):
     monkeypatch.setattr(run, "_child", lambda command: (-9, None))
     assert main(["fake", "sweep=table"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert ["first   failed", "second  failed", "third   not run"] == lines[-3:]
+    assert lines[-3:] == ["first   failed", "second  failed", "third   not run"]
 
 
 @pytest.mark.parametrize("place", ["cost", "notes"])
