@@ -16,7 +16,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,32 @@ DEFAULT = ("results", "runs")
 _BESIDE = ("metrics.jsonl", "curves.json", "samples.json")
 _COORDINATES = {"step", "epoch", "time", "tokens", "seconds"}
 _PANELS = 9
+_CLAIM = ("text", "metric", "against", "wants")
+
+
+def _is_list(value: Any, inner: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(inner, value))
+
+
+def _has_texts(value: Any, keys: Iterable[str]) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in keys)
+
+
+def _is_said(value: Any) -> bool:
+    """The answers to one task's examples, or the limit above which they are not kept."""
+    if not isinstance(value, dict) or "limit" in value:
+        return isinstance(value, dict) and isinstance(value["limit"], int)
+    numbers = [_is_list(value.get(key), lambda number: isinstance(number, (int, float))) for key in ("predictions", "labels")]
+    return isinstance(value.get("metric"), str) and all(numbers) and len(value["predictions"]) == len(value["labels"]) > 0
+
+
+_NOTES: dict[str, Callable[[Any], bool]] = {  # what the notes that this page uses must be; others may be anything
+    **dict.fromkeys(("main", "controls", "same", "compare", "about", "not_tested"), lambda value: _is_list(value, lambda text: isinstance(text, str))),
+    "claims": lambda value: _is_list(value, lambda claim: _has_texts(claim, _CLAIM)),
+    "points": lambda value: _has_texts(value, "xy"),
+    "tables": lambda value: isinstance(value, dict) and all(table and _is_list(table, lambda row: isinstance(row, list)) for table in value.values()),
+    "answers": lambda value: isinstance(value, dict) and all(map(_is_said, value.values())),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +84,7 @@ def write_report(inputs: Iterable[str | Path], out: str | Path) -> Path:
     for name in sorted({result["what"]["experiment"] for _, result in results}):
         blocks += _experiment(name, [item for item in results if item[1]["what"]["experiment"] == name], out)
     if skipped:
-        blocks += [("h2", "Skipped files"), ("list", [f"{path.name}: {reason}" for path, reason in skipped])]
+        blocks += [("h2", "Skipped files"), ("list", [f"{_name(path)}: {reason}" for path, reason in skipped])]
     (out / "report.md").write_text(page.markdown(blocks, out), encoding="utf-8")
     whole = out / "report.html"
     whole.write_text(page.html(blocks), encoding="utf-8")
@@ -99,9 +125,19 @@ def read(path: Path) -> dict[str, Any]:
     wanted = {"what": dict, "status": str, "metrics": dict, "cost": dict, "config": dict, "env": dict, "started": str, "finished": str}
     wrong = [key for key, kind in wanted.items() if not isinstance(result.get(key), kind)]
     wrong += [f"what.{key}" for key in ("experiment", "row", "profile", "digest") if not wrong and not isinstance(result["what"].get(key), str)]
+    notes, error = result.get("notes") or {}, result.get("error")
+    wrong += ["notes"] * (not isinstance(notes, dict)) + ["error"] * bool(error and not _has_texts(error, ("type", "message")))
+    wrong += ["config.seed"] * (not wrong and not isinstance(result["config"].get("seed", 0), int))
+    notes = {key: value for key, value in notes.items() if value is not None} if isinstance(notes, dict) else {}
+    wrong += [f"notes.{key}" for key, fits in _NOTES.items() if key in notes and not fits(notes[key])]
     if wrong:
         raise ValueError(f"missing or of the wrong type: {', '.join(wrong)}")
-    return result | {"notes": result.get("notes") or {}}
+    return result | {"notes": notes}
+
+
+def _name(path: Path) -> str:
+    """With its folder: every run's file is called result.json."""
+    return "/".join(path.parts[-2:])
 
 
 def _beside(path: Path, name: str) -> Path:
@@ -115,7 +151,7 @@ def _images(path: Path) -> list[Path]:
 
 
 def _because(skipped: list[tuple[Path, str]]) -> str:
-    return "; skipped: " + "; ".join(f"{path.name} ({reason})" for path, reason in skipped) if skipped else ""
+    return "; skipped: " + "; ".join(f"{_name(path)} ({reason})" for path, reason in skipped) if skipped else ""
 
 
 # Tables
@@ -180,7 +216,11 @@ def _origin(group: Group) -> list[str]:
 
 def curves(path: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """The curves beside a result: panel -> line -> (step, value). "val/<domain>/loss" are lines of the panel "val loss"; where the file names
-    several stages (trainings), each has its own lines. Cut lines are skipped; of a step said twice the later counts."""
+    several stages (trainings), each has its own lines. Cut and foreign lines are skipped; of a step said twice the later counts.
+
+    Raises:
+        ValueError: a curves.json that is broken or something else.
+    """
     series: dict[tuple[str, str], dict[float, float]] = {}
     if (file := _beside(path, "metrics.jsonl")).is_file():
         for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -188,11 +228,17 @@ def curves(path: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
                 line = json.loads(text)
             except ValueError:
                 continue
-            for key, value in line.items() if isinstance(line, dict) and "step" in line else ():
+            if not isinstance(line, dict) or (step := number_of(line.get("step"))) is None or not isinstance(stage := line.get("stage", ""), str):
+                continue
+            for key, value in line.items():
                 if key not in _COORDINATES and (number := number_of(value)) is not None:
-                    series.setdefault((key, line.get("stage", "")), {})[line["step"]] = number
+                    series.setdefault((key, stage), {})[step] = number
     elif (file := _beside(path, "curves.json")).is_file():
-        series = {(key, ""): dict(points) for key, points in json.loads(file.read_text(encoding="utf-8")).items()}
+        try:
+            series = {(key, ""): dict(points) for key, points in json.loads(file.read_text(encoding="utf-8")).items()}
+            series = {key: {number_of(step) + 0: number_of(value) + 0 for step, value in points.items()} for key, points in series.items()}
+        except (ValueError, TypeError, AttributeError):
+            raise ValueError(f"{_name(file)} is broken and was skipped.") from None
     several = len({stage for _, stage in series}) > 1
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for (key, stage), points in series.items():
@@ -272,7 +318,12 @@ def _pictures(name: str, rows: Sequence[Group], out: Path) -> list[page.Block]:
     for group in rows:
         path, result = next((item for item in group.results if item[1]["status"] == "ok"), group.results[0])
         inner: list[page.Block] = []
-        if panels := curves(path):
+        panels = {}
+        try:
+            panels = curves(path)
+        except ValueError as error:
+            inner.append(("p", str(error)))
+        if panels:
             inner.append(("image", ("curves", _draw(panels, out / _slug(f"report-{name}-{group.row}-{result['what']['digest']}.png")))))
             label = group.row if len(rows) == len({g.row for g in rows}) else f"{group.row} {result['what']['digest']}"
             together |= {label: points} if (points := _mean(panels)) else {}
@@ -303,7 +354,7 @@ def _samples(path: Path) -> list[page.Block]:
     except FileNotFoundError:
         return []
     except (ValueError, TypeError, AttributeError):
-        return [("p", f"{path.name} is broken and was skipped.")]
+        return [("p", f"{_name(path)} is broken and was skipped.")]
 
 
 def _slug(text: str) -> str:

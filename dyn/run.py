@@ -20,7 +20,7 @@ from typing import Any
 
 from dyn import config, report
 from dyn.env import follow, rank, world_size
-from dyn.runfolder import Cancelled, Run, create, read_json, unfinished
+from dyn.runfolder import Cancelled, Interrupted, Run, create, ended_well, read_json, unfinished
 
 __all__ = ["Cancelled", "Run", "main"]
 
@@ -174,16 +174,14 @@ def _dry(experiment: ModuleType, name: str, cfgs: list[tuple[str, Any]]) -> int:
 def _resume(experiment: ModuleType, name: str, path: Path, runs: Path, options: Mapping[str, str], words: list[str]) -> Path:
     """The folder to go on with. Its config.yaml rules; what the command line says otherwise is refused, key by key."""
     asked = options["resume"]
-    open_runs = unfinished(runs / name)
-    if asked == "last" and not open_runs:
+    if asked == "last" and not unfinished(runs / name):
         raise ValueError(f"resume=last: no unfinished run in {runs / name}")
-    choices = open_runs[-1:] if asked == "last" else [Path(asked), runs / name / asked]
+    choices = unfinished(runs / name)[-1:] if asked == "last" else [Path(asked), runs / name / asked]
     folder = next((choice for choice in choices if (choice / "stages.json").is_file()), None)
-    if folder is None or read_json(folder / "stages.json")["what"]["experiment"] != name:
-        listing = ", ".join(str(run) for run in open_runs) or "none"
-        raise ValueError(f"resume={asked}: {'no run folder' if folder is None else 'not a run of ' + name}; unfinished: {listing}")
-    if (folder / "result.json").is_file() and read_json(folder / "result.json")["status"] == "ok":
-        raise ValueError(f"{folder} has finished; unfinished: {', '.join(str(run) for run in open_runs) or 'none'}")
+    foreign = folder is not None and read_json(folder / "stages.json")["what"]["experiment"] != name
+    if folder is None or foreign or ended_well(folder):
+        why = f"resume={asked}: no run folder" if folder is None else f"resume={asked}: not a run of {name}" if foreign else f"{folder} has finished"
+        raise ValueError(f"{why}; unfinished: {', '.join(map(str, unfinished(runs / name))) or 'none'}")
     state = read_json(folder / "stages.json")["what"]
     if options.get("profile", state["profile"]) == state["profile"]:
         given = config.read(experiment.Config, folder / "config.yaml", words)
@@ -200,17 +198,19 @@ def _sweep(name: str, runs: Path, profile: str, sweep: str, cfgs: list[tuple[str
     """Each row in its own process (its memory is its own, and its death spares the others); then one table and one report."""
     folders: list[Path] = []
     results: list[dict[str, Any]] = []
+    code, signum = 0, None
     for number, (row, cfg) in enumerate(cfgs, 1):
-        folder = create(runs, name, cfg, profile=profile, row=row)
-        print(f"row {number} of {len(cfgs)}: {row} · {folder}", flush=True)
-        code = _child([sys.executable, "-m", "dyn.run", name, f"resume={folder}", f"runs={runs}"])
-        if not (folder / "result.json").is_file():
-            run = Run.open(folder)
-            with run.listening():
-                run.finish({}, ChildProcessError(f"the process of this row ended with code {code} and left no result"))
-        folders.append(folder)
-        results.append(read_json(folder / "result.json"))
-        if results[-1]["status"] == "cancelled":
+        try:
+            folders.append(create(runs, name, cfg, profile=profile, row=row))
+        except OSError as error:  # a full disk: the rows before it still have their table
+            if not folders:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            break
+        print(f"row {number} of {len(cfgs)}: {row} · {folders[-1]}", flush=True)
+        code, signum = _child([sys.executable, "-m", "dyn.run", name, f"resume={folders[-1]}", f"runs={runs}"])
+        results.append(_result(folders[-1], row, code, signum))
+        if signum is not None or results[-1]["status"] == "cancelled":
             break
     names = list(dict.fromkeys(key for result in results for key, value in result["metrics"].items() if isinstance(value, (int, float))))[:5]
     table = [["row", "status", *names]]
@@ -221,13 +221,31 @@ def _sweep(name: str, runs: Path, profile: str, sweep: str, cfgs: list[tuple[str
         print(f"report: {report.write_report(folders, folders[0].parent / f'{folders[0].name}-{sweep}')}")
     except Exception as error:  # the rows' results stand without it
         print(f"no report: {error}", file=sys.stderr)
-    if results[-1]["status"] == "cancelled":
-        return code
-    return 0 if all(result["status"] == "ok" for result in results) else 1
+    if signum is not None or results[-1]["status"] == "cancelled":
+        return code if signum is None else 128 + signum
+    return 0 if len(results) == len(cfgs) and all(result["status"] == "ok" for result in results) else 1
 
 
-def _child(command: list[str]) -> int:
-    """Run a command in its own process group and pass SIGINT and SIGTERM on to it, once each time they come."""
+def _result(folder: Path, row: str, code: int, signum: int | None) -> dict[str, Any]:
+    """The row's result.json, written here where its process left none. Where that is not possible (a full disk), what its line of the table needs."""
+    if signum is None:
+        error: BaseException = ChildProcessError(f"the process of this row ended with code {code} and left no result")
+    else:
+        error = Interrupted(signal.Signals(signum).name)
+    try:
+        if not (folder / "result.json").is_file():
+            run = Run.open(folder)
+            with run.listening():
+                run.finish({}, error)
+        return read_json(folder / "result.json")
+    except (ValueError, OSError) as caught:
+        print(f"error: {caught}", file=sys.stderr)
+        return {"what": {"row": row}, "status": "failed" if signum is None else "cancelled", "metrics": {}}
+
+
+def _child(command: list[str]) -> tuple[int, int | None]:
+    """Run a command in its own process group and pass SIGINT and SIGTERM on to it, once each time they come: its exit code, and the first signal, since a
+    process that imports or that writes its result may end by its own code all the same."""
     caught: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
@@ -241,10 +259,11 @@ def _child(command: list[str]) -> int:
         child = subprocess.Popen(command, process_group=0)
         for signum in caught:  # came before there was a child
             child.send_signal(signum)
-        return child.wait()
+        code = child.wait()
     finally:
         for signum, handler in kept.items():
             signal.signal(signum, handler)
+    return code, caught[0] if caught else None
 
 
 # Text

@@ -169,16 +169,20 @@ class Run:
             if status == "failed":
                 traceback.print_exception(error)
             return code
-        try:
-            metrics = plain(metrics)
-        except TypeError as caught:
-            status, code, error, metrics = "failed", 1, caught, {}
+        parts: dict[str, Any] = {}
+        for name, value in {"metrics": metrics, "cost": self.cost, "notes": self.notes}.items():
+            try:
+                parts[name] = plain(value)
+            except TypeError as caught:
+                parts[name] = {}
+                if error is None:
+                    status, code, error = "failed", 1, TypeError(f"{name}: {caught}")
         if status == "failed":
             self._note("".join(traceback.format_exception(error)))
             if not isinstance(error, (ValueError, OSError)):
                 traceback.print_exception(error)
         try:
-            write_json(self.folder / "result.json", self._result(metrics, status, error))
+            write_json(self.folder / "result.json", self._result(parts, status, error))
         except OSError as caught:
             print(self._note(f"error: result.json is not written: {caught}"), file=sys.stderr)
             code = code or 1
@@ -204,7 +208,7 @@ class Run:
             return "cancelled", 128 + (self._signum or signal.SIGINT)
         return "failed", 1
 
-    def _result(self, metrics: Mapping[str, Any], status: str, error: BaseException | None) -> dict[str, Any]:
+    def _result(self, parts: Mapping[str, Any], status: str, error: BaseException | None) -> dict[str, Any]:
         seconds = self._state["seconds"] + time.monotonic() - self._began
         self._state["seconds"] = seconds
         write_json(self.folder / "stages.json", self._state)
@@ -213,9 +217,9 @@ class Run:
             "what": self._state["what"],
             "status": status,
             "error": None if error is None else {"type": type(error).__name__, "message": _message(error)},
-            "metrics": metrics,
-            "cost": plain(self.cost) | {"wall_seconds": seconds} | env.peak_memory(),
-            "notes": plain(self.notes),
+            "metrics": parts["metrics"],
+            "cost": parts["cost"] | {"wall_seconds": seconds} | env.peak_memory(),
+            "notes": parts["notes"],
             "config": plain(config.read_dict(self.folder / "config.yaml")),
             "env": env.facts(),
             "started": self._state["started"],
@@ -244,12 +248,15 @@ def create(runs: Path, name: str, cfg: Any, *, profile: str, row: str = "") -> P
 
 def unfinished(parent: Path) -> list[Path]:
     """The run folders in runs/NAME that have not ended well, oldest first."""
-
-    def ended_well(folder: Path) -> bool:
-        result = folder / "result.json"
-        return result.is_file() and read_json(result)["status"] == "ok"
-
     return sorted(path.parent for path in parent.glob("*/stages.json") if not ended_well(path.parent))
+
+
+def ended_well(folder: Path) -> bool:
+    """Whether a run has a good result; a file that cannot be read as one (empty, foreign) is none."""
+    try:
+        return read_json(folder / "result.json")["status"] == "ok"
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 # Files

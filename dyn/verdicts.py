@@ -84,17 +84,20 @@ def compare(group: Group, rows: Sequence[Group]) -> list[str]:
             else:
                 verdict = ("lower" if a < b else "higher") if abs(a - b) > least else "no difference shown"
                 lines.append(f"{text}; smallest that the seeds could have shown {least:.2g}: {verdict}{_paired(group.by_seed(key), control.by_seed(key))}")
-    return lines + [line for control in controls.values() for line in resampled(group, control)]
+    return lines + union(resampled(group, control) for control in controls.values())
 
 
 def resampled(group: Group, control: Group, rounds: int = 500) -> list[str]:
     """Lines on the tasks of which both keep what was said to every example (notes: answers): the difference of the leading metric under resampling of seeds
     and of examples together, since a validation set is a small sample itself; first the smallest detectable difference (2.8 standard errors, which four of five
-    repetitions would find)."""
+    repetitions would find). A line too on tasks of which a result has but the limit above which it keeps none."""
     ours, theirs = ({r["config"].get("seed"): r["notes"].get("answers", {}) for r in g.good} for g in (group, control))
     seeds, lines = sorted(seed for seed in ours.keys() & theirs.keys()), []
     for task in union(answers for seed in seeds for answers in [ours[seed]]):
         pairs = [(ours[seed][task], theirs[seed][task]) for seed in seeds if task in ours[seed] and task in theirs[seed]]
+        if limits := [said["limit"] for pair in pairs for said in pair if "limit" in said]:
+            lines.append(f"{group.row}, {task}: not resampled: answers are kept up to {max(limits):,} examples")
+            continue
         pairs = [pair for pair in pairs if pair[0]["labels"] == pairs[0][0]["labels"] == pair[1]["labels"] and pair[0]["metric"] in _SCORES]
         if not pairs:
             continue

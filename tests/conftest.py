@@ -1,4 +1,4 @@
-"""All tests are offline, single-threaded, and away from the user's caches."""
+"""All tests are offline, single-threaded, and away from the user's caches, but for the packaged models."""
 
 import os
 import shutil
@@ -12,6 +12,11 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+_MODELS = Path(os.environ.get("DYN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dyn") / "models"
+_MODELS.mkdir(parents=True, exist_ok=True)
+os.environ["DYN_CACHE"] = tempfile.mkdtemp(prefix="dyn-tests-")
+Path(os.environ["DYN_CACHE"], "models").symlink_to(_MODELS.resolve())  # unpacking the packaged models again would cost every process minutes
 
 
 def _is_local(address) -> bool:
@@ -32,7 +37,8 @@ socket.socket.connect_ex = _guarded(socket.socket.connect_ex)
 
 
 def pytest_unconfigure():
-    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+    for name in ("HF_HOME", "DYN_CACHE"):
+        shutil.rmtree(os.environ[name], ignore_errors=True)
 
 
 @pytest.fixture

@@ -265,9 +265,12 @@ def _prepare(data: Examples, planned: tuple[np.ndarray, Draw | None]) -> dict[st
 
 
 def _prepared(data: Examples, plan: Sequence[tuple[np.ndarray, Draw | None]], workers: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    pinned = torch.cuda.is_initialized()  # the training is on a GPU: copies out of pinned memory need not wait
     if not workers:
         for place in range(len(plan)):  # not over the plan: a sequence is iterated until IndexError
-            yield _prepare(data, plan[place])
+            batch = _prepare(data, plan[place])
+            yield {name: tensor.pin_memory() for name, tensor in batch.items()} if pinned else batch
         return
     # Its own generator: a DataLoader would otherwise draw the workers' seed from the training's random stream.
-    yield from DataLoader(_Prepared(data, plan), batch_size=None, shuffle=False, num_workers=workers, generator=torch.Generator().manual_seed(seed))
+    yield from DataLoader(_Prepared(data, plan), batch_size=None, shuffle=False, num_workers=workers, pin_memory=pinned,
+                          generator=torch.Generator().manual_seed(seed))

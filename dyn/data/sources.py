@@ -102,7 +102,7 @@ def origin(source: TextSource) -> dict[str, str | int | None]:
     folder = Path(resolve(source.path))
     if not folder.is_dir():
         return {"kind": "hub", "id": source.path, "revision": source.revision}
-    files = sorted((f.relative_to(folder).as_posix(), f.stat().st_size) for f in folder.rglob("*") if f.is_file() and not f.name.startswith("."))
+    files = _files(folder)
     return {"kind": "folder", "files": len(files), "digest": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}
 
 
@@ -122,7 +122,7 @@ def streams(source: TextSource) -> list[Stream]:
 
 def read_joined(source: JoinedText) -> str:
     """The text of a `JoinedText`. ValueError for a path, config, split or column that there is not, and for a text that is empty."""
-    from datasets import get_dataset_config_names, get_dataset_split_names, load_dataset
+    from datasets import get_dataset_config_names, get_dataset_split_names
 
     asked = TextSource(path=source.path, revision=source.revision)
     where = f"{source.name}: path={source.path!r}"
@@ -131,11 +131,7 @@ def read_joined(source: JoinedText) -> str:
         raise ValueError(f"{where}: config must be one of {', '.join(configs)}")
     [config] = choose([source.config or configs[0]], configs, where, "config")
     [split] = choose([source.split], _ask_hub(asked, get_dataset_split_names, config), f"{where}, config {config!r}", "split")
-    path = resolve(source.path)
-    data = load_dataset(path, config, split=split, streaming=source.streaming or Path(path).is_dir(), revision=source.revision)
-    if data.column_names is not None and source.text_field not in data.column_names:
-        raise ValueError(f"{where}, config {config!r}: no column {source.text_field!r}; found {', '.join(data.column_names)}")
-    text = source.joint.join(row[source.text_field] for row in islice(data, source.documents))
+    text = source.joint.join(row[source.text_field] for row in islice(_read(source, config, split, [source.text_field]), source.documents))
     if not text.strip():
         raise ValueError(f"{where}, config {config!r}, split {split!r}: no text")
     return text
@@ -160,12 +156,11 @@ def load_splits(path: str, config: str | None = None, *, revision: str | None = 
     [config] = choose([config or (configs[0] if len(configs) == 1 else "default")], configs, f"path={path!r}", "config")
     folder, cache = Path(resolve(path)), None
     if folder.is_dir():  # datasets knows a folder's tables again by less than its files: after a change it would give the old ones
-        files = sorted((str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*") if f.is_file())
-        cache = str(user_cache() / "tables" / hashlib.sha256(json.dumps([str(folder.resolve()), files]).encode()).hexdigest()[:16])
+        cache = str(user_cache() / "tables" / hashlib.sha256(json.dumps([str(folder.resolve()), _files(folder)]).encode()).hexdigest()[:16])
     try:
         return dict(load_dataset(resolve(path), config, revision=revision, cache_dir=cache))
-    except (OSError, ConnectionError) as error:
-        raise ValueError(f"path={path!r}, config {config!r}: cannot be read ({type(error).__name__}: {error})") from error
+    except Exception as error:
+        raise _unreadable(f"path={path!r}, config {config!r}", error) from error
 
 
 def choose(wanted: Iterable[str] | None, known: Iterable[str], where: str, what: str = "domain") -> list[str]:
@@ -204,16 +199,42 @@ def _splits(source: TextSource, config: str) -> list[str]:
     return [split for split in SPLITS if split in found]
 
 
-def _rows(source: TextSource, config: str, split: str, held: bool, domain_of: Callable[[dict], str | None]) -> Iterator[tuple[str, str, str]]:
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    """What a folder's data are known again by without reading them: names, sizes and times of change."""
+    files = (f for f in folder.rglob("*") if f.is_file() and not f.name.startswith("."))
+    return sorted((f.relative_to(folder).as_posix(), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+
+
+def _unreadable(where: str, error: Exception) -> ValueError:
+    """`datasets` raises of every kind, often with the reason in the cause."""
+    cause = error.__cause__ or error
+    return ValueError(f"{where}: cannot be read ({type(cause).__name__}: {cause}); allowed are the files that the library datasets reads, whole")
+
+
+def _read(source: TextSource | JoinedText, config: str, split: str, columns: list[str]) -> Iterator[dict]:
+    """The rows of a split, those columns of them. ValueError, with the place, for a missing column, what cannot be read, and a text that is none."""
     from datasets import load_dataset
 
+    where, wrong = f"path={source.path!r}, config {config!r}", None
     path = resolve(source.path)  # a folder is read in place: anything else would first copy it all into a cache of Arrow files
-    data = load_dataset(path, config, split=split, streaming=source.streaming or Path(path).is_dir(), revision=source.revision)
-    columns = [c for c in (source.text_field, (source.domain_field or "").partition(".")[0]) if c]
-    for column in columns:
-        if data.column_names is not None and column not in data.column_names:
-            raise ValueError(f"path={source.path!r}, config {config!r}: no column {column!r}; found {', '.join(data.column_names)}")
-    for row in data.select_columns(columns):
+    try:
+        data = load_dataset(path, config, split=split, streaming=source.streaming or Path(path).is_dir(), revision=source.revision)
+        missing = [column for column in columns if data.column_names is not None and column not in data.column_names]
+        if missing:
+            wrong = f"{where}: no column {missing[0]!r}; found {', '.join(data.column_names)}"
+        for number, row in enumerate(() if missing else data.select_columns(columns)):
+            if not isinstance(text := row[source.text_field], str):
+                wrong = f"{where}, split {split!r}, row {number} (from 0): {source.text_field!r} holds a {type(text).__name__}; allowed are texts alone"
+                break
+            yield row
+    except Exception as error:
+        raise _unreadable(f"{where}, split {split!r}", error) from error
+    if wrong:
+        raise ValueError(wrong)
+
+
+def _rows(source: TextSource, config: str, split: str, held: bool, domain_of: Callable[[dict], str | None]) -> Iterator[tuple[str, str, str]]:
+    for row in _read(source, config, split, [c for c in (source.text_field, (source.domain_field or "").partition(".")[0]) if c]):
         if (domain := domain_of(row)) is not None:
             text = row[source.text_field]
             yield domain, "validation" if held and local_text.is_held_out(text, source.held_out) else split, text
@@ -244,7 +265,7 @@ def _by_field(source: TextSource) -> list[Stream]:
     def domain_of(row: dict) -> str | None:
         value = row
         for key in source.domain_field.split("."):
-            value = value[key]
+            value = value.get(key) if isinstance(value, dict) else None
         if value not in names and source.domains is None:
             raise ValueError(f"{source.domain_field}={value!r} has no name in domain_names ({', '.join(names)}); add it, or name the domains to take")
         return name if (name := names.get(value)) in domains else None

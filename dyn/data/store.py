@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import mmap
 import os
+import zlib
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -72,16 +75,35 @@ class Store:
         """A local folder with these files (name -> bytes): this one, or a copy in `cache` for a remote one. Copies of the right size stay."""
         if self.is_local:
             return Path(self.root)
-        home = Path(cache) if cache else user_cache() / "tokens"
-        folder = home / self.root.rpartition("/")[2]
+        address = self.fs.unstrip_protocol(self.root)  # whole: another remote may have a folder of the same name
+        folder = Path(cache or user_cache() / "tokens") / f"{self.root.rpartition('/')[2]}-{hashlib.sha256(address.encode()).hexdigest()[:8]}"
         for name, size in files.items():
             target = folder / name
             if self.fs.exists(f"{self.root}/{name}") and not (target.is_file() and target.stat().st_size == size):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                part = target.with_name(f"{target.name}.{os.getpid()}.part")
-                try:
-                    self.fs.get_file(f"{self.root}/{name}", str(part))
-                    part.replace(target)
-                finally:
-                    part.unlink(missing_ok=True)
+                self._fetch(name, target)
         return folder
+
+    def intact(self, folder: Path, name: str, crc32: int) -> bool:
+        """Whether a file of `local_copy` has this checksum; a copy that has not may be of an earlier state of the remote: it is fetched once more."""
+        if _crc32(folder / name) == crc32:
+            return True
+        if self.is_local or not self.fs.exists(f"{self.root}/{name}"):
+            return False
+        self._fetch(name, folder / name)
+        return _crc32(folder / name) == crc32
+
+    def _fetch(self, name: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.{os.getpid()}.part")
+        try:
+            self.fs.get_file(f"{self.root}/{name}", str(part))
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _crc32(path: Path) -> int:
+    if not path.stat().st_size:  # which cannot be mapped
+        return 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        return zlib.crc32(view)

@@ -169,9 +169,9 @@ class TeacherCache:
                 if size != sizes[name]:
                     problem = "missing" if size is None else f"cut short: {size} bytes, the index says {sizes[name]}"
                     raise ValueError(f"{name} in {self.store.address} is {problem}; {advice}")
-                arrays[kind] = np.memmap(local / name, dtype, "r", shape=(entry["blocks"], *shape))
-                if self.verify and zlib.crc32(arrays[kind]) != entry[f"{kind}_crc32"]:
+                if self.verify and not self.store.intact(local, name, entry[f"{kind}_crc32"]):
                     raise ValueError(f"{name} in {self.store.address} is corrupt: its checksum differs from the index's; {advice}")
+                arrays[kind] = np.memmap(local / name, dtype, "r", shape=(entry["blocks"], *shape))
             keys.append(_keys(arrays["blocks"]))
             places.append((len(self._arrays) << 32) + np.arange(entry["blocks"]))
             self._arrays.append((arrays["ids"], arrays["logp"]))

@@ -161,7 +161,8 @@ def _keep(cfg: Any, run: Any, job: Job, label: str, sparse: SparseConfig, traine
         path.write_text(json.dumps(job.answers(trained.answers[split])) + "\n")
     trainable = [p for p in trained.net.parameters() if p.requires_grad]
     numbers = job.numbers({split: trained.answers[split] for split in job.data.validation})
-    sizes = {"optimizer bytes": 8 * sum(p.numel() for p in trainable), "numbers": numbers if len(numbers["labels"]) <= ANSWERS else None}
+    numbers = numbers if len(numbers["labels"]) <= ANSWERS else {"limit": ANSWERS}
+    sizes = {"optimizer bytes": 8 * sum(p.numel() for p in trainable), "numbers": numbers}
     if sparse.kind == "none":
         if cfg.export:
             trained.net.save_pretrained(run.folder / "export" / label)

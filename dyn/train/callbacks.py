@@ -346,7 +346,8 @@ class BarProgress(PlainProgress):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move on."""
         if self.bar is not None and step_ended(trainer, batch_idx):
-            self.bar.set_postfix_str(_shown(trainer), refresh=False)
+            if trainer.global_step % trainer.log_every_n_steps == 0:  # each value that is read waits for the GPU
+                self.bar.set_postfix_str(_shown(trainer), refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
 
     def on_validation_start(self, *_: Any) -> None:

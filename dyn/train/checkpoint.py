@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,7 @@ def _problem(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
         return None if bad is None else f"its part {bad} is damaged"
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, zlib.error) as error:  # RuntimeError: damaged flags ask for a password or a method
         size = path.stat().st_size if path.is_file() else None
         return f"{error}" + (f" ({size} bytes: it was cut short, or is no checkpoint)" if size is not None else "")
 

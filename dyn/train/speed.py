@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Dense bfloat16 matrix products without sparsity, FLOP/s, from the vendor's data sheets; the first name that the device's name contains counts.
+# Dense bfloat16 matrix products without sparsity, FLOP/s, from the vendor's data sheets; the first name whose words the device's name contains counts.
 GPU_BF16 = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "B200": 2250e12,
     "A100": 312e12, "A800": 312e12, "A10G": 70e12, "A40": 150e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
@@ -50,7 +51,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """The peak of one device in FLOP/s, and where the figure comes from: a data sheet for known GPUs in bfloat16, else the measured rate of matrix products."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = next((rate for key, rate in GPU_BF16.items() if key in name), None)
+        known = next((rate for key, rate in GPU_BF16.items() if re.search(rf"\b{key}\b(?! (Ti|D|Laptop)\b)", name)), None)
         if known is not None and dtype == torch.bfloat16:
             return known, f"data sheet of {name}, dense bfloat16"
         rate = measure_matmul_rate(dtype, str(device), size=4096)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +34,21 @@ def test_core_ops_and_nn_need_only_torch():
     names = ("lightning", "pytorch_lightning", "timm", "transformers", "triton", "datasets", "matplotlib", "omegaconf")
     out = python(BLOCK.format(names=names) + "import importlib\nfor name in " + repr(modules) + ":\n    importlib.import_module(name)\nprint(len(sys.modules))")
     assert int(out) > len(modules)
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    words = [word for words in [project["dependencies"], *project["optional-dependencies"].values()] for word in words]
+    plain = {re.match(r"[\w.-]+", word).group().lower().replace("_", "-") for word in words}
+    roots = set()
+    for path in (ROOT / "dyn").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            roots |= {name.split(".")[0] for name in names}
+    of = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+    assert {of.get(name, name).replace("_", "-") for name in roots - sys.stdlib_module_names - {"dyn"}} <= plain
+    locked = {line.split("==")[0].lower() for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    assert {re.match(r"[\w.-]+", word).group().lower() for word in project["dependencies"]} <= locked
 
 
 def test_the_block_blocks():

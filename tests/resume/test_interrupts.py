@@ -99,6 +99,42 @@ def test_signal_to_a_sweep_stops_its_row_gracefully_and_starts_no_other(fake):
     assert "never" in out and "not run" in out and len(list(Path("runs/fake").glob("*/stages.json"))) == 1
 
 
+def in_rows(code: str) -> None:
+    """Let the processes of a sweep's rows run `code` when they import the experiment."""
+    path = Path("experiments/fake.py")
+    inner = "".join(f"    {line}\n" for line in code.splitlines())
+    path.write_text(f"{path.read_text()}\nimport sys\nif any(word.startswith('resume=') for word in sys.argv):\n{inner}")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_a_row_imports_cancels_it_and_starts_no_other(fake, signum):
+    in_rows("Path('runs/fake/importing').touch()\ntime.sleep(60)")
+    process = start("sweep=table")
+    wait_for("importing", process)
+    process.send_signal(signum)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum and f"cancelled: {signum.name}" in errors
+    [stages] = Path("runs/fake").glob("*/stages.json")
+    assert result(stages.parent)["status"] == "cancelled" and out.count("not run") == 2
+
+
+def test_signal_while_a_row_writes_its_result_keeps_it_and_starts_no_other(fake):
+    in_rows("""import dyn.report
+def write_report(*_):
+    Path('runs/fake/writing').touch()
+    while not Path('go').exists():
+        time.sleep(0.01)
+dyn.report.write_report = write_report""")
+    process = start("sweep=table", "profile=smoke")
+    wait_for("writing", process)
+    process.send_signal(signal.SIGINT)
+    Path("go").touch()
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and out.count("not run") == 2
+    [stages] = Path("runs/fake").glob("*/stages.json")
+    assert result(stages.parent)["status"] == "ok"
+
+
 def test_torchrun_makes_one_folder(fake):
     (fake / "torch.py").unlink()  # the real one starts the processes
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dyn.run", "fake", "profile=smoke"]

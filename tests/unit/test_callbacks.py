@@ -136,13 +136,15 @@ def test_peaks_say_where_they_come_from(monkeypatch):
     source = f"measured rate of bfloat16 matrix products on this CPU, {torch.get_num_threads()} threads"
     assert speed.peak_flops(torch.device("cpu"), torch.bfloat16) == (5.0, source)
     gpu = torch.device("cuda")
-    sheets = {"H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100-SXM4-80GB": 312e12, "L4": 121e12, "L40S": 362e12}
+    sheets = {"H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100-SXM4-80GB": 312e12, "NVIDIA L4": 121e12, "L40S": 362e12,
+              "NVIDIA A40": 150e12, "NVIDIA GH200 480GB": 989e12}
     for name, expected in sheets.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         rate, source = speed.peak_flops(gpu, torch.bfloat16)
         assert rate == expected and name in source and "data sheet" in source
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Unheard-of 1")
-    assert speed.peak_flops(gpu, torch.bfloat16) == (5.0, "measured rate of bfloat16 matrix products on Unheard-of 1")
+    for name in ("Unheard-of 1", "NVIDIA L40", "NVIDIA RTX A4000", "NVIDIA GeForce RTX 3090 Ti"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert speed.peak_flops(gpu, torch.bfloat16) == (5.0, f"measured rate of bfloat16 matrix products on {name}")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     assert speed.peak_flops(gpu, torch.float32)[0] == 5.0  # the table is of bfloat16
 
@@ -225,11 +227,13 @@ def test_plain_progress_is_sparse(monkeypatch):
 def test_the_bar_counts_steps_from_where_training_begins(capsys):
     lines = []
     bar, module = BarProgress(lines.append), types.SimpleNamespace(val_line=lambda: "validation loss code 1.5000")
-    trainer = fake_trainer(progress_bar_metrics={"train/loss": 2.5, "tokens/s": 12345.0, "mfu": 0.25}, max_steps=5, global_step=3, accumulate_grad_batches=2)
+    trainer = fake_trainer(progress_bar_metrics={"train/loss": 2.5, "tokens/s": 12345.0, "mfu": 0.25}, max_steps=5, global_step=3, accumulate_grad_batches=2,
+                           log_every_n_steps=5)
     bar.on_train_start(trainer, module)
     for micro in range(4):
         trainer.global_step += micro % 2
         bar.on_train_batch_end(trainer, module, None, None, micro)
+        assert ("loss 2.5" in (bar.bar.postfix or "")) is (trainer.global_step == 5)  # not at every step: reading it waits for the GPU
     bar.on_validation_start(trainer, module)
     bar.on_validation_end(trainer, module)
     bar.on_train_end(trainer, module)

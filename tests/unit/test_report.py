@@ -108,6 +108,8 @@ def test_curves_by_panel_skip_what_is_cut_or_not_a_number(tmp_path):
         {"step": 5, "train/loss": "nan", "val/code/loss": 2.5},
         {"step": 5, "val/code/loss": 2.4},  # said again after a resume: the later one counts
         {"no": "step"},
+        {"step": None, "train/loss": 1.0},
+        {"step": 5, "stage": ["x"], "train/loss": 1.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 6, "train')
     panels = report.curves(tmp_path / "result.json")
@@ -188,12 +190,33 @@ def test_broken_and_foreign_files_are_named_and_skipped(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "half.json").write_text(json.dumps(result() | {"metrics": None}))
     (tmp_path / "what.json").write_text(json.dumps(result() | {"what": {"experiment": "x"}}))
+    (tmp_path / "error.json").write_text(json.dumps(result(status="failed") | {"error": "bad"}))
     report.write_report([tmp_path, tmp_path / "absent.json"], tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     for line in ("cut.json: not valid JSON", "list.json: not a result of schema 1", "half.json: missing or of the wrong type: metrics"):
         assert line in text
     assert "what.json: missing or of the wrong type: what.row, what.profile, what.digest" in text and "absent.json: " in text
-    assert "samples.json is broken" in text
+    assert "good/samples.json is broken" in text and "error.json: missing or of the wrong type: error" in text
+
+
+@pytest.mark.parametrize("notes", [
+    [1], {"controls": 5}, {"main": ["a", 1]}, {"tables": ["row"]}, {"tables": {"a": [1]}}, {"tables": {"a": []}}, {"points": {"x": "accuracy"}},
+    {"claims": [{"text": "better"}]}, {"answers": {"task": {"metric": "accuracy", "predictions": [1], "labels": []}}}, {"answers": {"task": {"limit": "x"}}}])
+def test_foreign_notes_are_skipped(tmp_path, notes):
+    for name, more in {"good": {}, "foreign": {"notes": notes}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(result(name, **more)))
+    report.write_report([tmp_path], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "foreign/result.json: missing or of the wrong type: notes" in text and text.count("/result.json") == 1
+
+
+@pytest.mark.parametrize("points", ["[1]", '{"loss": 1}', '{"loss": [[0, null]]}', "{"])
+def test_foreign_curves_are_named(tmp_path, points):
+    (tmp_path / "row.json").write_text(json.dumps(result()))
+    (tmp_path / "row.curves.json").write_text(points)
+    report.write_report([tmp_path], tmp_path / "out")
+    assert "row.curves.json is broken and was skipped." in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

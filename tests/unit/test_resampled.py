@@ -44,6 +44,15 @@ def test_only_seeds_and_examples_that_both_have_count():
     assert resampled(a, Group(row="none", profile="small", results=[])) == []
 
 
+def test_a_task_of_too_many_examples_is_named_once():
+    many = [group(name, {0: guess(20, 9, 1)}) for name in ("ours", "a", "b")]
+    for each in many:
+        each.results[0][1].update(metrics={"accuracy": 0.5}, what={"profile": "small"})
+        each.results[0][1]["notes"].update(answers={"mnli": {"limit": 1000}}, controls=["a", "b"])
+    lines = verdicts.compare(many[0], many)
+    assert [line for line in lines if "resampled" in line] == ["ours, mnli: not resampled: answers are kept up to 1,000 examples"]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_are_those_of_the_libraries(seed):
     import torch

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dyn import runfolder
+from dyn import run, runfolder
 from dyn.env import follow
 from dyn.run import Run, main
 
@@ -110,6 +110,37 @@ def test_result_that_cannot_be_written_is_an_error(fake, capsys, monkeypatch):
     assert "result.json is not written" in capsys.readouterr().err
 
 
+def test_a_sweep_on_a_full_disk_ends_with_its_table(fake, capsys, monkeypatch):
+    write, create = runfolder.write_json, run.create
+
+    def full(path, value):
+        if path.name == "result.json":
+            raise OSError(28, "No space left on device")
+        write(path, value)
+
+    def at_first(*words, row, **more):
+        if row == "third":
+            raise OSError(28, "No space left on device")
+        return create(*words, row=row, **more)
+
+    monkeypatch.setattr(runfolder, "write_json", full)
+    monkeypatch.setattr(run, "create", at_first)
+    monkeypatch.setattr(run, "_child", lambda command: (-9, None))
+    assert main(["fake", "sweep=table"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == ["first   failed", "second  failed", "third   not run"]
+
+
+@pytest.mark.parametrize("place", ["cost", "notes"])
+def test_what_is_no_json_in_cost_or_notes_fails_the_run_and_keeps_the_rest(fake, capsys, place):
+    path = fake / "experiments" / "fake.py"
+    path.write_text(path.read_text().replace("    run.cost[", f"    run.{place}['x'] = object()\n    run.cost[", 1))
+    assert main(["fake", "profile=smoke"]) == 1
+    made = result(folders()[0])
+    assert made["status"] == "failed" and made["error"]["message"].startswith(f"{place}: cannot write a object as JSON")
+    assert made["metrics"]["val/loss"] == 2.5 and place in capsys.readouterr().err
+
+
 def test_broken_report_does_not_spoil_the_run(fake, capsys, monkeypatch):
     monkeypatch.setattr("dyn.report.write_report", lambda *_: 1 / 0)
     assert main(["fake"]) == 0
@@ -186,6 +217,17 @@ def test_resume_takes_the_newest_unfinished_and_lists_the_others(fake, capsys):
     newest = max(by_mode["value"], by_mode["bug"])
     assert main(["fake", "resume=last"]) == 1
     assert result(newest)["starts"] == 2
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
+def test_a_result_that_cannot_be_read_has_not_ended_well(fake, capsys, text):
+    main(["fake", "mode=value"])
+    main(["fake"])
+    broken, other = sorted(folders(), key=lambda folder: result(folder)["status"])
+    (broken / "result.json").write_text(text)
+    assert f"unfinished: {broken}" in error_of(capsys, "fake", "resume=runs/fake/nothing")
+    assert "has finished" in error_of(capsys, "fake", f"resume={other}")
+    assert main(["fake", "resume=last"]) == 1 and result(broken)["starts"] == 2
 
 
 def test_resume_refuses_another_experiments_folder_and_a_changed_schema(fake, capsys):

@@ -151,7 +151,11 @@ def test_a_remote_cache(tmp_path):
     cache = TeacherCache("memory://teacher", about(), shard_bytes=10 * BYTES, cache=str(tmp_path))
     assert fill(cache, FakeTeacher()) == 24
     again = TeacherCache("memory://teacher", about(), cache=str(tmp_path))
-    assert len(again) == 24 and (tmp_path / "teacher" / "00002.ids").is_file()
+    assert len(again) == 24
+    [copy] = tmp_path.glob("teacher-*/00002.ids")
+    whole = copy.read_bytes()
+    copy.write_bytes(bytes(len(whole)))
+    assert len(TeacherCache("memory://teacher", about(), cache=str(tmp_path))) == 24 and copy.read_bytes() == whole
 
 
 # The loader

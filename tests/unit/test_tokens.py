@@ -10,7 +10,7 @@ import pytest
 
 from dyn.data import store as store_module
 from dyn.data import tokens as tokens_module
-from dyn.data.sources import TextSource, resolve
+from dyn.data.sources import JoinedText, TextSource, _read, load_splits, read_joined, resolve
 from dyn.data.tiny import tiny_corpus, tiny_documents, tiny_tokenizer
 from dyn.data.tokens import Tokens, load, shard, tokenizer_hash
 
@@ -217,6 +217,20 @@ def test_remote_folder(corpus, tokenizer, tmp_path):
         shard(_source(corpus), tokenizer, folder, cache=str(tmp_path / "cache"), log=_quiet)
 
 
+def test_remote_folders_of_one_name_are_apart_and_a_stale_copy_is_fetched_again(corpus, tokenizer, tmp_path):
+    fs, cache = fsspec.filesystem("memory"), str(tmp_path / "cache")
+    for name, domain in {"one": "red", "two": "green"}.items():
+        made = tmp_path / name
+        shard(_source(corpus, domains=[domain], max_tokens=500, max_validation_tokens=500), tokenizer, str(made), log=_quiet)
+        for path, data in _files(next(made.iterdir())).items():  # the same names and sizes
+            fs.pipe_file(f"/{os.getpid()}/{name}/tokens/{path.replace(domain, 'here')}", data.replace(domain.encode(), b"here"))
+    one, two = (load(f"memory://{os.getpid()}/{name}/tokens", cache=cache)["here"]["train"].shards[0] for name in ("one", "two"))
+    assert len(one) == len(two) == 500 and not np.array_equal(one, two)
+    for path in fs.find(f"/{os.getpid()}/two/tokens"):
+        fs.pipe_file(path.replace("/two/", "/one/"), fs.cat_file(path))
+    assert np.array_equal(load(f"memory://{os.getpid()}/one/tokens", cache=cache)["here"]["train"].shards[0], two)
+
+
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda p: p.write_bytes(b""), "empty or cut short: 0 bytes"),
     (lambda p: p.write_bytes(p.read_bytes()[:-2]), "empty or cut short"),
@@ -277,6 +291,39 @@ def test_tokenizer_without_bos_is_refused(corpus, tmp_path):
 def test_sources_refused(corpus, tokenizer, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         shard(_source(corpus, **settings), tokenizer, str(tmp_path), log=_quiet)
+
+
+@pytest.mark.parametrize(("name", "lines", "message"), [
+    ("train.jsonl", ['{"text": "a"}', '{"text": null}'], "config 'default', split 'train', row 1 .from 0.: 'text' holds a NoneType"),
+    ("train.jsonl", ['{"text": "a"}', '{"text": "cut'], "config 'default', split 'train': cannot be read .ArrowInvalid: JSON parse error"),
+    ("train.parquet", ["nonsense"], "config 'default', split 'train': cannot be read .ArrowInvalid"),
+])
+def test_bad_data_are_named(tokenizer, tmp_path, name, lines, message):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / name).write_text("\n".join(lines))
+    path = str(tmp_path / "corpus")
+    with pytest.raises(ValueError, match=f"path='{path}', {message}"):
+        list(_read(_source(path), "default", "train", ["text"]))
+    if name == "train.jsonl":
+        with pytest.raises(ValueError, match=f"path='{path}', {message}"):
+            read_joined(JoinedText(path=path, split="train"))
+
+
+def test_a_table_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("DYN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "train.jsonl").write_text('{"text": "a"}\n{"text": "cut')
+    with pytest.raises(ValueError, match=r"corpus', config 'default': cannot be read .ArrowInvalid: JSON parse error"):
+        load_splits(str(tmp_path / "corpus"))
+
+
+def test_an_edit_of_equal_length_makes_new_shards(tokenizer, tmp_path):
+    path = tmp_path / "corpus" / "train.jsonl"
+    path.parent.mkdir()
+    for word in ("one", "two"):
+        path.write_text("\n".join(json.dumps({"text": f"{word} {i}"}) for i in range(40)))
+        made = shard(_source(str(path.parent), held_out=0.3), tokenizer, str(tmp_path / "cache"), log=_quiet)["default"]["train"]
+        assert word in tokenizer.decode(made.block(0, 5))
 
 
 def test_nothing_at_the_path(tokenizer, tmp_path):

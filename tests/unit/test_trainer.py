@@ -7,6 +7,8 @@ import shutil
 import sys
 import threading
 import types
+import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -247,6 +249,22 @@ def test_damaged_checkpoints_are_named_with_the_older_one(trained, tmp_path, har
         train(tmp_path / "run", moe(), config())
     bad.unlink()
     assert find_checkpoint(tmp_path / "run") == verify_checkpoint(bad.with_name("step-00000002.ckpt"))
+
+
+@pytest.mark.parametrize(("place", "value", "error"), [(6, 1, RuntimeError), (8, 99, NotImplementedError), (8, 8, zlib.error)])
+def test_a_zip_whose_flags_are_damaged_is_unusable(tmp_path, place, value, error):
+    path = tmp_path / "step-00000002.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data", b"\xff" * 1000)
+    content = bytearray(path.read_bytes())
+    directory = content.index(b"PK\x01\x02")
+    for start in (place, directory + place + 2):  # of the file and of the directory: bit 0 asks for a password; methods 8 (deflate) and 99
+        content[start] = value
+    path.write_bytes(content)
+    with pytest.raises(error), zipfile.ZipFile(path) as archive:
+        archive.testzip()
+    with pytest.raises(ValueError, match="unusable"):
+        verify_checkpoint(path)
 
 
 def test_a_finished_training_is_not_done_again(trained, tmp_path):
