@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dyn.ops.arguments import check_devices, given
+
 Pair = tuple[int, int]
 Window = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 SMALL_MAP = 64  # output positions of a sample below which a K-fold convolution costs less on a CPU than samples' own kernels
@@ -50,7 +52,7 @@ def dynamic_conv2d(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO
     Under autocast all are cast first, as a convolution does.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, an unknown form, one that cannot take spatial_Bhw.
+        ValueError: shapes, dtypes or devices that do not fit, an unknown form, one that cannot take spatial_Bhw.
     """
     device = x_BCHW.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x_BCHW.dtype != torch.float64:
@@ -93,23 +95,23 @@ def choose(x_BCHW: Tensor, bank_KOIhw: Tensor, window: Window, spatial: bool = F
 
 def _check(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO: Tensor | None, groups: int, spatial_Bhw: Tensor | None,
            static_OIhw: Tensor | None) -> None:
-    given = f"got x {list(x_BCHW.shape)}, bank {list(bank_KOIhw.shape)}, alpha {list(alpha_BK.shape)}, groups {groups}"
+    tensors = {"x": x_BCHW, "bank": bank_KOIhw, "alpha": alpha_BK, "bias": bias_KO, "spatial": spatial_Bhw, "static": static_OIhw}
+    tensors = {name: t for name, t in tensors.items() if t is not None}
+
+    def refuse(why: str) -> None:
+        raise ValueError(f"dynamic_conv2d{why}; {given(tensors)}, groups {groups}")
+
     if x_BCHW.ndim != 4 or bank_KOIhw.ndim != 5:
-        raise ValueError(f"dynamic_conv2d needs x [B, C, H, W] and bank [K, O, C / groups, h, w]; {given}")
+        refuse(" needs x [B, C, H, W] and bank [K, O, C / groups, h, w]")
     K, O, I, h, w = bank_KOIhw.shape
     if groups < 1 or O % groups or x_BCHW.shape[1] != I * groups:
-        raise ValueError(f"dynamic_conv2d: x must have {I} * groups channels and groups must divide {O} outputs; {given}")
-    if alpha_BK.shape != (len(x_BCHW), K):
-        raise ValueError(f"dynamic_conv2d: alpha must be {[len(x_BCHW), K]}; {given}")
-    if bias_KO is not None and bias_KO.shape != (K, O):
-        raise ValueError(f"dynamic_conv2d: bias must be {[K, O]}; got {list(bias_KO.shape)}")
-    if spatial_Bhw is not None and spatial_Bhw.shape != (len(x_BCHW), h, w):
-        raise ValueError(f"dynamic_conv2d: spatial must be {[len(x_BCHW), h, w]}; got {list(spatial_Bhw.shape)}")
-    if static_OIhw is not None and static_OIhw.shape != (O, I, h, w):
-        raise ValueError(f"dynamic_conv2d: static must be {[O, I, h, w]}; got {list(static_OIhw.shape)}")
-    if not x_BCHW.is_floating_point() or x_BCHW.dtype != bank_KOIhw.dtype or (bias_KO is not None and bias_KO.dtype != x_BCHW.dtype):
-        raise ValueError(f"dynamic_conv2d: x, bank and bias must share a floating dtype; got {x_BCHW.dtype}, {bank_KOIhw.dtype}"
-                         + (f", {bias_KO.dtype}" if bias_KO is not None else ""))
+        refuse(f": x must have {I} * groups channels and groups must divide {O} outputs")
+    for name, shape in {"alpha": (len(x_BCHW), K), "bias": (K, O), "spatial": (len(x_BCHW), h, w), "static": (O, I, h, w)}.items():
+        if name in tensors and tensors[name].shape != shape:
+            refuse(f": {name} must be {list(shape)}")
+    if not x_BCHW.is_floating_point() or any(tensors[name].dtype != x_BCHW.dtype for name in ("bank", "bias", "static") if name in tensors):
+        refuse(": x, bank, bias and static must share a floating dtype")
+    check_devices("dynamic_conv2d", tensors)
 
 
 def _pair(value: int | Pair) -> Pair:

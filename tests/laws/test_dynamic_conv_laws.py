@@ -122,12 +122,15 @@ def test_auto_follows_shape_and_device():
 
 @pytest.mark.parametrize(("change", "message"), [
     (dict(form="fastest"), "form='fastest' of dynamic_conv2d is unknown; allowed: auto, loop, grouped"),
-    (dict(alpha_BK=torch.ones(3, 5)), r"alpha must be \[3, 4\]; got x \[3, 4, 7, 6\], bank \[4, 6, 4, 3, 3\], alpha \[3, 5\]"),
+    (dict(alpha_BK=torch.ones(3, 5)), r"alpha must be \[3, 4\]; got x float32 \[3, 4, 7, 6\] on cpu, bank float32 \[4, 6, 4, 3, 3\] on cpu, alpha float32 \[3, 5\]"),
     (dict(groups=2), r"x must have 4 \* groups channels"),
-    (dict(bias_KO=torch.ones(4)), r"bias must be \[4, 6\]; got \[4\]"),
+    (dict(bias_KO=torch.ones(4)), r"bias must be \[4, 6\]; got .* bias float32 \[4\]"),
     (dict(x_BCHW=torch.ones(3, 4, 7)), r"needs x \[B, C, H, W\]"),
-    (dict(x_BCHW=torch.ones(3, 4, 7, 6, dtype=torch.float16)), "must share a floating dtype; got torch.float16, torch.float32"),
-    (dict(spatial_Bhw=torch.ones(3, 2, 2)), r"spatial must be \[3, 3, 3\]; got \[3, 2, 2\]"),
+    (dict(x_BCHW=torch.ones(3, 4, 7, 6, dtype=torch.float16)), "must share a floating dtype; got x float16 .* bank float32"),
+    (dict(spatial_Bhw=torch.ones(3, 2, 2)), r"spatial must be \[3, 3, 3\]; got .* spatial float32 \[3, 2, 2\]"),
+    (dict(static_OIhw=torch.ones(6, 4, 3, 3, dtype=torch.float64)), "must share a floating dtype; got .* static float64"),
+    (dict(alpha_BK=torch.ones(3, 4, device="meta")), "all tensors must be on one device; got .* alpha float32 .* on meta"),
+    (dict(bias_KO=torch.ones(4, 6, device="meta")), "all tensors must be on one device"),
     (dict(spatial_Bhw=torch.ones(3, 3, 3), form="scale"), "form='scale' builds no kernel .* allowed: loop, grouped, unfold"),
 ])
 def test_errors(change, message):
