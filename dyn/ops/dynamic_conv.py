@@ -10,7 +10,7 @@ section 1.5), S (optional) a kernel of all samples (the static part of section 3
 
     form    | what it does                                                  | multiply-adds beside the plain L P | where it is good
     grouped | mixes kernels, one convolution of B G groups                  | K P                                | CUDA; CPU, large maps
-    unfold  | mixes kernels, one matrix product a sample over x's patches   | K P, copies patches (not for 1x1)  | CPU, small maps with spatial factors
+    unfold  | mixes kernels, one matrix product a sample over x's patches   | K P, copies patches (not for 1x1)  | CUDA, 1x1; CPU, small spatial maps
     scale   | alpha multiplies x, one convolution with K C input channels   | (K - 1) L P                        | one kernel
     outputs | one convolution with K O output channels, alpha mixes outputs | (K - 1) L P                        | CPU, small maps
 
@@ -80,7 +80,8 @@ def dynamic_conv2d(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO
 def choose(x_BCHW: Tensor, bank_KOIhw: Tensor, window: Window, spatial: bool = False) -> str:
     """The form that "auto" takes.
 
-    One kernel without spatial factors: scale, which is the plain convolution then. CUDA: grouped. Elsewhere: grouped where samples' own kernels pay, on maps of
+    One kernel without spatial factors: scale, which is the plain convolution then. CUDA: unfold for 1x1 kernels without groups, where it is one batch of
+    products on x as it lies, else grouped. Elsewhere: grouped where samples' own kernels pay, on maps of
     `SMALL_MAP` output positions or more, for kernels that stay in the cache, and for depthwise ones (whose products would be of single rows); else outputs, or,
     with spatial factors, which need a kernel for each sample, unfold.
     """
@@ -88,6 +89,8 @@ def choose(x_BCHW: Tensor, bank_KOIhw: Tensor, window: Window, spatial: bool = F
         return "scale"
     height, width = _out_size(x_BCHW, bank_KOIhw, window)
     own = len(x_BCHW) * bank_KOIhw[0].numel() <= CACHED or height * width >= SMALL_MAP
+    if x_BCHW.device.type == "cuda" and bank_KOIhw.shape[2:] == (x_BCHW.shape[1], 1, 1):
+        return "unfold"
     if x_BCHW.device.type == "cuda" or bank_KOIhw.shape[2] == 1 or own:
         return "grouped"
     return "unfold" if spatial else "outputs"
@@ -163,6 +166,9 @@ def _unfold(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, static_OIhw: T
     if (h, w) == (1, 1):  # the patches of a 1x1 kernel are x itself
         x_BCHW = F.pad(x_BCHW, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x_BCHW
         patches = x_BCHW[:, :, :: stride[0], :: stride[1]]
+        if G == 1 and patches.stride(1) == 1:  # channels_last, and y as well: nothing is copied unless a stride skips
+            patches_BLI = patches.permute(0, 2, 3, 1).reshape(B, height * width, I)
+            return torch.bmm(patches_BLI, kernels.transpose(1, 2)).view(B, height, width, O).permute(0, 3, 1, 2)
     else:
         patches = F.unfold(x_BCHW, (h, w), dilation, padding, stride)
     return torch.bmm(kernels, patches.reshape(B * G, I * h * w, height * width)).view(B, O, height, width)

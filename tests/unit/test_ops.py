@@ -153,7 +153,7 @@ def test_experts_refuses(place, value, message):
 @pytest.mark.parametrize("there", [(0,), (1,), (2,), (3,), (4,), (0, 1, 2), (3, 4)])
 def test_tensors_on_two_devices_are_refused(there, backend):
     args = [t.to("meta") if i in there else t for i, t in enumerate(problem())]
-    with pytest.raises(ValueError, match="experts: all tensors must be on one device; got x .* on (cpu|meta), gate_up .* weight .* on (cpu|meta)"):
+    with pytest.raises(ValueError, match=r"experts: all tensors must be on one device; got x .* on (cpu|meta), gate_up .* weight .* on (cpu|meta)"):
         experts(*args, backend=backend)
 
 
