@@ -3,7 +3,7 @@
     python -m benchmarks [--quick | --tiny] [--device cuda] [--parts ops,routing,steps,adapters] [--only TEXT] [--out FOLDER] [--save]
 
 Writes Markdown, JSON and a plot a part. `--cpu-time --threads 1` counts the process's own time, for a machine that is busy. Exit status 1 where a
-result of ours is wrong or a ratio twice as bad as the committed one of the same device.
+result of ours is wrong, fails, is lost or has a ratio twice as bad as the committed one of the same device.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 What is compared are the ratios to a table's reference row (dense network, plain torch), which other load on the machine moves little. A ratio of
 ours that is a quarter worse is said; one twice as bad is an error, where three quarters of the rounds agree (a disturbed machine moves medians); peers' and
-improvements are only said. Another device has nothing to compare with.
+improvements are only said. A row of ours that a table has lost is an error too. Another device has nothing to compare with.
 """
 
 from __future__ import annotations
@@ -67,13 +67,20 @@ def compare(new: dict, old: dict) -> list[Change]:
     return sorted((c for c in changes if c.factor >= WORSE or c.factor <= 1 / WORSE), key=lambda c: -c.factor)
 
 
+def lost(new: dict, old: dict) -> list[str]:
+    """Rows of ours that the committed result has, and the new one's table of that name has not."""
+    rows = {table["name"]: table["rows"] for table in new["tables"]}
+    return [f"{table['name']}: {name}" for table in old["tables"] for name in table["ours"]
+            if name in table["rows"] and table["name"] in rows and name not in rows[table["name"]]]
+
+
 def reference_path(new: dict, folder: Path) -> Path:
     """Where the committed result of this kind and device is: one file for CPUs, one for GPUs."""
     return folder / f"{new['what']}{'-gpu' if new['env']['kind'] == 'cuda' else ''}.json"
 
 
 def guard(out: Path, committed: Path, store: bool = False) -> int:
-    """Compare every JSON in `out`, print and write compare.md; the number of ratios of ours that are twice as bad. `store` commits `out` instead."""
+    """Compare every JSON in `out`, print and write compare.md; how many ratios of ours are twice as bad and rows lost. `store` commits `out` instead."""
     lines, bad = ["# Against the committed results", ""], 0
     for path in sorted(out.glob("*.json")):
         new = json.loads(path.read_text())
@@ -93,7 +100,8 @@ def guard(out: Path, committed: Path, store: bool = False) -> int:
         shared = len({key for key, *_ in ratios(new)} & {key for key, *_ in ratios(old)})
         lines.append(f"- {new['what']}: {shared} ratios compared with commit {old['env']['commit']}, {len(changes)} moved by a quarter or more")
         lines += [f"  - {'**twice as bad** ' if c.bad else '' if c.ours else '(not ours) '}{c}" for c in changes]
-        bad += sum(c.bad for c in changes)
+        lines += [f"  - **lost** {row}" for row in lost(new, old)]
+        bad += sum(c.bad for c in changes) + len(lost(new, old))
     text = "\n".join(lines) + "\n"
     (out / "compare.md").write_text(text)
     print(text, end="")
@@ -101,7 +109,7 @@ def guard(out: Path, committed: Path, store: bool = False) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """See the module. Exit status 1 where a ratio of ours is twice as bad."""
+    """See the module. Exit status 1 where a row of ours is lost or a ratio twice as bad."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder with new results")
     parser.add_argument("--save", action="store_true", help="make them the committed results instead")

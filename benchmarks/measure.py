@@ -14,8 +14,8 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -26,6 +26,9 @@ from torch import Tensor
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from dyn.env import commit
+
+OURS = "dyn "  # what the names of this project's rows begin with
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "moe-ops", "scattermoe", "sonic-moe")
 SHORT = 2e-3  # seconds: calls below this are timed several at once, so that the clock and waiting for the device do not count
 Spread = dict[str, float]
@@ -35,19 +38,38 @@ class Refused(Exception):
     """A variant that cannot run here or on this shape, with the reason."""
 
 
-def attempt(make: Callable[[], object]) -> tuple[object, str | None]:
-    """What `make` returns and no reason, or nothing and the reason for which it cannot. Any error of a peer's is a reason, never a crash."""
-    try:
+def attempt(name: str, make: Callable[[], object], reference: str = "") -> tuple[object, str | None]:
+    """What `make` returns and no reason, or nothing and the reason for which the row `name` cannot run.
+
+    An error of a peer's is a reason, never a crash, unless it leaves the CUDA device in error: RuntimeError then, with the peer's name, since whoever runs
+    next would be blamed. Errors of our own rows and of the reference are raised as they are.
+    """
+    if name == reference or name.startswith(OURS):
         return make(), None
+    try:
+        made = make()
+        settle()
+        return made, None
     except Refused as why:
         return None, str(why)
     except ImportError as error:
         return None, f"not installed ({error})"
     except Exception as error:
+        traceback.print_exc(limit=-3)
         why = " ".join(str(error).split()) or "no message"
     # Outside of `except`: the traceback, and with it the memory of a call that ran out of it, is gone.
-    free()
+    try:
+        settle()
+        free()
+    except Exception as error:
+        raise RuntimeError(f"{name} left the device in error, and nothing after it can run: {why}") from error
     return None, f"raises: {why[:110]}"
+
+
+def settle() -> None:
+    """Wait for the device, so that an error of what it was given is raised here."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def free() -> None:
@@ -91,7 +113,13 @@ def time_rounds(rows: dict[str, Callable[[], dict[str, float]]], rounds: int) ->
     for _ in range(rounds + 1):
         names = list(rows)
         order.shuffle(names)
-        seconds = {name: rows[name]() for name in names}
+        seconds = {}
+        for name in names:
+            try:
+                seconds[name] = rows[name]()
+            except Exception as error:
+                error.add_note(f"while {name} was timed")
+                raise
         out.append({name: seconds[name] for name in rows})
     return out[1:]
 
@@ -152,14 +180,13 @@ def environment(device: str, cpu_time: bool = False) -> dict:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    git = [subprocess.run(["git", *words], capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
-           for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))]
+    name, changed = commit()
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu, "kind": device,
         "threads": torch.get_num_threads(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2), "clock": "process" if cpu_time else "wall",
         "python": platform.python_version(), "cuda": torch.version.cuda if device == "cuda" else None,
         **{name: _version(name) for name in PACKAGES},
-        "commit": (git[0] or "unknown") + (" with changes" if git[1] else ""), "date": time.strftime("%Y-%m-%d %H:%M"),
+        "commit": (name or "unknown") + (" with changes" if changed else ""), "date": time.strftime("%Y-%m-%d %H:%M"),
     }
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks --parts ops [--quick] [--only TEXT]
 
-Writes ops.md, ops.json and ops.png. Every variant of every table first has to agree with float64; one of ours that does not ends the run before
-anything is timed, a peer's stands in the table with its error. Then all variants of a table run once a round, in a shuffled order, in one process,
+Writes ops.md, ops.json and ops.png, table by table. Every variant of a table first has to agree with float64; one of ours that does not, or fails, ends the
+run, a peer's stands in the table with its error. Then all variants of a table run once a round, in a shuffled order, in one process,
 on the same tensors and the same routing. Ratios are to "dense K*F", the network without routing that does as many operations.
 
 T tokens, D hidden size, F expert width, E experts, K experts a token, N = E*F neurons of the dense network.
@@ -16,13 +16,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.layer import TOLERANCE, Case, Layer, Reference, Variant
-from benchmarks.measure import attempt, cell, free, heading, interleave, peak_bytes, plot, runnable, save, saved_bytes, summarise, tabulate, timer
+from benchmarks.measure import OURS, attempt, cell, free, heading, interleave, peak_bytes, plot, runnable, save, saved_bytes, summarise, tabulate, timer
 from benchmarks.peers import PEERS, dense
 from dyn.ops import experts as experts_module
 from dyn.ops.experts import experts
 
 REFERENCE = "dense K*F"
-OURS = "dyn "
 TITLE = "Routed experts: time and memory"
 METRICS = {"both_ratio": "time forward+backward / dense K*F", "forward_ratio": "time forward / dense K*F"}
 
@@ -53,7 +52,7 @@ def cases(size: str, device: str) -> list[Case]:
         return [replace(SMOLLM2, modes=("bf16", "fp32")), replace(ODD, T=512, modes=("bf16",)), *few(SMOLLM2, 1, 64)]
     if device == "cuda":
         smollm2 = [replace(c, T=32768) for c in (SMOLLM2, SMOLLM2_SMALL)]
-        return LARGE + smollm2 + [f for c in (LARGE[0], LARGE[-1], SMOLLM2) for f in few(c, 1, 8, 64, 512)]
+        return LARGE + smollm2 + [ODD] + [f for c in (LARGE[0], LARGE[-1], SMOLLM2) for f in few(c, 1, 8, 64, 512)]
     return [
         replace(SMOLLM2, modes=("bf16", "fp32", "autocast")), SMOLLM2_SMALL, ODD, replace(ODD, T=512, modes=("bf16",)),
         Case("large experts 2 of 8", 4096, 1024, 1408, 8, 2, ("bf16", "fp32")), *few(SMOLLM2, 1, 8, 64, 512),
@@ -84,9 +83,9 @@ def check(layer: Layer) -> tuple[dict[str, float], dict[str, str]]:
     reference = Reference(layer)
     errors, missing = {}, {}
     for name, make in variants(layer).items():
-        variant, why = attempt(make)
+        variant, why = attempt(name, make, REFERENCE)
         if variant is not None and variant.gradients is not None:
-            errors[name], why = attempt(lambda v=variant: reference.error(layer, v))
+            errors[name], why = attempt(name, lambda v=variant: reference.error(layer, v), REFERENCE)
             if why is None and not errors[name] <= TOLERANCE[layer.mode]:  # not <=: NaN is wrong
                 why = f"wrong: differs from float64 by {errors[name]:.2g}"
         if why is not None:
@@ -110,7 +109,7 @@ def measure(layer: Layer, routing: str, rounds: int, clock: Callable[[], float],
 
     timed = {}
     for name, variant in made.items():
-        timed[name], why = attempt(lambda v=variant: timers(v))
+        timed[name], why = attempt(name, lambda v=variant: timers(v), REFERENCE)
         if why is not None:
             del timed[name]
             missing[name] = why
@@ -130,18 +129,17 @@ def measure(layer: Layer, routing: str, rounds: int, clock: Callable[[], float],
 
 
 def run(env: dict, size: str, out: Path, rounds: int, clock: Callable[[], float], only: str = "") -> dict:
-    """Check everything, then time everything; the reports are written after every table, so that a run that is cut off leaves what it has."""
+    """Check, time and save table by table, so that a run that is cut off leaves what it has."""
     device = env["kind"]
     todo = [(case, mode, routing) for case in cases(size, device) for mode in case.modes for routing in case.routings if only in title(case, mode, routing)]
-    checked = []
-    for each in todo:
-        print(f"checking {title(*each)}", flush=True)
-        checked.append(check(Layer(*each, device)))
-        free()
     result: dict = {"what": "ops", "env": env, "size": size, "tables": []}
-    for (case, mode, routing), (errors, missing) in zip(todo, checked, strict=True):
-        print(f"timing {title(case, mode, routing)}", flush=True)
-        result["tables"].append(measure(Layer(case, mode, routing, device), routing, rounds, clock, errors, missing))
+    for case, mode, routing in todo:
+        print(f"checking and timing {title(case, mode, routing)}", flush=True)
+        layer = Layer(case, mode, routing, device)
+        errors, missing = check(layer)
+        free()
+        result["tables"].append(measure(layer, routing, rounds, clock, errors, missing))
+        del layer
         free()
         save(result, markdown(result), out)
     plot(result, METRICS, out)

@@ -11,16 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.layer import choose
-from benchmarks.measure import attempt, cell, heading, interleave, plot, runnable, save, summarise, tabulate, timer
+from benchmarks.measure import OURS, attempt, cell, heading, interleave, plot, runnable, save, summarise, tabulate, timer
 from benchmarks.peers import CHOOSERS, INDEXERS
 from dyn.ops import route as route_module
 from dyn.ops import rows as rows_module
 from dyn.ops.route import route
+from dyn.ops.triton_order import order_rows, read_order
 
-OURS = "dyn "
+REFERENCE = "torch"
 SHAPES = {
     "tiny": [(40, 4, 2)],
     "quick": [(2048, 8, 4), (2048, 64, 8)],
@@ -54,8 +56,6 @@ def indexing(idx: Tensor, num_experts: int) -> dict[str, Callable[[], object]]:
 
     calls = {"torch": torch_index, "torch: sort": lambda: idx.flatten().sort(stable=True), f"{OURS}torch": ours}
     if "triton" in runnable(route_module._BACKENDS, idx.device.type):
-        from dyn.ops.triton_order import order_rows
-
         calls[f"{OURS}triton"] = lambda: order_rows(idx, num_experts, 64)
     return calls
 
@@ -68,35 +68,52 @@ def same_choice(have: object, want: tuple[Tensor, Tensor]) -> bool:
                 and torch.allclose(weight.float().gather(-1, order), true_weight.gather(-1, true_order), atol=1e-2))
 
 
+def same_order(have: Tensor | tuple, want: tuple[Tensor, Tensor], num_experts: int) -> bool:
+    """Is what one of ours gives a stable sort by expert (padding, -1, apart), and do the experts' rows end where they should?"""
+    true_slot, true_ends = want
+    if isinstance(have, Tensor):
+        order = read_order(have, len(true_slot), num_experts)
+        have = order.start_E[1:], order.slot_S
+    ends, slot = torch.as_tensor(have[0], device=true_slot.device).long(), have[1].long()
+    rows_before = F.pad((slot >= 0).cumsum(0), (1, 0))
+    return slot[slot >= 0].equal(true_slot) and rows_before[ends].equal(true_ends)
+
+
 def measure(T: int, E: int, K: int, device: str, rounds: int, clock: Callable[[], float]) -> list[dict]:
-    """The two tables of one shape. SystemExit where a back end of ours chooses otherwise than torch."""
+    """The two tables of one shape. SystemExit where a back end of ours chooses or orders otherwise than torch."""
     g = torch.Generator(device).manual_seed(0)
     logits = torch.randn(T, E, device=device, generator=g)
     idx = choose(T, E, K, "uniform", device, g)
     makers = {"choose": (choosing(logits, K), CHOOSERS, "logits to ids and weights"),
               "index": (indexing(idx, E), INDEXERS, "ids to the order of rows and the experts' ends")}
     tables = []
+
+    def same(what: str, have: object, want: tuple[Tensor, Tensor]) -> bool:
+        return same_choice(have, want) if what == "choose" else same_order(have, want, E)
+
     for what, (calls, peers, about) in makers.items():
         missing, timers = {}, {}
         for name, adapt in peers.items():
-            calls[name], why = attempt(lambda adapt=adapt: adapt(logits, idx))
+            calls[name], why = attempt(name, lambda adapt=adapt: adapt(logits, idx))
             if why is None and device != "cuda":
                 why = "needs CUDA"
             if why is not None:
                 del calls[name]
                 missing[name] = why
         for name, call in calls.items():
-            run, why = attempt(lambda call=call: timer(call, clock))
-            if why is None and what == "choose" and not name.startswith("torch") and not same_choice(call(), calls["torch"]()):
-                why = "wrong: other experts or weights than torch"
+            run, why = attempt(name, lambda call=call: timer(call, clock), REFERENCE)
+            if why is None and not name.startswith(REFERENCE) and (what == "choose" or name.startswith(OURS)):  # peers' orders have forms of their own
+                right, why = attempt(name, lambda what=what, call=call, torch_call=calls[REFERENCE]: same(what, call(), torch_call()))
+                if why is None and not right:
+                    why = "wrong: other experts, weights or rows than torch"
             if why is None:
                 timers[name] = {"time": run}
                 continue
             missing[name] = why
             if name.startswith(OURS):
                 raise SystemExit(f"routing T={T} E={E} K={K}: {name} {why}")
-        rows = summarise(interleave(timers, rounds), "torch")
-        tables.append({"name": f"{what}, T={T} E={E} K={K}", "about": about, "reference": "torch", "ours": [name for name in rows if name.startswith(OURS)],
+        rows = summarise(interleave(timers, rounds), REFERENCE)
+        tables.append({"name": f"{what}, T={T} E={E} K={K}", "about": about, "reference": REFERENCE, "ours": [name for name in rows if name.startswith(OURS)],
                        "rounds": rounds, "rows": rows, "missing": missing})
     return tables
 
@@ -107,7 +124,7 @@ def run(env: dict, size: str, out: Path, rounds: int, clock: Callable[[], float]
     for shape in SHAPES[size]:
         print("routing T={} E={} K={}".format(*shape), flush=True)
         result["tables"] += measure(*shape, env["kind"], rounds, clock)
-    save(result, markdown(result), out)
+        save(result, markdown(result), out)
     plot(result, METRICS, out)
     return result
 

@@ -111,17 +111,23 @@ def facts() -> dict[str, Any]:
     import torch
 
     versions = {name: _version(name) for name in VERSIONS}
-    status = _git("status", "--porcelain")
+    name, changed = commit()
     return {
         "python": platform.python_version(),
         "versions": {name: version for name, version in versions.items() if version},
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if status is None else bool(status),
+        "commit": name,
+        "dirty": changed,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU: {_cpu()}",
         "threads": torch.get_num_threads(),
         "world_size": world_size(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
+
+
+def commit() -> tuple[str | None, bool | None]:
+    """The checkout's commit and whether files differ from it; without git or a checkout DYN_COMMIT, if it is set, and nothing known of changes."""
+    status = _git("status", "--porcelain")
+    return _git("rev-parse", "HEAD") or os.environ.get("DYN_COMMIT") or None, None if status is None else bool(status)
 
 
 def peak_memory() -> dict[str, int]:

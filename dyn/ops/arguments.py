@@ -20,24 +20,32 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
 
-def check_routing(op: str, num_tokens: int, idx_TK: Tensor, weight_TK: Tensor) -> None:
-    """ValueError unless ids are int32 or int64 [T, K] with K >= 1 and the scores are as many."""
+def given(tensors: Mapping[str, Tensor]) -> str:
+    """What a refusal says that it got: dtype, shape and device of every tensor."""
+    return "got " + ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}" for name, t in tensors.items())
+
+
+def check_devices(op: str, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError unless all tensors are on one device: an op that mixes them would read memory that is not there, or fail far from its cause."""
+    first, *others = tensors.values()
+    if any(t.device != first.device for t in others):
+        raise ValueError(f"{op}: all tensors must be on one device; {given(tensors)}")
+
+
+def check_routed(op: str, x: Tensor, idx_TK: Tensor, weight_TK: Tensor, parameters: Mapping[str, Tensor]) -> None:
+    """ValueError unless all are on one device, ids are int32 or int64 [T, K] with K >= 1, the scores are as many, and parameters have x's floating dtype."""
+    tensors = {"x": x, **parameters, "idx": idx_TK, "weight": weight_TK}
+    check_devices(op, tensors)
     K = idx_TK.shape[1] if idx_TK.dim() == 2 else 0
-    if K < 1 or idx_TK.shape != (num_tokens, K) or weight_TK.shape != (num_tokens, K):
-        given = f"{list(idx_TK.shape)} and {list(weight_TK.shape)}"
-        raise ValueError(f"{op} needs idx and weight of one shape [T, K] with T={num_tokens} and K >= 1; got {given}")
+    if K < 1 or idx_TK.shape != (len(x), K) or weight_TK.shape != (len(x), K):
+        raise ValueError(f"{op} needs idx and weight of one shape [T, K] with T={len(x)} and K >= 1; {given(tensors)}")
     if idx_TK.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{op}: idx has dtype {idx_TK.dtype}; allowed: torch.int32, torch.int64")
-
-
-def check_dtypes(op: str, x: Tensor, weight_TK: Tensor, parameters: Mapping[str, Tensor]) -> None:
-    """ValueError unless all are floating and the named parameters have x's dtype."""
+        raise ValueError(f"{op}: idx must be int32 or int64; {given(tensors)}")
     if not (x.is_floating_point() and weight_TK.is_floating_point()):
-        raise ValueError(f"{op}: x and weight must be floating point; got {x.dtype} and {weight_TK.dtype}")
+        raise ValueError(f"{op}: x and weight must be floating point; {given(tensors)}")
     if any(p.dtype != x.dtype for p in parameters.values()):
         *others, last = ["x", *parameters]
-        given = ", ".join(str(t.dtype) for t in (x, *parameters.values()))
-        raise ValueError(f"{op}: {', '.join(others)} and {last} must share a dtype; got {given}")
+        raise ValueError(f"{op}: {', '.join(others)} and {last} must share a dtype; {given(tensors)}")
 
 
 def refuse_negative(op: str, smallest: Tensor) -> None:

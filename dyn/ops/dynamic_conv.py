@@ -10,7 +10,7 @@ section 1.5), S (optional) a kernel of all samples (the static part of section 3
 
     form    | what it does                                                  | multiply-adds beside the plain L P | where it is good
     grouped | mixes kernels, one convolution of B G groups                  | K P                                | CUDA; CPU, large maps
-    unfold  | mixes kernels, one matrix product a sample over x's patches   | K P, copies patches (not for 1x1)  | CPU, small maps with spatial factors
+    unfold  | mixes kernels, one matrix product a sample over x's patches   | K P, copies patches (not for 1x1)  | CUDA, 1x1; CPU, small spatial maps
     scale   | alpha multiplies x, one convolution with K C input channels   | (K - 1) L P                        | one kernel
     outputs | one convolution with K O output channels, alpha mixes outputs | (K - 1) L P                        | CPU, small maps
 
@@ -25,6 +25,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dyn.ops.arguments import check_devices, given
 
 Pair = tuple[int, int]
 Window = tuple[Pair, Pair, Pair]  # stride, padding, dilation
@@ -50,7 +52,7 @@ def dynamic_conv2d(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO
     Under autocast all are cast first, as a convolution does.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, an unknown form, one that cannot take spatial_Bhw.
+        ValueError: shapes, dtypes or devices that do not fit, an unknown form, one that cannot take spatial_Bhw.
     """
     device = x_BCHW.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x_BCHW.dtype != torch.float64:
@@ -78,7 +80,8 @@ def dynamic_conv2d(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO
 def choose(x_BCHW: Tensor, bank_KOIhw: Tensor, window: Window, spatial: bool = False) -> str:
     """The form that "auto" takes.
 
-    One kernel without spatial factors: scale, which is the plain convolution then. CUDA: grouped. Elsewhere: grouped where samples' own kernels pay, on maps of
+    One kernel without spatial factors: scale, which is the plain convolution then. CUDA: unfold for 1x1 kernels without groups, where it is one batch of
+    products on x as it lies, else grouped. Elsewhere: grouped where samples' own kernels pay, on maps of
     `SMALL_MAP` output positions or more, for kernels that stay in the cache, and for depthwise ones (whose products would be of single rows); else outputs, or,
     with spatial factors, which need a kernel for each sample, unfold.
     """
@@ -86,6 +89,8 @@ def choose(x_BCHW: Tensor, bank_KOIhw: Tensor, window: Window, spatial: bool = F
         return "scale"
     height, width = _out_size(x_BCHW, bank_KOIhw, window)
     own = len(x_BCHW) * bank_KOIhw[0].numel() <= CACHED or height * width >= SMALL_MAP
+    if x_BCHW.device.type == "cuda" and bank_KOIhw.shape[2:] == (x_BCHW.shape[1], 1, 1):
+        return "unfold"
     if x_BCHW.device.type == "cuda" or bank_KOIhw.shape[2] == 1 or own:
         return "grouped"
     return "unfold" if spatial else "outputs"
@@ -93,23 +98,23 @@ def choose(x_BCHW: Tensor, bank_KOIhw: Tensor, window: Window, spatial: bool = F
 
 def _check(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO: Tensor | None, groups: int, spatial_Bhw: Tensor | None,
            static_OIhw: Tensor | None) -> None:
-    given = f"got x {list(x_BCHW.shape)}, bank {list(bank_KOIhw.shape)}, alpha {list(alpha_BK.shape)}, groups {groups}"
+    tensors = {"x": x_BCHW, "bank": bank_KOIhw, "alpha": alpha_BK, "bias": bias_KO, "spatial": spatial_Bhw, "static": static_OIhw}
+    tensors = {name: t for name, t in tensors.items() if t is not None}
+
+    def refuse(why: str) -> None:
+        raise ValueError(f"dynamic_conv2d{why}; {given(tensors)}, groups {groups}")
+
     if x_BCHW.ndim != 4 or bank_KOIhw.ndim != 5:
-        raise ValueError(f"dynamic_conv2d needs x [B, C, H, W] and bank [K, O, C / groups, h, w]; {given}")
+        refuse(" needs x [B, C, H, W] and bank [K, O, C / groups, h, w]")
     K, O, I, h, w = bank_KOIhw.shape
     if groups < 1 or O % groups or x_BCHW.shape[1] != I * groups:
-        raise ValueError(f"dynamic_conv2d: x must have {I} * groups channels and groups must divide {O} outputs; {given}")
-    if alpha_BK.shape != (len(x_BCHW), K):
-        raise ValueError(f"dynamic_conv2d: alpha must be {[len(x_BCHW), K]}; {given}")
-    if bias_KO is not None and bias_KO.shape != (K, O):
-        raise ValueError(f"dynamic_conv2d: bias must be {[K, O]}; got {list(bias_KO.shape)}")
-    if spatial_Bhw is not None and spatial_Bhw.shape != (len(x_BCHW), h, w):
-        raise ValueError(f"dynamic_conv2d: spatial must be {[len(x_BCHW), h, w]}; got {list(spatial_Bhw.shape)}")
-    if static_OIhw is not None and static_OIhw.shape != (O, I, h, w):
-        raise ValueError(f"dynamic_conv2d: static must be {[O, I, h, w]}; got {list(static_OIhw.shape)}")
-    if not x_BCHW.is_floating_point() or x_BCHW.dtype != bank_KOIhw.dtype or (bias_KO is not None and bias_KO.dtype != x_BCHW.dtype):
-        raise ValueError(f"dynamic_conv2d: x, bank and bias must share a floating dtype; got {x_BCHW.dtype}, {bank_KOIhw.dtype}"
-                         + (f", {bias_KO.dtype}" if bias_KO is not None else ""))
+        refuse(f": x must have {I} * groups channels and groups must divide {O} outputs")
+    for name, shape in {"alpha": (len(x_BCHW), K), "bias": (K, O), "spatial": (len(x_BCHW), h, w), "static": (O, I, h, w)}.items():
+        if name in tensors and tensors[name].shape != shape:
+            refuse(f": {name} must be {list(shape)}")
+    if not x_BCHW.is_floating_point() or any(tensors[name].dtype != x_BCHW.dtype for name in ("bank", "bias", "static") if name in tensors):
+        refuse(": x, bank, bias and static must share a floating dtype")
+    check_devices("dynamic_conv2d", tensors)
 
 
 def _pair(value: int | Pair) -> Pair:
@@ -161,6 +166,9 @@ def _unfold(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, static_OIhw: T
     if (h, w) == (1, 1):  # the patches of a 1x1 kernel are x itself
         x_BCHW = F.pad(x_BCHW, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x_BCHW
         patches = x_BCHW[:, :, :: stride[0], :: stride[1]]
+        if G == 1 and patches.stride(1) == 1:  # channels_last, and y as well: nothing is copied unless a stride skips
+            patches_BLI = patches.permute(0, 2, 3, 1).reshape(B, height * width, I)
+            return torch.bmm(patches_BLI, kernels.transpose(1, 2)).view(B, height, width, O).permute(0, 3, 1, 2)
     else:
         patches = F.unfold(x_BCHW, (h, w), dilation, padding, stride)
     return torch.bmm(kernels, patches.reshape(B * G, I * h * w, height * width)).view(B, O, height, width)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyn.ops import triton_experts, triton_launch
-from dyn.ops.arguments import autocast, check_dtypes, check_routing, pick, refuse_negative
+from dyn.ops.arguments import autocast, check_routed, given, pick, refuse_negative
 from dyn.ops.linear import routed_linear as routed_linear
 from dyn.ops.rows import arrange, clear_skipped, gather_sum, outer_products, places, products, row_weights, rows_needed, scratch, segments, usable
 
@@ -49,7 +49,7 @@ def experts(
     Returns y_TD in x's dtype. Under autocast x and the expert weights are cast first, as a linear layer would, and y
     has the autocast dtype. Results are deterministic. Only "eager" has a second derivative.
 
-    Raises ValueError for shapes or dtypes that do not fit, for an unknown backend and for one that cannot run here.
+    Raises ValueError for shapes, dtypes or devices that do not fit, for an unknown backend and for one that cannot run here.
     """
     x_TD, gate_up_E2FD, down_EDF = autocast(x_TD, gate_up_E2FD, down_EDF)
     _check(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK)
@@ -63,14 +63,13 @@ def experts(
 
 
 def _check(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> None:
-    shapes = f"got x {list(x_TD.shape)}, gate_up {list(gate_up_E2FD.shape)}, down {list(down_EDF.shape)}"
+    tensors = {"x": x_TD, "gate_up": gate_up_E2FD, "down": down_EDF, "idx": idx_TK, "weight": weight_TK}
     if x_TD.dim() != 2 or gate_up_E2FD.dim() != 3 or down_EDF.dim() != 3:
-        raise ValueError(f"experts needs x [T, D], gate_up [E, 2F, D] and down [E, D, F]; {shapes}")
+        raise ValueError(f"experts needs x [T, D], gate_up [E, 2F, D] and down [E, D, F]; {given(tensors)}")
     E, D, width = down_EDF.shape
     if gate_up_E2FD.shape != (E, 2 * width, D) or x_TD.shape[1] != D:
-        raise ValueError(f"experts: beside this down, gate_up must be [{E}, {2 * width}, {D}] and x [T, {D}]; {shapes}")
-    check_routing("experts", len(x_TD), idx_TK, weight_TK)
-    check_dtypes("experts", x_TD, weight_TK, {"gate_up": gate_up_E2FD, "down": down_EDF})
+        raise ValueError(f"experts: beside this down, gate_up must be [{E}, {2 * width}, {D}] and x [T, {D}]; {given(tensors)}")
+    check_routed("experts", x_TD, idx_TK, weight_TK, {"gate_up": gate_up_E2FD, "down": down_EDF})
 
 
 # eager: the specification ---------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyn.ops.arguments import autocast, check_dtypes, check_routing, pick, refuse_negative
+from dyn.ops.arguments import autocast, check_devices, check_routed, given, pick, refuse_negative
 from dyn.ops.rows import arrange, clear_skipped, gather_sum, outer_products, places, products, row_weights, rows_needed, scratch, segments, usable
 
 _log = logging.getLogger(__name__)
@@ -43,18 +43,17 @@ def routed_linear(
     Returns y_TO in x's dtype. Under autocast x, weights and biases are cast first, as a linear layer would, and y has the autocast dtype. Results are
     deterministic. The "torch" backend has no second derivative.
 
-    Raises ValueError for shapes or dtypes that do not fit and for an unknown backend.
+    Raises ValueError for shapes, dtypes or devices that do not fit and for an unknown backend.
     """
     parameters = {"weight_EOI": weight_EOI} if bias_EO is None else {"weight_EOI": weight_EOI, "bias_EO": bias_EO}
     x_TI, *cast = autocast(x_TI, *parameters.values())
     parameters = dict(zip(parameters, cast, strict=True))
     weight_EOI, bias_EO = parameters["weight_EOI"], parameters.get("bias_EO")
     if x_TI.dim() != 2 or weight_EOI.dim() != 3 or x_TI.shape[1] != weight_EOI.shape[2]:
-        raise ValueError(f"routed_linear needs x [T, I] and weight_EOI [E, O, I]; got {list(x_TI.shape)} and {list(weight_EOI.shape)}")
+        raise ValueError(f"routed_linear needs x [T, I] and weight_EOI [E, O, I]; {given({'x': x_TI, **parameters})}")
     if bias_EO is not None and bias_EO.shape != weight_EOI.shape[:2]:
-        raise ValueError(f"routed_linear: bias_EO has shape {list(bias_EO.shape)}; beside this weight it must be {list(weight_EOI.shape[:2])}")
-    check_routing("routed_linear", len(x_TI), idx_TK, weight_TK)
-    check_dtypes("routed_linear", x_TI, weight_TK, parameters)
+        raise ValueError(f"routed_linear: beside this weight_EOI, bias_EO must be {list(weight_EOI.shape[:2])}; {given({'x': x_TI, **parameters})}")
+    check_routed("routed_linear", x_TI, idx_TK, weight_TK, parameters)
     backend = pick("routed_linear", backend, _BACKENDS, "torch", x_TI.device.type, _log, _logged)
     return _BACKENDS[backend](x_TI, weight_EOI, idx_TK, weight_TK, bias_EO)
 
@@ -98,9 +97,10 @@ def partial_routed_linear(
     Returns y_TO in x's dtype. Raises ValueError as `routed_linear` does, for a mask or static part of another shape, and for an unknown form.
     """
     x_TI, dynamic_EOI, static_OI = autocast(x_TI, dynamic_EOI, static_OI)
+    tensors = {"x": x_TI, "dynamic": dynamic_EOI, "static": static_OI, "mask": mask_OI}
     if mask_OI.dtype != torch.bool or not mask_OI.shape == static_OI.shape == dynamic_EOI.shape[1:]:
-        given = f"{list(dynamic_EOI.shape)}, {list(static_OI.shape)}, {mask_OI.dtype} {list(mask_OI.shape)}"
-        raise ValueError(f"partial_routed_linear needs dynamic [E, O, I], static [O, I] and a bool mask [O, I]; got {given}")
+        raise ValueError(f"partial_routed_linear needs dynamic [E, O, I], static [O, I] and a bool mask [O, I]; {given(tensors)}")
+    check_devices("partial_routed_linear", tensors)
     if form not in ("merged", "factorised"):
         raise ValueError(f"form={form!r} of partial_routed_linear is unknown; allowed: merged, factorised")
     if form == "merged" or mask_OI.is_meta:  # one pass over the E weights each way, however they are scaled

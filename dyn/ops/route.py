@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dyn.ops import triton_launch, triton_route
+from dyn.ops.arguments import check_devices, given
 
 
 def route(
@@ -40,17 +41,20 @@ def route(
     decides: the same on every run of one machine, but not always the lowest id and not the same on every device.
 
     Raises ValueError for logits that are not a floating [T, E], k out of range, an unknown score or backend, a backend that cannot run here,
-    or a bias of another length.
+    or a bias of another length or device.
     """
     if logits_TE.dim() != 2 or not logits_TE.is_floating_point():
-        raise ValueError(f"route needs floating logits [T, E]; got {logits_TE.dtype} {list(logits_TE.shape)}")
+        raise ValueError(f"route needs floating logits [T, E]; {given({'logits': logits_TE})}")
     num_experts = logits_TE.shape[1]
     if not 1 <= k <= num_experts:
         raise ValueError(f"route: k={k} with {num_experts} experts; allowed: 1 to {num_experts}")
     if score not in ("softmax", "sigmoid"):
         raise ValueError(f"route: score={score!r} is unknown; allowed: softmax, sigmoid")
-    if bias_E is not None and bias_E.shape != (num_experts,):
-        raise ValueError(f"route: bias_E has shape {list(bias_E.shape)}; it must be [{num_experts}]")
+    if bias_E is not None:
+        tensors = {"logits": logits_TE, "bias_E": bias_E}
+        if bias_E.shape != (num_experts,):
+            raise ValueError(f"route: bias_E must be [{num_experts}]; {given(tensors)}")
+        check_devices("route", tensors)
     if backend == "auto":
         backend = "triton" if logits_TE.is_cuda and logits_TE.dtype != torch.float64 and triton_launch.HAS_TRITON else "eager"
     if backend not in _BACKENDS:

@@ -157,6 +157,7 @@ def weight_gradient_kernel(
     first, end = tl.load(start_ptr + expert), tl.load(start_ptr + expert + 1)
     ms, ns, ks = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     is_m, is_n = ms < M, ns < N
+    left_at, right_at = left_ptr + ms.to(tl.int64) * stride_lm, right_ptr + ns.to(tl.int64) * stride_rn  # a transposed x steps over all tokens
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for row in range(first, end, BLOCK_K):
         rows = row + ks
@@ -165,8 +166,8 @@ def weight_gradient_kernel(
         # Both sides are masked: what another expert's rows hold, or nobody's, may be infinite, and 0 * inf would stay.
         left_row = token if GATHER_LEFT else rows
         right_row = rows if GATHER_LEFT else token
-        left = tl.load(left_ptr + left_row.to(tl.int64)[:, None] * stride_ls + ms[None, :] * stride_lm, mask=is_row[:, None] & is_m[None, :], other=0.0)
-        right = tl.load(right_ptr + right_row.to(tl.int64)[:, None] * stride_rs + ns[None, :] * stride_rn, mask=is_row[:, None] & is_n[None, :], other=0.0)
+        left = tl.load(left_at[None, :] + left_row.to(tl.int64)[:, None] * stride_ls, mask=is_row[:, None] & is_m[None, :], other=0.0)
+        right = tl.load(right_at[None, :] + right_row.to(tl.int64)[:, None] * stride_rs, mask=is_row[:, None] & is_n[None, :], other=0.0)
         acc = tl.dot(left.T, right, acc, input_precision=PRECISION)
     at = expert.to(tl.int64) * M * N + ms.to(tl.int64)[:, None] * N + ns[None, :]
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=is_m[:, None] & is_n[None, :])

@@ -2,7 +2,7 @@
 
 With DYN_AUTOTUNE=1 the first call of a shape on a device times the table's choice against its neighbours and remembers the
 fastest in a JSON file (DYN_CACHE, else the user's cache folder). Off by default: it costs seconds a shape, and results then
-differ in the last bits between machines. Nothing is timed while a CUDA graph is captured.
+differ in the last bits between machines. Nothing is timed while a CUDA graph is captured; what is tuned already is used there too.
 """
 
 from __future__ import annotations
@@ -96,21 +96,26 @@ def fitting(config: Config, name: str, element_size: int, limit: int, by_pointer
     take both operands from shared memory, and where pointers to rows that start anywhere fill the registers: 128 x 256 would
     spill 32 and 1328 bytes. Then stages, then depth are cut until the tiles fit.
     """
-    wide = 2 if name == "gate_up" else 1
-
-    def size(c: Config) -> int:
-        held = (c.stages + 1) // 2 if name in _GRADIENTS else c.stages  # behind the load of indices, a tile is held every other stage
-        return held * (c.block_m + wide * c.block_n) * c.block_k * element_size
-
+    wide = _wide(name)
     most = 128 * (64 if name == "down_backward" else 128)
     while (limit < _HOPPER or by_pointer) and config.block_m * config.block_n * wide > most:
         taller = config.block_m > config.block_n * wide
         config = replace(config, block_m=config.block_m // 2) if taller else replace(config, block_n=config.block_n // 2)
-    while size(config) > limit and config.stages > 2:
+    while _tile_bytes(config, name, element_size) > limit and config.stages > 2:
         config = replace(config, stages=config.stages - 1)
-    while size(config) > limit and config.block_k > 16:
+    while _tile_bytes(config, name, element_size) > limit and config.block_k > 16:
         config = replace(config, block_k=config.block_k // 2)
     return config
+
+
+def _wide(name: str) -> int:
+    return 2 if name == "gate_up" else 1  # a tile of the gate and one of the up projection
+
+
+def _tile_bytes(c: Config, name: str, element_size: int) -> int:
+    """Shared memory that the tiles in flight take."""
+    held = (c.stages + 1) // 2 if name in _GRADIENTS else c.stages  # behind the load of indices, a tile is held every other stage
+    return held * (c.block_m + _wide(name) * c.block_n) * c.block_k * element_size
 
 
 def choose(name: str, like: Tensor, sizes: tuple[int, int, int, int], tile: int, by_pointer: bool, run: Callable[[Config], None]) -> None:
@@ -119,23 +124,29 @@ def choose(name: str, like: Tensor, sizes: tuple[int, int, int, int], tile: int,
     `by_pointer`: a weight is read through pointers, or rows do not start at multiples of 16 bytes.
     """
     experts, inner, outer, rows = sizes
-    config = fitting(table(name, like.dtype, inner, outer, tile), name, like.element_size(), shared_memory(like.device), by_pointer)
-    if os.environ.get("DYN_AUTOTUNE") == "1" and like.is_cuda and not torch.cuda.is_current_stream_capturing():
+    size, limit = like.element_size(), shared_memory(like.device)
+    config = fitting(table(name, like.dtype, inner, outer, tile), name, size, limit, by_pointer)
+    if os.environ.get("DYN_AUTOTUNE") == "1" and like.is_cuda:
         device = torch.cuda.get_device_name(like.device)
         key = f"{device} {name} {like.dtype} E{experts} {inner}x{outer} tile {tile} rows {power_of_two(rows)}{' by pointer' if by_pointer else ''}"
-        config = _tune(key, config, tile, run)
+        if not _tuned:
+            _tuned.update(_read())
+        if key in _tuned:
+            config = _tuned[key]
+        elif not torch.cuda.is_current_stream_capturing():
+            config = _tune(key, [c for c in candidates(config, tile) if _tile_bytes(c, name, size) <= limit], run)
     run(config)
 
 
-def _tune(key: str, start: Config, tile: int, run: Callable[[Config], None]) -> Config:
-    if not _tuned:
-        _tuned.update(_read())
-    if key not in _tuned:
-        times = {config: _time(functools.partial(run, config)) for config in candidates(start, tile)}
-        _tuned[key] = min(times, key=times.__getitem__)
-        _log.info("tuned %s: %s in %.3f ms, the table's choice takes %.3f", key, _tuned[key], times[_tuned[key]], times[start])
+def _tune(key: str, configs: list[Config], run: Callable[[Config], None]) -> Config:
+    """The fastest of the configurations, which is remembered; the first, the table's choice, where none could be timed."""
+    start, times = configs[0], {config: _time(functools.partial(run, config)) for config in configs}
+    best = min(times, key=times.__getitem__)
+    if times[best] < float("inf"):
+        _tuned[key] = best
+        _log.info("tuned %s: %s in %.3f ms, the table's choice takes %.3f", key, best, times[best], times[start])
         _write()
-    return _tuned[key]
+    return best
 
 
 def candidates(start: Config, tile: int) -> list[Config]:
@@ -152,14 +163,16 @@ def candidates(start: Config, tile: int) -> list[Config]:
 
 
 def _time(run: Callable[[], None]) -> float:
-    """Milliseconds, or infinity for tiles that the device has no room for."""
-    from triton.runtime.errors import OutOfResources
+    """Milliseconds, or infinity for tiles that do not compile or that the device has no room for. What broke the device is raised."""
     from triton.testing import do_bench
 
     try:
         return do_bench(run, warmup=5, rep=20)
-    except OutOfResources:
-        return float("inf")
+    except Exception as error:  # Triton's passes, its assembler and its launcher all have errors of their own
+        _log.debug("tiles are left out: %s", error)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return float("inf")
 
 
 def _path() -> Path:
@@ -178,6 +191,7 @@ def _read() -> dict[str, Config]:
 
 
 def _write() -> None:
+    _tuned.update(_read() | _tuned)  # other ranks write what they have tuned to the same file
     path = _path()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")

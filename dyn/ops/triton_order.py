@@ -58,13 +58,24 @@ def tiles_at_most(num_slots: int, num_experts: int, block_m: int) -> int:
 
 def order_size(num_slots: int, num_experts: int) -> int:
     """Elements of the buffer under an `Order`, for the smallest tiles: the same whatever block_m is."""
-    return 2 * num_slots + num_experts + 2 + 2 * tiles_at_most(num_slots, num_experts, _SMALLEST_TILE)
+    return sum(_room(size) for size in _part_sizes(num_slots, num_experts))
 
 
 def read_order(buffer: Tensor, num_slots: int, num_experts: int) -> Order:
     """The parts of a buffer that `order_rows` filled."""
+    sizes = _part_sizes(num_slots, num_experts)
+    parts = buffer.split([_room(size) for size in sizes])
+    return Order(*(part[:size] for part, size in zip(parts, sizes, strict=True)))
+
+
+def _part_sizes(num_slots: int, num_experts: int) -> list[int]:
     num_tiles = tiles_at_most(num_slots, num_experts, _SMALLEST_TILE)
-    return Order(*buffer.split([num_slots, num_slots, num_experts + 1, 1, num_tiles, num_tiles]))
+    return [num_slots, num_slots, num_experts + 1, 1, num_tiles, num_tiles]
+
+
+def _room(size: int) -> int:
+    """Elements that a part takes: every part starts at a multiple of 16 bytes, or Triton would compile each kernel again for every alignment that comes up."""
+    return 4 * blocks(size, 4)
 
 
 def order_rows(idx_TK: Tensor, num_experts: int, block_m: int) -> Tensor:
@@ -113,6 +124,7 @@ def scan_kernel(counts_ptr, start_ptr, num_tiles_ptr, num_blocks, num_experts, B
         at = counts_ptr + rows[:, None] * num_experts + experts[None, :]
         mask = (rows < num_blocks)[:, None] & (experts < num_experts)[None, :]
         counts = tl.load(at, mask=mask, other=0)
+        tl.debug_barrier()  # a small tile has copies in several warps, and none may write what another has yet to read
         tl.store(at, tl.cumsum(counts, 0) - counts + total[None, :], mask=mask)
         total += tl.sum(counts, 0)
     tl.store(start_ptr + experts, tl.cumsum(total, 0) - total, mask=experts < num_experts)

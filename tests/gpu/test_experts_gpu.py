@@ -144,6 +144,19 @@ def test_rows_beyond_32_bits():
         assert (a - b).float().norm() < 2e-2 * b.float().norm()
 
 
+def test_columns_beyond_32_bits():
+    """A transposed x, whose last column starts past element 2**31: the weights' gradient must find it."""
+    if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
+        pytest.skip("needs a device with 40 GiB")
+    x = torch.randn(520, 2**22, device="cuda", dtype=torch.bfloat16).t()
+    gate_up, down = (torch.randn(*s, device="cuda", dtype=torch.bfloat16).div_(8).requires_grad_() for s in ((1, 32, 520), (1, 520, 16)))
+    idx, weight = torch.zeros(2**22, 1, dtype=torch.int64, device="cuda"), torch.ones(2**22, 1, device="cuda")
+    dy = torch.randn(2**22, 520, device="cuda", dtype=torch.bfloat16)
+    got, want = (torch.autograd.grad(experts(each, gate_up, down, idx, weight, "triton"), (gate_up, down), dy) for each in (x, x.contiguous()))
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).float().norm() < 2e-2 * b.float().norm()
+
+
 def test_compiles_into_one_graph():
     leaves, idx = problem(300, 128, 96, 4, 2, torch.bfloat16)
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dyn.core.mixture import mix
 from dyn.core.routing import attend
@@ -70,6 +71,24 @@ def test_channels_last(form, groups):
     compare(form, (x.detach().to(memory_format=torch.channels_last).requires_grad_(), *rest), groups=groups, padding=1)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kwargs", [dict(), dict(stride=2), dict(padding=1, stride=(2, 1)), dict(groups=2)], ids=str)
+def test_products_of_1x1_kernels_in_both_layouts(layout, kwargs):
+    x, *rest = tensors(9, groups=kwargs.get("groups", 1), kernel=(1, 1))
+    x = x.detach().to(memory_format=layout).requires_grad_()
+    compare("unfold", (x, *rest), **kwargs)
+    y = dynamic_conv2d(x, *rest[:3], form="unfold", **kwargs)
+    assert y.is_contiguous(memory_format=layout) or "groups" in kwargs
+
+
+def test_channels_last_products_copy_nothing(monkeypatch):
+    x, bank, alpha, *_ = (None if t is None else t.detach() for t in tensors(9, kernel=(1, 1)))
+    x, seen, bmm = x.to(memory_format=torch.channels_last), [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: (seen.append(a.data_ptr()), bmm(a, b))[1])
+    dynamic_conv2d(x, bank, alpha, form="unfold")
+    assert seen == [x.data_ptr()]
+
+
 @pytest.mark.parametrize("form", FAST)
 def test_second_derivatives(form):
     x, bank, alpha, *_ = tensors(5, B=2, K=2, channels=2, outputs=2, size=(4, 4))
@@ -118,16 +137,23 @@ def test_auto_follows_shape_and_device():
     assert (chosen(7, 512), chosen(8, 512), chosen(7, 512, spatial=True), chosen(8, 512, spatial=True)) == ("outputs", "grouped", "unfold", "grouped")
     assert chosen(7, 1, channels=2**20) == "grouped" and chosen(7, 8, channels=8) == "grouped"  # depthwise; small kernels
     assert chosen(7, 512, kernels=1) == "scale"
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 16, 16, device="cuda")
+        banks = [torch.empty(4, 8, *rest, device="cuda") for rest in ((8, 1, 1), (4, 1, 1), (8, 3, 3), (8, 1, 3))]
+        assert [choose(x, bank, ((1, 1), (0, 0), (1, 1))) for bank in banks] == ["unfold", "grouped", "grouped", "grouped"]  # the second has groups
 
 
 @pytest.mark.parametrize(("change", "message"), [
     (dict(form="fastest"), "form='fastest' of dynamic_conv2d is unknown; allowed: auto, loop, grouped"),
-    (dict(alpha_BK=torch.ones(3, 5)), r"alpha must be \[3, 4\]; got x \[3, 4, 7, 6\], bank \[4, 6, 4, 3, 3\], alpha \[3, 5\]"),
+    (dict(alpha_BK=torch.ones(3, 5)), r"alpha must be \[3, 4\]; got x float32 \[3, 4, 7, 6\] on cpu, bank .* alpha float32 \[3, 5\]"),
     (dict(groups=2), r"x must have 4 \* groups channels"),
-    (dict(bias_KO=torch.ones(4)), r"bias must be \[4, 6\]; got \[4\]"),
+    (dict(bias_KO=torch.ones(4)), r"bias must be \[4, 6\]; got .* bias float32 \[4\]"),
     (dict(x_BCHW=torch.ones(3, 4, 7)), r"needs x \[B, C, H, W\]"),
-    (dict(x_BCHW=torch.ones(3, 4, 7, 6, dtype=torch.float16)), "must share a floating dtype; got torch.float16, torch.float32"),
-    (dict(spatial_Bhw=torch.ones(3, 2, 2)), r"spatial must be \[3, 3, 3\]; got \[3, 2, 2\]"),
+    (dict(x_BCHW=torch.ones(3, 4, 7, 6, dtype=torch.float16)), "must share a floating dtype; got x float16 .* bank float32"),
+    (dict(spatial_Bhw=torch.ones(3, 2, 2)), r"spatial must be \[3, 3, 3\]; got .* spatial float32 \[3, 2, 2\]"),
+    (dict(static_OIhw=torch.ones(6, 4, 3, 3, dtype=torch.float64)), "must share a floating dtype; got .* static float64"),
+    (dict(alpha_BK=torch.ones(3, 4, device="meta")), "all tensors must be on one device; got .* alpha float32 .* on meta"),
+    (dict(bias_KO=torch.ones(4, 6, device="meta")), "all tensors must be on one device"),
     (dict(spatial_Bhw=torch.ones(3, 3, 3), form="scale"), "form='scale' builds no kernel .* allowed: loop, grouped, unfold"),
 ])
 def test_errors(change, message):

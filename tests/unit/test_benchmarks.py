@@ -2,15 +2,18 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import compare, measure
+from benchmarks import compare, measure, ops
 from benchmarks.layer import Case, Layer, Reference, choose
 from benchmarks.measure import Refused, attempt, spread, summarise
 from benchmarks.ops import check, variants
 from benchmarks.peers import PEERS
+from benchmarks.routing import indexing, same_order
+from dyn import env
 
 CASE = Case("tiny", T=24, D=16, F=12, E=4, K=2)
 
@@ -74,6 +77,17 @@ def test_guard(tmp_path, new, bad, says):
     assert json.loads((committed / "ops.json").read_text()) == new
 
 
+def test_a_lost_row_of_ours_is_bad(tmp_path):
+    new, old = result(1.0), result(1.0)
+    del new["tables"][0]["rows"]["dyn torch"], old["tables"][0]["rows"]["peer"]
+    old["tables"].append(old["tables"][0] | {"name": "of a full run"})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "ops.json").write_text(json.dumps(new))
+    (tmp_path / "ops.json").write_text(json.dumps(old))
+    assert compare.guard(tmp_path / "out", tmp_path) == 1
+    assert "**lost** a: dyn torch" in (tmp_path / "out" / "compare.md").read_text()
+
+
 def test_committed_results_have_the_form():
     for path in compare.COMMITTED.glob("*.json"):
         committed = json.loads(path.read_text())
@@ -131,9 +145,77 @@ def test_a_peer_that_cannot_run_is_a_reason(monkeypatch):
     assert reasons["broken"].startswith("raises: ") and reasons["wrong"].startswith("wrong: differs from float64 by")
 
 
+@pytest.mark.parametrize("row", ["dyn torch", ops.REFERENCE])
+def test_errors_of_our_rows_and_of_the_reference_are_raised(monkeypatch, row):
+    def broken():
+        raise ZeroDivisionError("here")
+
+    monkeypatch.setattr(ops, "variants", lambda layer: {row: broken})
+    with pytest.raises(ZeroDivisionError, match="here"):
+        check(Layer(CASE, "fp32", "uniform", "cpu"))
+    with pytest.raises(ZeroDivisionError, match="here"):
+        ops.measure(Layer(CASE, "fp32", "uniform", "cpu"), "uniform", 2, measure.make_clock("cpu"), {}, {})
+
+
+def test_a_peer_that_breaks_the_device_ends_the_run_by_name(monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    for make in (lost, lambda: 1):  # at once, or when somebody waits for the device
+        with pytest.raises(RuntimeError, match=r"^a peer left the device in error, and nothing after it can run: CUDA error: an illegal memory access"):
+            attempt("a peer", make)
+
+
+def test_an_error_while_timed_says_whose():
+    with pytest.raises(ZeroDivisionError) as raised:
+        measure.time_rounds({"a peer": lambda: {"time": 1 / 0}}, 2)
+    assert raised.value.__notes__ == ["while a peer was timed"]
+
+
+def test_a_run_that_is_cut_off_leaves_its_tables(tmp_path, monkeypatch):
+    made, tables = [], ops.measure
+
+    def measured(*args):
+        if made:
+            raise KeyboardInterrupt
+        made.append(tables(*args))
+        return made[0]
+
+    monkeypatch.setattr(ops, "cases", lambda size, device: [replace(CASE, modes=("fp32",))])
+    monkeypatch.setattr(ops, "measure", measured)
+    with pytest.raises(KeyboardInterrupt):
+        ops.run(measure.environment("cpu"), "tiny", tmp_path, 2, measure.make_clock("cpu"))
+    assert [table["name"] for table in json.loads((tmp_path / "ops.json").read_text())["tables"]] == ["tiny, T=24, fp32, uniform"]
+
+
+@pytest.mark.parametrize("T", [40, 400])  # few rows, and so many that each expert's are padded
+def test_the_order_of_rows_is_checked(T):
+    idx = choose(T, 4, 2, "skewed", "cpu", torch.Generator().manual_seed(0))
+    calls = indexing(idx, 4)
+    ends, slot = calls["dyn torch"]()
+    assert same_order((ends, slot), calls["torch"](), 4)
+    assert not same_order((ends, slot.flip(0)), calls["torch"](), 4)
+    assert not same_order(([0, *ends[1:]], slot), calls["torch"](), 4)
+
+
+def test_the_commit_without_a_checkout(monkeypatch):
+    monkeypatch.setattr(env, "_git", lambda *words: None)
+    monkeypatch.delenv("DYN_COMMIT", raising=False)
+    assert measure.environment("cpu")["commit"] == "unknown" and env.facts()["commit"] is None
+    monkeypatch.setenv("DYN_COMMIT", "abc")
+    assert measure.environment("cpu")["commit"] == env.facts()["commit"] == "abc" and env.facts()["dirty"] is None
+
+
+def test_shapes_of_no_multiple_of_16_are_checked_on_a_gpu():
+    odd = [c for c in ops.cases("full", "cuda") if c.F % 16]
+    assert {mode for c in odd for mode in c.modes} == {"bf16", "fp32"} and all(c.train for c in odd)
+
+
 def test_batched_mm_is_left_out_where_its_copies_are_large():
     layer = Layer(Case("wide", T=512, D=256, F=256, E=4, K=4), "fp32", "uniform", "cpu")
-    assert attempt(lambda: PEERS["transformers batched_mm"](layer)) == (None, "would copy 1.6 GB of weights, a set for each routed row")
+    assert attempt("a peer", lambda: PEERS["transformers batched_mm"](layer)) == (None, "would copy 1.6 GB of weights, a set for each routed row")
 
 
 def test_spreads_and_ratios_are_of_the_same_round():

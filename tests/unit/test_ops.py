@@ -80,9 +80,10 @@ def test_route_without_tokens():
     (dict(k=0), "k=0 with 4 experts; allowed: 1 to 4"),
     (dict(k=1, score="tanh"), "score='tanh' is unknown; allowed: softmax, sigmoid"),
     (dict(k=1, backend="cuda"), "backend='cuda' of route is unknown; allowed: auto, eager"),
-    (dict(k=1, bias_E=torch.zeros(3)), r"bias_E has shape \[3\]; it must be \[4\]"),
-    (dict(k=1, logits_TE=torch.zeros(2, 3, 4)), r"floating logits \[T, E\]; got torch.float32 \[2, 3, 4\]"),
-    (dict(k=1, logits_TE=torch.zeros(2, 4, dtype=torch.int64)), r"floating logits \[T, E\]; got torch.int64"),
+    (dict(k=1, bias_E=torch.zeros(3)), r"bias_E must be \[4\]; got logits float32 \[2, 4\] on cpu, bias_E float32 \[3\]"),
+    (dict(k=1, logits_TE=torch.zeros(2, 3, 4)), r"floating logits \[T, E\]; got logits float32 \[2, 3, 4\]"),
+    (dict(k=1, logits_TE=torch.zeros(2, 4, dtype=torch.int64)), r"floating logits \[T, E\]; got logits int64"),
+    (dict(k=1, bias_E=torch.zeros(4, device="meta")), "one device; got logits .* on cpu, bias_E .* on meta"),
 ])
 def test_route_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message):
@@ -129,16 +130,16 @@ def test_negative_ids_raise(backend):
 
 
 @pytest.mark.parametrize("place, value, message", [
-    (0, torch.zeros(10, 5), r"gate_up must be \[5, 8, 6\] and x \[T, 6\]; got x \[10, 5\]"),
+    (0, torch.zeros(10, 5), r"gate_up must be \[5, 8, 6\] and x \[T, 6\]; got x float32 \[10, 5\] on cpu, gate_up float32 \[5, 8, 6\]"),
     (0, torch.zeros(2, 5, 6), r"needs x \[T, D\]"),
-    (0, torch.zeros(10, 6, dtype=torch.bfloat16), "must share a dtype; got torch.bfloat16, torch.float32"),
-    (0, torch.zeros(10, 6, dtype=torch.int64), "must be floating point; got torch.int64"),
+    (0, torch.zeros(10, 6, dtype=torch.bfloat16), r"must share a dtype; got x bfloat16 \[10, 6\] on cpu, gate_up float32"),
+    (0, torch.zeros(10, 6, dtype=torch.int64), "must be floating point; got x int64"),
     (1, torch.zeros(5, 7, 6), r"gate_up must be \[5, 8, 6\]"),
     (2, torch.zeros(4, 6, 4), r"gate_up must be \[4, 8, 6\]"),
-    (3, torch.zeros(10, 3, dtype=torch.int64), r"one shape \[T, K\] with T=10 and K >= 1; got \[10, 3\] and \[10, 2\]"),
+    (3, torch.zeros(10, 3, dtype=torch.int64), r"one shape \[T, K\] with T=10 and K >= 1; got .* idx int64 \[10, 3\] on cpu, weight float32 \[10, 2\]"),
     (3, torch.zeros(9, 2, dtype=torch.int64), "with T=10"),
-    (3, torch.zeros(10, dtype=torch.int64), r"got \[10\]"),
-    (3, torch.zeros(10, 2), "idx has dtype torch.float32; allowed: torch.int32, torch.int64"),
+    (3, torch.zeros(10, dtype=torch.int64), r"idx int64 \[10\]"),
+    (3, torch.zeros(10, 2), "idx must be int32 or int64; got .* idx float32"),
     (4, torch.zeros(10, 2, dtype=torch.int64), "must be floating point"),
 ])
 def test_experts_refuses(place, value, message):
@@ -146,6 +147,14 @@ def test_experts_refuses(place, value, message):
     args[place] = value
     with pytest.raises(ValueError, match=message):
         experts(*args)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("there", [(0,), (1,), (2,), (3,), (4,), (0, 1, 2), (3, 4)])
+def test_tensors_on_two_devices_are_refused(there, backend):
+    args = [t.to("meta") if i in there else t for i, t in enumerate(problem())]
+    with pytest.raises(ValueError, match=r"experts: all tensors must be on one device; got x .* on (cpu|meta), gate_up .* weight .* on (cpu|meta)"):
+        experts(*args, backend=backend)
 
 
 def test_unknown_backend():
