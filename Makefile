@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.ready
-NAME    ?=
-PROFILE ?=
-SET     ?=
-SWEEP   ?=
-ONLY    ?=
-RESUME  ?=
-DRY     ?=
+NAME    =
+PROFILE =
+SET     =
+SWEEP   =
+ONLY    =
+RESUME  =
+DRY     =
 ARGS    ?=
 
 .DEFAULT_GOAL := help
