@@ -58,11 +58,12 @@ KINDS = [SparseConfig(kind="pfeiffer"), SparseConfig(kind="lora", r=16, lr=2e-4)
 
 SWEEPS: dict[str, list[dict[str, Any]]] = {
     "scores": adapter_rows(FULL, *(made for m in ("snip", "magnitude", "grasp", "synflow") for made in with_controls(SparseConfig(method=m))),
-                           SparseConfig(method="erdos_renyi"), seeds=5),  # Table 1
-    "keep": adapter_rows(FULL, *(made for share in (0.8, 0.6, 0.4, 0.2, 0.1) for made in with_controls(SparseConfig(kind="pfeiffer", keep=share))), seeds=5),
+                           SparseConfig(method="erdos_renyi"), seeds=5, choose=True),  # Table 1
+    "keep": adapter_rows(FULL, *(made for share in (0.8, 0.6, 0.4, 0.2, 0.1) for made in with_controls(SparseConfig(kind="pfeiffer", keep=share))),
+                         seeds=5, choose=True),
     "large_sparse": adapter_rows(FULL, *(made for k in (2, 3, 4) for made in with_controls(SparseConfig(factor=k, keep=None))),
-                                 *(SparseConfig(r=64 * k, keep=1.0) for k in (2, 3, 4)), seeds=5),  # Table 3
-    "kinds": adapter_rows(FULL, *(made for kind in KINDS for made in with_controls(kind)), seeds=5),  # Table 4
+                                 *(SparseConfig(r=64 * k, keep=1.0) for k in (2, 3, 4)), seeds=5, choose=True),  # Table 3
+    "kinds": adapter_rows(FULL, *(made for kind in KINDS for made in with_controls(kind)), seeds=5, choose=True),  # Table 4
     "cpu": [made for nets in (FIRST, REST) for task, name in (("mrpc", "MRPC"), ("cola", "CoLA"))
             for made in adapter_rows(*nets, seeds=5, suffix=f", {name}", tasks=[task], **CPU)],
     # What FIRST's rates were chosen by: on a fifth of the training examples that is never reported.

@@ -51,13 +51,13 @@ SNIP, DENSE, FULL = SparseConfig(r=256), SparseConfig(r=256, keep=1.0), SparseCo
 KINDS = [SparseConfig(kind=kind, r=r) for kind, r in (("houlsby", 256), ("pfeiffer", 256), ("lora", 10), ("mam", 64))]  # LoRA as the authors launched it
 
 SWEEPS: dict[str, list[dict[str, Any]]] = {
-    "table2": adapter_rows(FULL, *with_controls(SNIP)),
-    "table2_v2": adapter_rows(FULL, *with_controls(SNIP), suffix=", v2", **V2),
+    "table2": adapter_rows(FULL, *with_controls(SNIP), choose=True),
+    "table2_v2": adapter_rows(FULL, *with_controls(SNIP), suffix=", v2", choose=True, **V2),
     "scores": adapter_rows(FULL, DENSE, *(SparseConfig(r=256, method=m, shuffle=s) for m in ("magnitude", "snip", "grasp", "synflow") for s in (False, True)),
-                           *(SparseConfig(r=256, method=m) for m in ("random", "erdos_renyi")), SNIP.twin()),
-    "keep": adapter_rows(FULL, DENSE, *(made for tenth in range(1, 10) for made in with_controls(SparseConfig(r=256, keep=tenth / 10)))),
-    "large_sparse": adapter_rows(FULL, *(made for k in (2, 3, 4) for made in with_controls(SparseConfig(r=256, factor=k, keep=None)))),
-    "adapters": adapter_rows(FULL, *(made for row in KINDS for made in with_controls(row))),
+                           *(SparseConfig(r=256, method=m) for m in ("random", "erdos_renyi")), SNIP.twin(), choose=True),
+    "keep": adapter_rows(FULL, DENSE, *(made for tenth in range(1, 10) for made in with_controls(SparseConfig(r=256, keep=tenth / 10))), choose=True),
+    "large_sparse": adapter_rows(FULL, *(made for k in (2, 3, 4) for made in with_controls(SparseConfig(r=256, factor=k, keep=None))), choose=True),
+    "adapters": adapter_rows(FULL, *(made for row in KINDS for made in with_controls(row)), choose=True),
     "cpu": adapter_rows(replace(FULL, lr=1e-4), *with_controls(SparseConfig(r=64), SparseConfig(r=64, factor=4, keep=None)), suffix=", gaps", **CPU),
 }
 

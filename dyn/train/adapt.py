@@ -36,7 +36,7 @@ from dyn.train.supervised import Supervised
 from dyn.train.trainer import check_world, on_gpu, own_device, world
 
 # What a row and its control share
-SAME = ("source", "tasks", "epochs", "batch_size", "rates", "data", "optim", "trainer.accumulate", "trainer.precision")
+SAME = ("source", "tasks", "epochs", "batch_size", "data", "optim", "trainer.accumulate", "trainer.precision")
 ANSWERS = 12_000  # validation examples up to which a result holds what was said to each
 
 

@@ -18,6 +18,8 @@ from dyn.nn.adapter_sites import adapter_modules
 from dyn.nn.masking import large_sparse, mask_hash, masks, prune
 from dyn.train.settings import check_trainings, seeded_rows
 
+RATES, WHOLE_RATES = [1e-4, 3e-4, 1e-3, 3e-3], [1e-5, 3e-5, 1e-4]  # of adapters, from BERT-base to MiniLM, and of full fine-tuning
+
 
 @dataclass(kw_only=True, slots=True)
 class SparseConfig:
@@ -102,9 +104,11 @@ def with_controls(*rows: SparseConfig) -> list[SparseConfig]:
                                               dataclasses.replace(row, shuffle=True))]
 
 
-def adapter_rows(*networks: SparseConfig, seeds: int = 3, suffix: str = "", **more: Any) -> list[dict[str, Any]]:
-    """Sweep rows for so many seeds from 42, one a network of another name; `more` as in `seeded_rows`."""
-    return seeded_rows("sparse", networks, range(42, 42 + seeds), suffix, **more)
+def adapter_rows(*networks: SparseConfig, seeds: int = 3, suffix: str = "", choose: bool = False, **more: Any) -> list[dict[str, Any]]:
+    """Sweep rows for so many seeds from 42, one a name; `more` as in `seeded_rows`. choose: a row tries the rates of its kind, and a tenth
+    of the training examples, never reported, says which is best."""
+    rows = seeded_rows("sparse", networks, range(42, 42 + seeds), suffix, **more)
+    return [row | {"rates": WHOLE_RATES if row["sparse.kind"] == "none" else RATES, "data.tuning": 0.1} for row in rows] if choose else rows
 
 
 def check_adapter_run(cfg: Any) -> None:

@@ -17,7 +17,7 @@ from dyn.models.packaged import question_answerer
 from dyn.nn.adapter import load_adapter
 from dyn.run import main
 from dyn.train.questions import QuestionAnswering
-from dyn.train.sparse import SparseConfig, adapter_rows, with_controls
+from dyn.train.sparse import RATES, WHOLE_RATES, SparseConfig, adapter_rows, with_controls
 from dyn.train.trainer import validate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +49,12 @@ def test_rows_stand_beside_their_controls():
     assert len(rows) == 2 * len(names) == 2 * len(set(names)) and all(row["data.path"] == "a" for row in rows)
     for sparse in (SparseConfig(r=64), SparseConfig(r=64, factor=4, keep=None)):
         assert {f"{control}, v2" for control in sparse.controls()} <= {*names, "full fine-tuning, v2"}
+
+
+def test_rows_choose_among_the_rates_of_their_kind():
+    rows = adapter_rows(SparseConfig(kind="none"), SparseConfig(), choose=True)
+    found = {row["sparse.kind"]: (row["rates"], row["data.tuning"]) for row in rows}
+    assert found == {"none": (WHOLE_RATES, 0.1), "houlsby": (RATES, 0.1)} and not {"rates", "data.tuning"} & adapter_rows(SparseConfig())[0].keys()
 
 
 @pytest.mark.parametrize("task", ["squad", "xsum"])
