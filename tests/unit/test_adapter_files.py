@@ -151,7 +151,7 @@ def test_bfloat16(tiny_host, tmp_path):
 
 @pytest.mark.parametrize(("keep", "dtype", "limit", "exact"), [
     (0.6, None, 6_040_000, 6_037_096), (0.2, None, 2_265_000, 2_262_220),
-    (0.6, torch.bfloat16, 3_170_000, 3_166_004), (0.2, torch.bfloat16, 1_280_000, 1_278_566),
+    (0.6, torch.bfloat16, 3_170_000, 3_166_004), (0.2, torch.bfloat16, 1_280_000, 1_278_566), (None, torch.bfloat16, 2_700_000, 2_654_208 + 2 * 19_968),  # 2:4
 ])
 def test_size_of_houlsby_64_on_bert_base(tmp_path, keep, dtype, limit, exact):
     """1 bit a weight, 4 bytes (2) a survivor and a bias, and a header."""
@@ -161,7 +161,7 @@ def test_size_of_houlsby_64_on_bert_base(tmp_path, keep, dtype, limit, exact):
     for m in adapter_modules(model).values():
         m.to_empty(device="cpu")
         m.draw("bert", torch.Generator().manual_seed(0))
-    prune(model, method="magnitude", keep=keep)
+    prune(model, method="magnitude", keep=keep, form="2:4" if keep is None else "mask")
     size = (save_adapter(model, tmp_path / "a", dtype=dtype) / "adapter.safetensors").stat().st_size
     assert exact < size <= min(limit, exact + 300)
 
