@@ -165,8 +165,10 @@ class PartialBank(nn.Module):
         if self.on is not None:
             weight = weight * self.on
             return weight if self.static is None else weight + (1 - self.off) * (self.static * (static / dynamic)), gain
-        if self.mask is None or not self.settled:
-            return weight if self.mask is None else partial_sets(weight, self.mask, self.static, static / dynamic), gain
+        if self.mask is None:
+            return weight, gain
+        if not self.settled:
+            return partial_sets(weight, self.mask, self.static, static / dynamic), gain
         return held(weight, self.mask, None if self.static is None else held(self.static, ~self.mask) * (static / dynamic)), gain
 
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
