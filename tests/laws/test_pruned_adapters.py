@@ -131,8 +131,7 @@ def test_fusion_of_pruned_members_is_pruned_on_demand(tiny_host, tiny_text):
         found = {key: m for key, m in masks(copied).items() if key not in members}
         assert all("both" in key for key in found) and {key: m.shape for key, m in found.items() if m.shape != (32, 32)} == {}
         assert sum(int(m.sum()) for m in found.values()) == len(found) * 1024 - round(0.4 * len(found) * 1024)
-        value = next(w for key, w in dense_weights(copied).items() if key.endswith("value.weight"))
-        blocks = [w for key, w in dense_weights(copied).items() if key.endswith("value.weight")]
-        torch.testing.assert_close(fusion_penalty(copied, "both"), 0.01 * sum((torch.eye(len(value)) - w).square().sum() for w in blocks))
+        values = [w for key, w in dense_weights(copied).items() if key.endswith("value.weight")]
+        torch.testing.assert_close(fusion_penalty(copied, "both"), 0.01 * sum((torch.eye(len(w)) - w).square().sum() for w in values))
         train(copied, batch)
         assert all(torch.equal(masks(copied)[key], m) and not copied.get_parameter(key)[~m].any() for key, m in members.items())
