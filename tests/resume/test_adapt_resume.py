@@ -18,7 +18,7 @@ def test_sigkill(server, experiment, form, early, late):
     server.experiment = experiment
     settings = {"experiment": experiment, "beside": "[]", "sparse.form": form}
     names = {f"{experiment}-{when}": step for when, step in (("whole", None), ("early", early), ("late", late))}
-    pids = {name: server.start(name, **settings) for name in names}
+    pids = {name: server.start(name, **settings, **({} if step is None else {"HOLD": step})) for name, step in names.items()}
     for name, step in names.items():
         if step is not None:
             server.until(name, step)

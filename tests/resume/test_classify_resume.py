@@ -27,7 +27,7 @@ def test_the_runs_are_what_they_should_be(server, whole):
 @pytest.mark.parametrize("kind", ["images", "sentences", "moe"])
 def test_sigkill(server, whole, kind):
     """At steps before and after the first checkpoint (every 3), within an epoch of the data (6 or 7 batches, two a step)."""
-    started = {f"{kind}-{step}": (step, server.start(f"{kind}-{step}", kind=kind)) for step in (2, 5, 10)}
+    started = {f"{kind}-{step}": (step, server.start(f"{kind}-{step}", kind=kind, HOLD=step)) for step in (2, 5, 10)}
     for name, (step, pid) in started.items():
         server.until(name, step)
         folder = server.kill(pid, name)
@@ -38,7 +38,7 @@ def test_sigkill(server, whole, kind):
 
 def test_sigkill_with_workers(server, whole):
     """Workers prepare batches ahead, and change nothing: the same run as without."""
-    pid = server.start("workers", workers=1)
+    pid = server.start("workers", workers=1, HOLD=7)
     server.until("workers", 7)
     server.kill(pid, "workers")
     server.same(server.run("workers", workers=1), whole["images"])

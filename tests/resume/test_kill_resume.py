@@ -28,11 +28,11 @@ def test_the_run_is_what_it_should_be(server, whole):
 
 def test_sigkill_at_three_random_steps(server, whole):
     seed = 20
-    steps = sorted(random.Random(seed).sample(range(1, STEPS - 5), 3))  # a quiet machine needs 20 ms a step: later ones could be over before the signal
+    steps = sorted(random.Random(seed).sample(range(1, STEPS - 5), 3))
     print(f"seed {seed}: killed at steps {steps}")
     started = {f"killed-{step}": step for step in steps}
     for name, step in started.items():
-        pid = server.start(name)
+        pid = server.start(name, HOLD=step)
         server.until(name, step)
         folder = server.kill(pid, name)
         assert not (folder / "final.txt").exists()
@@ -45,7 +45,7 @@ def test_sigkill_at_three_random_steps(server, whole):
 def test_sigkill_with_other_settings(server, settings, request):
     name = request.node.callspec.id
     left_alone = server.start(f"{name}-whole", **settings)
-    pid = server.start(name, **settings)
+    pid = server.start(name, HOLD=7, **settings)
     server.until(name, 7)
     server.kill(pid, name)
     server.same(server.run(name, **settings), server.end(left_alone, f"{name}-whole"), "expert_load.json")

@@ -31,7 +31,7 @@ def test_pruned_weights_are_zero_and_both_forms_train_alike(server, whole):
 
 @pytest.mark.parametrize("form", ["mask", "flat"])
 def test_sigkill(server, whole, form):
-    started = {f"{form}-{step}": (step, server.start(f"{form}-{step}", form=form, ema=0.5)) for step in (2, 7)}
+    started = {f"{form}-{step}": (step, server.start(f"{form}-{step}", form=form, ema=0.5, HOLD=step)) for step in (2, 7)}
     for name, (step, pid) in started.items():
         server.until(name, step)
         assert not (server.kill(pid, name) / "final.txt").exists()

@@ -18,8 +18,9 @@ def last(folder: Path) -> dict:
 
 def test_sigkill(server):
     settings = {"beside": "[]", "timing_rounds": 1}
-    pids = {name: server.start(name, **settings) for name in ("whole", "early", "late")}
-    for name, step in (("early", 2), ("late", 6)):
+    steps = {"early": 2, "late": 6}
+    pids = {"whole": server.start("whole", **settings)} | {name: server.start(name, HOLD=step, **settings) for name, step in steps.items()}
+    for name, step in steps.items():
         server.until(name, step)
         folder = server.kill(pids[name], name)
         assert not (folder / "result.json").exists() and any((folder / "checkpoints" / "pad").glob("*.ckpt")) is (name == "late")

@@ -1,7 +1,8 @@
 """A tiny training for the tests beside this file: a mixture of experts with attention dropout, gate noise, accumulation, and domain weights that change.
 
 python tiny_training.py (as tiny_classify.py) serves lines from standard input, so that what takes long, the imports, happens once:
-  start RUNS_FOLDER OUTPUT key=value ...   forks a process that trains, or resumes the run that is in RUNS_FOLDER; answers with its id
+  start RUNS_FOLDER OUTPUT key=value ...   forks a process that trains, or resumes the run that is in RUNS_FOLDER; answers with its id; HOLD=5 stops it for
+                                           good where the metrics of step 5 are written, so that it can be killed there on however fast a machine
   wait ID                                  answers with its exit code, negative for a signal
 """
 
@@ -10,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ from dyn.data.mixture import MixtureLoader, validation_batches
 from dyn.data.tokens import Tokens
 from dyn.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM
 from dyn.runfolder import Cancelled, Run, create
-from dyn.train.callbacks import ExpertLoad, Remix
+from dyn.train.callbacks import ExpertLoad, JsonlLogger, Remix
 from dyn.train.optim import OptimConfig
 from dyn.train.tasks import CausalLM
 from dyn.train.trainer import TrainerConfig, fit, make_trainer, world
@@ -116,6 +118,18 @@ def main(runs: Path, words: list[str], cfg: Any = None, train: Callable[[Run, An
         (run.folder / "final.txt").write_text(f"{weights_hash(state)} {losses}\n")
 
 
+def hold(step: int) -> None:
+    log = JsonlLogger.log_metrics
+
+    def log_and_hold(*args: Any, **kwargs: Any) -> None:
+        log(*args, **kwargs)
+        if kwargs.get("step") == step:
+            time.sleep(120)
+            raise RuntimeError(f"nobody killed this process at step {step}")
+
+    JsonlLogger.log_metrics = log_and_hold
+
+
 def serve(main: Callable[[Path, list[str]], None] = main) -> None:
     for line in sys.stdin:
         command, *words = shlex.split(line)
@@ -130,7 +144,11 @@ def serve(main: Callable[[Path, list[str]], None] = main) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         try:
-            main(Path(words[0]), words[2:])
+            runs, _, *settings = words
+            for word in [word for word in settings if word.startswith("HOLD=")]:
+                settings.remove(word)
+                hold(int(word.partition("=")[2]))
+            main(Path(runs), settings)
         except BaseException as error:
             traceback.print_exc()
             os._exit(130 if isinstance(error, Cancelled) else 1)
