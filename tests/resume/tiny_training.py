@@ -118,14 +118,14 @@ def main(runs: Path, words: list[str], cfg: Any = None, train: Callable[[Run, An
         (run.folder / "final.txt").write_text(f"{weights_hash(state)} {losses}\n")
 
 
-def hold(step: int) -> None:
+def hold(place: int) -> None:
     log = JsonlLogger.log_metrics
 
-    def log_and_hold(*args: Any, **kwargs: Any) -> None:
-        log(*args, **kwargs)
-        if kwargs.get("step") == step:
+    def log_and_hold(logger: JsonlLogger, metrics: dict[str, float], step: int | None = None) -> None:
+        log(logger, metrics, step)
+        if step == place:
             time.sleep(120)
-            raise RuntimeError(f"nobody killed this process at step {step}")
+            raise RuntimeError(f"nobody killed this process at step {place}")
 
     JsonlLogger.log_metrics = log_and_hold
 
