@@ -5,6 +5,7 @@ The defaults are the field's setting: LLaMA-2-7B, calibrated on C4, perplexity o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
@@ -26,6 +27,8 @@ class ModelConfig:
     num_shared_experts: int | None = None  # of the plain constructions; they come on top of num_experts_per_tok
     score_scale: str | float | None = None
     budgets: bool = False  # num_experts_per_tok in the mean, by layer from measured divergences; prune by the same measurement of its own layers
+    align_passes: int = 0  # over the calibration text, distilling the dense model's predictions into what was converted in closed form; prune alike
+    align_rate: float = 5e-5  # of Adam
 
     def active(self) -> Fraction:
         """Share of the feed-forward's neurons that a token passes through."""
@@ -38,7 +41,11 @@ class ModelConfig:
     def what(self) -> str:
         """The row's network in words."""
         name = {"moe": self.construction, "prune": "prune", "oracle": "neuron oracle", "dense": "dense"}[self.kind]
-        return name if self.kind == "dense" else f"{name}, {self.active()}" + (", budgets" if self.budgets else "")
+        return name if self.kind == "dense" else f"{name}, {self.active()}" + self.more()
+
+    def more(self) -> str:
+        """What a row and its control have in common beside their size."""
+        return (", budgets" if self.budgets else "") + (", distilled" if self.align_passes else "")
 
     def check(self) -> None:
         """ValueError for sizes that cannot be."""
@@ -48,6 +55,9 @@ class ModelConfig:
             raise ValueError(f"num_shared_experts={self.num_shared_experts} must be at least 0")
         if self.budgets and (self.kind in ("oracle", "dense") or self.num_shared_experts is not None):
             raise ValueError(f"budgets=true needs kind=moe or prune and num_shared_experts=null, got {self.kind} and {self.num_shared_experts}")
+        if self.align_passes < 0 or not 0 < self.align_rate < math.inf or (self.align_passes and self.kind in ("oracle", "dense")):
+            raise ValueError(f"align_passes={self.align_passes} must be at least 0, and 0 for kind={self.kind} unless that is moe or prune; "
+                             f"align_rate={self.align_rate} must be above 0")
         if self.kind != "moe" and (self.num_shared_experts is not None or self.score_scale is not None):
             raise ValueError(f"kind={self.kind} has no experts: num_shared_experts and score_scale must be null")
 
@@ -94,7 +104,7 @@ class Config:
 
     def control_row(self) -> str:
         """The same active neurons without routing."""
-        return self.control or f"prune, {self.model.active()}" + (", budgets" if self.model.budgets else "")
+        return self.control or f"prune, {self.model.active()}" + self.model.more()
 
     def check(self) -> None:
         """ValueError for settings that cannot be, before anything is loaded."""
@@ -103,6 +113,8 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.calibration_tokens < self.calibration_length:
             raise ValueError(f"calibration_tokens={self.calibration_tokens} are less than one sequence, calibration_length={self.calibration_length}")
+        if self.model.align_passes and self.dtype != "float32":
+            raise ValueError(f"dtype={self.dtype}: model.align_passes={self.model.align_passes} needs float32 weights")
         if len({text.name for text in self.texts}) < len(self.texts):
             raise ValueError(f"texts need names of their own, got {', '.join(text.name for text in self.texts)}")
 
@@ -110,7 +122,7 @@ class Config:
 def row(name: str, **changes: Any) -> dict[str, Any]:
     """A sweep row: the network that `changes` say, whatever the profile has; `model__kind=...` means the key model.kind."""
     model = ModelConfig()
-    fields = ("kind", "construction", "num_experts", "num_experts_per_tok", "num_shared_experts", "score_scale", "budgets")
+    fields = ("kind", "construction", "num_experts", "num_experts_per_tok", "num_shared_experts", "score_scale", "budgets", "align_passes", "align_rate")
     base = {f"model.{key}": getattr(model, key) for key in fields}
     base |= {"leave_out": None, "control": None, "export": False}
     return {"row": name} | base | {key.replace("__", "."): value for key, value in changes.items()}
@@ -143,6 +155,8 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "seeds": [fitted(name, active, seed=seed) for active in ("1/2", "3/4", "1/4") for name in ("calibrated", "prune") for seed in (0, 1, 2)],
     "budgets": [fitted(name, active, ", budgets", model__budgets=True, seed=seed) for active in ("3/4", "1/2") for name in ("calibrated", "prune")
                 for seed in (0, 1, 2)],
+    "distilled": [fitted(name, active, ", budgets, distilled", model__budgets=True, model__align_passes=2, seed=seed) for active in ("3/4", "1/2")
+                  for name in ("calibrated", "prune") for seed in (0, 1, 2)],
     "unseen": [fitted(name, "1/2", ", docs unseen", leave_out="docs", control="prune, 1/2, docs unseen") for name in ("calibrated", "prune")],
     "hub": [fitted(name, "1/2", f", {label}", model__source=source, control=f"prune, 1/2, {label}", **FIELD)
             for source, label in HUB.items() for name in ("calibrated", "prune")],

@@ -25,7 +25,7 @@ from dyn.models.llama_moe_measure import check_batches
 from dyn.nn.probe import for_statistics
 
 MOST_EXPERTS = 32  # routed experts of a layer where the caller asks for fewer: finer groups score better and run slower
-SAMPLE = 24_576  # tokens that groups and gates are fitted on; regressions use all
+SAMPLE = 65_536  # tokens that groups and gates are fitted on at most; regressions use all
 RIDGE = 0.1  # of the mean diagonal of the weighted Gram matrix
 REPAIR_RIDGE = 1.0  # the same for what repairs earlier layers' errors
 GATE_DEVIATION = 0.02  # of the fitted logits: small, so that chosen experts weigh nearly the same; the choice does not depend on it

@@ -29,6 +29,7 @@ from dyn.data.sources import JoinedText, choose, read_joined
 from dyn.data.store import Store
 from dyn.models import llama_moe
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, layer_budgets
+from dyn.models.llama_moe_align import align
 from dyn.models.llama_moe_calibrate import active_neurons
 from dyn.models.llama_moe_construct import METHODS
 from dyn.models.llama_moe_convert import fresh, load_dense, moe_config, read_config
@@ -163,6 +164,9 @@ class _Networks:
             return (LlamaMoeForCausalLM.from_pretrained(folder, dtype="auto") if kind == "moe" else load_dense(folder)).to(self.device).eval()
         began = time.monotonic()
         net = (self._mixture if kind == "moe" else self._pruned)().eval()
+        if self.cfg.model.align_passes:
+            say = _progress(self.run, "distillation: steps")
+            align(net, self.dense, self._read(), passes=self.cfg.model.align_passes, rate=self.cfg.model.align_rate, seed=self.cfg.seed, on_step=say)
         if self.device == "cuda":
             torch.cuda.synchronize()
         self.made["seconds"] = time.monotonic() - began
@@ -198,9 +202,9 @@ class _Networks:
         if not model.budgets:
             return model.num_experts_per_tok
         fitted, measured = budget_text(self._read())
-        say = _progress(self.run, "budgets: layers", self.dense.config.num_hidden_layers)
+        say, layers = _progress(self.run, "budgets: layers"), self.dense.config.num_hidden_layers
         ks = layer_budgets(self.dense, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok, batches=fitted, held_out=measured,
-                           construction=construction, seed=self.cfg.seed, on_layer=lambda _, layer: say(layer))
+                           construction=construction, seed=self.cfg.seed, on_layer=lambda _, layer: say(layer + 1, layers))
         self.run.log(f"neurons by layer, in {model.num_experts}ths: " + ", ".join(map(str, ks)))
         return ks
 
@@ -298,17 +302,18 @@ def _diagnose(cfg: Any, run: Any, nets: _Networks, held_out: HeldOut) -> dict[st
                 found["losses"][name] = domain_losses(nets.converted, held_out)
         found["routing"] = routing_statistics(nets.converted, part)
     gc.collect()
-    found["layers"] = layer_contributions(nets.converted, nets.dense, part, _progress(run, "diagnostics: layers", len(nets.dense.model.layers)))
+    say, layers = _progress(run, "diagnostics: layers"), len(nets.dense.model.layers)
+    found["layers"] = layer_contributions(nets.converted, nets.dense, part, lambda layer: say(layer + 1, layers))
     return found
 
 
-def _progress(run: Any, what: str, total: int) -> Callable[[int], None]:
+def _progress(run: Any, what: str) -> Callable[[int, int], None]:
     last = [time.monotonic()]
 
-    def say(number: int) -> None:
+    def say(done: int, total: int) -> None:
         if time.monotonic() - last[0] > PATIENCE:
             last[0] = time.monotonic()
-            run.log(f"{what}, {number + 1} of {total}")
+            run.log(f"{what}, {done} of {total}")
 
     return say
 

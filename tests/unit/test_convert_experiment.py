@@ -85,6 +85,7 @@ def test_hub_rows_are_the_fields_setting_whatever_the_profile(tmp_path):
     ("model.num_experts_per_tok=5", "num_experts_per_tok=5 must be between 1 and num_experts=3"),
     ("model.num_shared_experts=-1", "num_shared_experts=-1"),
     ("model.kind=oracle", "kind=oracle has no experts"),
+    ("model.align_passes=-1", "align_passes=-1 must be at least 0"),
     ("model.budgets=true", "budgets=true needs kind=moe or prune and num_shared_experts=null, got moe and 1"),
     ("timing_rounds=0", "timing_rounds=0 must be at least 1"),
     ("model.kind=mixture", "nearest: 'moe'"),
@@ -93,6 +94,11 @@ def test_hub_rows_are_the_fields_setting_whatever_the_profile(tmp_path):
 def test_settings_that_cannot_be(word, message):
     with pytest.raises(ValueError, match=message):
         settings(word)
+
+
+def test_distillation_after_the_conversion_needs_float32():
+    with pytest.raises(ValueError, match="dtype=bfloat16: model.align_passes=1 needs float32 weights"):
+        settings("model.align_passes=1", "dtype=bfloat16")
 
 
 def test_texts_need_names_of_their_own():
