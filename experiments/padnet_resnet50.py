@@ -61,14 +61,16 @@ class ModelConfig:
         """The network in words, as rows are called: a row and its controls are found by these."""
         if self.method == "static":
             return "static"
+        usual = ModelConfig()
+        anneal = [] if self.temperature_share == usual.temperature_share else [f"temperature_share {self.temperature_share:.4g}"]
         if self.method != "pad":
-            return f"{LABELS[self.method]}, K = {self.num_kernels}"
-        usual, rounds = ModelConfig(), "one shot" if self.rounds == 1 else f"{self.rounds} rounds"
+            return ", ".join([LABELS[self.method], f"K = {self.num_kernels}", *anneal])
+        rounds = "one shot" if self.rounds == 1 else f"{self.rounds} rounds"
         criterion = f"{self.criterion}, {rounds}" if self.criterion in ("snip", "removal") else self.criterion  # the others rank alike in every round
         more = [criterion] if (self.criterion, self.rounds) != (usual.criterion, usual.rounds) else []
         more += ["shuffled"] if self.shuffle else []
         more += {"both": [], "prune": ["pruned"], "none": ["no scales"]}.get(self.scales, [f"scale {self.scales} only"])
-        more += [f"{name} {getattr(self, name)}" for name in ("schedule", "scope", "static") if getattr(self, name) != getattr(usual, name)]
+        more += anneal + [f"{name} {getattr(self, name)}" for name in ("schedule", "scope", "static") if getattr(self, name) != getattr(usual, name)]
         return ", ".join([f"PAD {self.keep:.4g}, K = {self.num_kernels}", *more])
 
     def controls(self) -> list[str]:
@@ -153,6 +155,8 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "pruning": rows(dict(scales="none"), dict(scales="prune"), {}, STATIC, DY4, DY2),
     "kernels": rows(*SAME_STORAGE, STATIC, DY4, DY2),
     "cpu": rows(STATIC, DY4, {}, DY2, suffix=", part of CIFAR-10", **CPU),
+    "temperature": rows(*(change | dict(temperature_share=share) for share in (1 / 6, 1.0) for change in (DY4, {}, DY2)), STATIC,
+                        suffix=", part of CIFAR-10", **CPU),
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from dyn import config
@@ -419,3 +420,19 @@ def test_a_hub_that_cannot_be_reached_is_one_line():
     with pytest.raises(ValueError, match="nobody/nothing is no model that transformers can load: ") as caught:
         EXPERIMENT.plan(settings("model.source=nobody/nothing"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["moe", "prune"])
+def test_a_pass_of_distillation_moves_what_is_kept(kind, tmp_path):
+    words = (f"model.kind={kind}", "model.construction=calibrated", "model.num_experts_per_tok=2", "diagnose=false", *PLAIN)
+    found = {}
+    for passes in (0, 1):
+        cfg = settings(*words, f"model.align_passes={passes}")
+        run = run_of(cfg, tmp_path / str(passes))
+        metrics = convert.convert(cfg, run)
+        run._lock.close()
+        found[passes] = load_file(run.folder / "export" / "model.safetensors"), metrics
+    (plain, before), (moved, after) = found.values()
+    assert plain.keys() == moved.keys() and before["active fraction"] == after["active fraction"] and before["calibration tokens"] == after["calibration tokens"]
+    assert not torch.equal(plain["model.layers.0.self_attn.q_proj.weight"], moved["model.layers.0.self_attn.q_proj.weight"])
+    assert torch.equal(plain["model.embed_tokens.weight"], moved["model.embed_tokens.weight"])
