@@ -34,7 +34,8 @@ def align(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor], *, passes
         on_step: called with (step, steps) after each.
 
     Raises:
-        ValueError: narrower weights than float32 (a step of this size would be rounded away), batches that are none of this model.
+        ValueError: narrower weights than float32 (a step of this size would be rounded away), batches that are none of this model, a rate so high that the
+            divergence is no number any more.
     """
     check_batches(batches, dense.config.vocab_size)
     if net.dtype != torch.float32:
@@ -53,9 +54,13 @@ def align(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor], *, passes
         try:
             with torch.enable_grad():
                 for step, rows in enumerate(_steps(order, len(sequences), per_step)):
-                    tokens = sum(sequences[row].numel() for row in rows)
+                    tokens, total = sum(sequences[row].numel() for row in rows), 0.0
                     for row in rows:
-                        (_divergence(net, dense, sequences[row].to(net.device)) / tokens).backward()
+                        loss = _divergence(net, dense, sequences[row].to(net.device)) / tokens
+                        loss.backward()
+                        total += loss.detach()
+                    if not math.isfinite(total):
+                        raise ValueError(f"distillation over the calibration text diverged at step {step + 1} of {steps}: lower rate={rate}")
                     optimizer.step()
                     optimizer.zero_grad()
                     schedule.step()

@@ -72,3 +72,5 @@ def test_refusals(dense, batches):
         align(converted(dense, batches, "prune").bfloat16(), dense, batches)
     with pytest.raises(ValueError, match="do not fit vocab_size"):
         align(converted(dense, batches, "prune"), dense, [batches[0] + 10_000])
+    with pytest.raises(ValueError, match=r"diverged at step \d+ of 30: lower rate=1e\+30"):
+        align(converted(dense, batches, "prune"), dense, batches, passes=30, rate=1e30)

@@ -98,7 +98,7 @@ def test_settings_that_cannot_be(word, message):
 
 
 def test_distillation_after_the_conversion_needs_float32():
-    with pytest.raises(ValueError, match="dtype=bfloat16: model.align_passes=1 needs float32 weights"):
+    with pytest.raises(ValueError, match=r"dtype=bfloat16: model\.align_passes=1 needs float32 weights"):
         settings("model.align_passes=1", "dtype=bfloat16")
 
 
@@ -433,6 +433,6 @@ def test_a_pass_of_distillation_moves_what_is_kept(kind, tmp_path):
         run._lock.close()
         found[passes] = load_file(run.folder / "export" / "model.safetensors"), metrics
     (plain, before), (moved, after) = found.values()
-    assert plain.keys() == moved.keys() and before["active fraction"] == after["active fraction"] and before["calibration tokens"] == after["calibration tokens"]
+    assert plain.keys() == moved.keys() and all(before[key] == after[key] for key in ("active fraction", "calibration tokens"))
     assert not torch.equal(plain["model.layers.0.self_attn.q_proj.weight"], moved["model.layers.0.self_attn.q_proj.weight"])
     assert torch.equal(plain["model.embed_tokens.weight"], moved["model.embed_tokens.weight"])
