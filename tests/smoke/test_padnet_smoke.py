@@ -65,7 +65,7 @@ def test_a_compact_form_that_is_another_network_fails_the_run(folder):
 def test_the_report_says_what_was_done(folder):
     text = (folder / "report.md").read_text()
     assert "images: the image folder tiny: 60 images to train on, 20 to validate" in text and "one seed on 1 CPU thread" in text
-    assert "| PAD 0.3, K = 2, snip, 2 rounds, scale s only, compact |" in text and "### Not tested at this scale" in text
+    assert "| PAD 0.3, K = 2, snip, 2 rounds, scale s only, temperature_share 0.5, compact |" in text and "### Not tested at this scale" in text
     for plot in ("accuracy", "attention", "dynamic", "entropy"):
         assert (folder / "plots" / f"{plot}.png").stat().st_size > 1000 and f"![{plot}]" in text
     assert not (folder / "start").exists()
