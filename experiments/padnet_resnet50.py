@@ -62,7 +62,7 @@ class ModelConfig:
         if self.method == "static":
             return "static"
         usual = ModelConfig()
-        anneal = [] if self.temperature_share == usual.temperature_share else [f"temperature_share {self.temperature_share:.4g}"]
+        anneal = [] if self.method == "condconv" or self.temperature_share == usual.temperature_share else [f"temperature_share {self.temperature_share:.4g}"]
         if self.method != "pad":
             return ", ".join([LABELS[self.method], f"K = {self.num_kernels}", *anneal])
         rounds = "one shot" if self.rounds == 1 else f"{self.rounds} rounds"

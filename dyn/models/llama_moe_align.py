@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dyn.models.llama_moe_construct import generator
-from dyn.models.llama_moe_measure import check_batches
+from dyn.models.llama_moe_measure import check_batches, summed_divergence
 from dyn.nn.experts import Gate
 from dyn.nn.probe import for_statistics
 
@@ -18,7 +17,7 @@ TOKENS_PER_STEP = 2048
 WARMUP_STEPS = 5
 
 
-def align(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor], *, passes: int = 1, rate: float = 2e-5, seed: int = 0,
+def align(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor], *, passes: int = 1, rate: float = 5e-5, seed: int = 0,
           on_step: Callable[[int, int], object] = lambda step, steps: None) -> None:
     """Bring a converted decoder's next-token distribution nearer to its parent's, in place: Adam on the Kullback-Leibler divergence of whole vocabularies.
 
@@ -42,49 +41,38 @@ def align(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor], *, passes
         raise ValueError(f"dtype={str(net.dtype).removeprefix('torch.')}: distillation over the calibration text needs float32 weights")
     sequences = [row for batch in batches for row in batch.split(1)]
     per_step = max(1, TOKENS_PER_STEP // max(s.numel() for s in sequences))
-    steps = passes * math.ceil(len(sequences) / per_step)
     random = generator(seed, "align")
-    order = torch.cat([torch.randperm(len(sequences), generator=random) for _ in range(passes)]) if passes else torch.empty(0, dtype=torch.long)
+    steps = [rows.tolist() for _ in range(passes) for rows in torch.randperm(len(sequences), generator=random).split(per_step)]
     with for_statistics(dense), for_statistics(net):
         trained = _moving(net)
         for parameter in trained:
             parameter.requires_grad_(True)
         optimizer = torch.optim.Adam(trained, lr=rate, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS) * (1 - step / max(steps, 1)))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS) * (1 - step / max(len(steps), 1)))
         try:
             with torch.enable_grad():
-                for step, rows in enumerate(_steps(order, len(sequences), per_step)):
+                for step, rows in enumerate(steps, 1):
                     tokens, total = sum(sequences[row].numel() for row in rows), 0.0
                     for row in rows:
-                        loss = _divergence(net, dense, sequences[row].to(net.device)) / tokens
+                        ids = sequences[row].to(net.device)
+                        with torch.no_grad():
+                            theirs_TV = dense(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+                        loss = summed_divergence(net(input_ids=ids, use_cache=False).logits.flatten(0, 1), theirs_TV) / tokens
                         loss.backward()
                         total += loss.detach()
                     if not math.isfinite(total):
-                        raise ValueError(f"distillation over the calibration text diverged at step {step + 1} of {steps}: lower rate={rate}")
+                        raise ValueError(f"distillation over the calibration text diverged at step {step} of {len(steps)}: lower rate={rate}")
                     optimizer.step()
                     optimizer.zero_grad()
                     schedule.step()
-                    on_step(step + 1, steps)
+                    on_step(step, len(steps))
         finally:
             for parameter in trained:
                 parameter.requires_grad_(False)
                 parameter.grad = None
 
 
-def _steps(order: Tensor, size: int, per_step: int) -> list[list[int]]:
-    """Rows of every step; none holds rows of two passes."""
-    return [part.tolist() for one in order.split(size) for part in one.split(per_step)]
-
-
 def _moving(net: nn.Module) -> list[nn.Parameter]:
     still = {p for module in net.modules() if isinstance(module, (Gate, nn.Embedding)) for p in module.parameters()}
     still |= set(net.get_output_embeddings().parameters())
     return [p for p in net.parameters() if p not in still]
-
-
-def _divergence(net: nn.Module, dense: nn.Module, ids: Tensor) -> Tensor:
-    """Summed over the tokens of ids [1, L]."""
-    with torch.no_grad():
-        log_p_TV = dense(input_ids=ids, use_cache=False).logits.flatten(0, 1).float().log_softmax(-1)
-    log_q_TV = net(input_ids=ids, use_cache=False).logits.flatten(0, 1).float().log_softmax(-1)
-    return nnf.kl_div(log_q_TV, log_p_TV, reduction="sum", log_target=True)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,7 +14,7 @@ from dyn.models.llama_moe_calibrate import LayerFit, activations, active_neurons
 from dyn.models.llama_moe_construct import METHODS
 from dyn.models.llama_moe_convert import moe_config
 from dyn.models.llama_moe_diagnose import placed
-from dyn.models.llama_moe_measure import check_batches
+from dyn.models.llama_moe_measure import check_batches, summed_divergence
 from dyn.models.llama_moe_prune import keep_neurons
 from dyn.nn.probe import for_statistics
 
@@ -101,8 +100,7 @@ def divergence(model: nn.Module, batches: Sequence[Tensor], hidden: Sequence[Ten
     for ids, theirs in zip(batches, hidden, strict=True):
         ours = model.model(input_ids=ids.to(model.device), use_cache=False)[0]
         for one, two in zip(ours, theirs, strict=True):  # a sequence at a time: the vocabulary is wide
-            log_q_TV, log_p_TV = (model.lm_head(h).float().log_softmax(-1) for h in (one, two))
-            total += float(nnf.kl_div(log_q_TV, log_p_TV, reduction="sum", log_target=True))
+            total += float(summed_divergence(model.lm_head(one), model.lm_head(two)))
     return total / sum(ids.numel() for ids in batches)
 
 

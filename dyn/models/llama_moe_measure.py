@@ -21,6 +21,12 @@ def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device), reduction="sum")
 
 
+def summed_divergence(logits_TV: Tensor, parent_TV: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of predictions from a parent's, in nats, summed over T tokens, in float32."""
+    log_q_TV, log_p_TV = (logits.float().log_softmax(-1) for logits in (logits_TV, parent_TV))
+    return F.kl_div(log_q_TV, log_p_TV, reduction="sum", log_target=True)
+
+
 def check_batches(batches: Sequence[Tensor], vocabulary: int) -> None:
     """ValueError unless every batch is token ids [B, L >= 2] of this vocabulary."""
     if not batches:
