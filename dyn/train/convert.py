@@ -30,7 +30,7 @@ from dyn.data.store import Store
 from dyn.models import llama_moe
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, layer_budgets
 from dyn.models.llama_moe_align import align
-from dyn.models.llama_moe_calibrate import active_neurons
+from dyn.models.llama_moe_calibrate import SAMPLE, active_neurons
 from dyn.models.llama_moe_construct import METHODS
 from dyn.models.llama_moe_convert import fresh, load_dense, moe_config, read_config
 from dyn.models.llama_moe_diagnose import domain_losses, ideal_routing, layer_contributions, neuron_oracle, routing_statistics
@@ -375,11 +375,14 @@ def plan_conversion(cfg: Any) -> dict[str, Any]:
     saved = 0 if model.kind in ("dense", "oracle") else idle  # an oracle computes all before it chooses
     bytes_each, tokens = getattr(torch, cfg.dtype).itemsize, cfg.calibration_tokens // cfg.calibration_length * cfg.calibration_length
     memory = {"dense and converted weights": bytes_each * (2 if model.kind in ("moe", "prune") else 1) * total,
-              "hidden states, two streams": 2 * tokens * hidden * bytes_each, "a layer's products of activations": 4 * width**2}
+              "hidden states, two streams": 2 * tokens * hidden * bytes_each, "a layer's products of activations": 4 * width**2,
+              "a layer's sample of activations": 4 * min(tokens, SAMPLE) * width}
+    memory |= {"gradients and moments of distillation": 12 * (total - (saved if model.kind == "prune" else 0))} if model.align_passes else {}
     return {
         "parameters": {"total": total + gates - (saved if model.kind == "prune" else 0), "activated (without gates)": total - saved, "gates": gates},
         "active fraction of the feed-forward": float(model.active()),
         "FLOPs": {"forward, a token": forward - 2 * saved + 2 * gates, "of the dense model": forward},
-        "calibration": {"tokens": tokens, "sequences": tokens // cfg.calibration_length, "FLOPs (three dense passes, a rough estimate)": 3 * forward * tokens},
+        "calibration": {"tokens": tokens, "sequences": tokens // cfg.calibration_length,
+                        "FLOPs (rough: 3 dense passes, 4 more a pass of distillation)": (3 + 4 * model.align_passes) * forward * tokens},
         "memory, GiB (estimate)": {k: round(v / (1 << 30), 2) for k, v in (memory | {"total": sum(memory.values())}).items()},
     }
