@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -136,6 +137,19 @@ def peak_memory() -> dict[str, int]:
 
     device = {"peak_device_memory_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
     return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)} | device
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed memory for the next tensors instead of giving each large one back to the system; True where that was done.
+
+    A fresh page costs a fault when it is first written, which takes longer than what most CPU operations do with it. This is about the whole process, so a
+    command's entry calls it, never a library function. Settings of the user's own (MALLOC_*, GLIBC_TUNABLES) stand.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(key.startswith(("MALLOC_", "GLIBC_TUNABLES")) for key in os.environ):
+        return False
+    mmap_max, trim_threshold = -4, -1  # malloc.h
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1))
 
 
 def code(*rooms: str) -> str:

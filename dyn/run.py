@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from dyn import config, report
-from dyn.env import follow, rank, world_size
+from dyn.env import follow, keep_freed_memory, rank, world_size
 from dyn.runfolder import Cancelled, Interrupted, Run, create, ended_well, read_json, unfinished
 
 __all__ = ["Cancelled", "Run", "main"]
@@ -291,4 +291,5 @@ def _table(lines: list[list[str]]) -> str:
 if __name__ == "__main__":
     from dyn.run import main as entry  # experiments import dyn.run: one module, one Cancelled
 
+    keep_freed_memory()
     sys.exit(entry())

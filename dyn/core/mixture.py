@@ -53,28 +53,35 @@ def partial_sets(bank: Tensor, mask: Tensor, static: Tensor | None, ratio: Tenso
 
 
 class _Held(torch.autograd.Function):
-    """bank (+ static); backward zeroes the bank's gradient where the mask is False."""
+    """bank (+ static * scale); backward zeroes the bank's gradient where the mask is False, and static's where it is True."""
 
     @staticmethod
-    def forward(ctx: Any, bank: Tensor, mask: Tensor, static: Tensor | None) -> Tensor:
-        ctx.save_for_backward(mask)
-        return bank.view_as(bank) if static is None else bank + static
+    def forward(ctx: Any, bank: Tensor, mask: Tensor, static: Tensor | None, scale: Tensor | None) -> Tensor:
+        ctx.save_for_backward(mask, static, scale)
+        return bank.view_as(bank) if static is None else torch.addcmul(bank, static, scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:
-        mask = ctx.saved_tensors[0].to(grad.dtype)  # once: a product of floats and bools is cast number by number, which takes a CPU three times as long
-        shared = grad.sum(0) if ctx.needs_input_grad[2] else None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor | None]:
+        mask, static, scale = ctx.saved_tensors
+        mask = mask.to(grad.dtype)  # once: a product of floats and bools is cast number by number, which takes a CPU three times as long
+        shared = factor = None
+        if static is not None:
+            shared = grad.sum(0)
+            factor = (shared * static).sum().view_as(scale) if ctx.needs_input_grad[3] else None
+            shared = torch.addcmul(shared, shared, mask, value=-1) * scale
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not grad.is_contiguous():
-            return grad * mask, None, shared
-        return grad.mul_(mask), None, shared  # fresh from the product that used the bank; a second one of K sets costs as much as a small convolution
+            return grad * mask, None, shared, factor
+        return grad.mul_(mask), None, shared, factor  # fresh from the product that used the bank; a second one of K sets costs as much as a small convolution
 
 
-def held(bank: Tensor, mask: Tensor, static: Tensor | None = None) -> Tensor:
+def held(bank: Tensor, mask: Tensor, static: Tensor | None = None, scale: Tensor | float = 1.0) -> Tensor:
     """`bank` [..., P], which is zero outside `mask` [P] already; its gradient there is exactly zero too, without a product with the mask in forward.
 
-    static: [P], zero inside the mask, which comes into every set.
+    static: [P], zero inside the mask and held so; it comes into every set, times `scale` (a float or one number).
     """
-    return _Held.apply(bank, mask, static)
+    if static is not None and not isinstance(scale, Tensor):
+        scale = bank.new_full((1,), scale)
+    return _Held.apply(bank, mask, static, None if static is None else scale)
 
 
 def partial_parts(bank: Tensor, mask: Tensor, static: Tensor | None, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:

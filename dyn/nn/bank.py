@@ -169,7 +169,7 @@ class PartialBank(nn.Module):
             return weight, gain
         if not self.settled:
             return partial_sets(weight, self.mask, self.static, static / dynamic), gain
-        return held(weight, self.mask, None if self.static is None else held(self.static, ~self.mask) * (static / dynamic)), gain
+        return held(weight, self.mask, self.static, static / dynamic), gain
 
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See `Banked.parts`."""
@@ -238,10 +238,11 @@ class CompactBank(nn.Module):
         pool_KP = torch.cat([self.dynamic, (static if self.folded else torch.zeros_like(static)).expand(self.num_sets, -1)], 1)
         if self.has_static and not self.folded:
             pool_KP = torch.cat([pool_KP, torch.cat([self.dynamic.new_zeros(number), static])[None]])
-        # Where each position's value lies in `pool_KP`: gathered, which takes a CPU half as long as to scatter by mask.
+        # Where each position's value lies in `pool_KP`. A CPU gathers twice as fast as it scatters by mask, and one `where` takes as long as this.
         count_P = mask_P.cumsum(0, dtype=torch.int32)
-        behind_P = torch.arange(number, number + len(mask_P), dtype=torch.int32, device=mask_P.device) - count_P
-        return pool_KP.index_select(1, torch.where(mask_P, count_P - 1, behind_P)).unflatten(1, self.shape)
+        behind_P = torch.arange(number, number + len(mask_P), dtype=torch.int32, device=mask_P.device).sub_(count_P)
+        place_P = torch.addcmul(behind_P, count_P.sub_(behind_P).sub_(1), mask_P.to(torch.int32)).long()
+        return pool_KP.gather(1, place_P.expand(len(pool_KP), -1)).unflatten(1, self.shape)
 
     def sets(self, _: None = None) -> tuple[Tensor, None]:
         """See `PartialBank.sets`; not folded, the static set is the last one."""
