@@ -84,19 +84,43 @@ def compare(group: Group, rows: Sequence[Group]) -> list[str]:
             else:
                 verdict = ("lower" if a < b else "higher") if abs(a - b) > least else "no difference shown"
                 lines.append(f"{text}; smallest that the seeds could have shown {least:.2g}: {verdict}{_paired(group.by_seed(key), control.by_seed(key))}")
-    return lines + union(resampled(group, control) for control in controls.values())
+    for name, control in controls.items():
+        for found in resampled(group, control):
+            lines.append(f"{group.row}, {found}" if isinstance(found, str) else f"{group.row} against {name}, {found}: {found.verdict()}")
+    return union([lines])
 
 
-def resampled(group: Group, control: Group, rounds: int = 500) -> list[str]:
-    """Lines on the tasks of which both keep what was said to every example (notes: answers): the difference of the leading metric under resampling of seeds
-    and of examples together, since a validation set is a small sample itself; first the smallest detectable difference (2.8 standard errors, which four of five
-    repetitions would find). A line too on tasks of which a result has but the limit above which it keeps none."""
+@dataclass(kw_only=True, slots=True)
+class Resampled:
+    """A difference of two rows in the leading metric of a task, with seeds and examples resampled together."""
+
+    task: str
+    metric: str
+    least: float  # the smallest detectable difference: 2.8 standard errors, which four of five repetitions would find
+    gain: float
+    low: float
+    high: float
+    seeds: int
+    examples: int
+
+    def verdict(self) -> str:
+        """By the 95 % interval."""
+        return "no difference shown" if self.low <= 0 <= self.high else "higher" if self.gain > 0 else "lower"
+
+    def __str__(self) -> str:
+        return (f"{self.task} {self.metric}: smallest detectable difference {self.least:.2g}; measured {self.gain:+.3g}, 95 % interval {self.low:+.3g} to "
+                f"{self.high:+.3g} over {self.seeds} seed{'s' * (self.seeds > 1)} and {self.examples} examples, both resampled")
+
+
+def resampled(group: Group, control: Group, rounds: int = 500) -> list[Resampled | str]:
+    """Differences on the tasks of which both keep what was said to every example (notes: answers), since a validation set is a small sample itself. A line
+    instead on tasks of which a result has but the limit above which it keeps none."""
     ours, theirs = ({r["config"].get("seed"): r["notes"].get("answers", {}) for r in g.good} for g in (group, control))
-    seeds, lines = sorted(seed for seed in ours.keys() & theirs.keys()), []
+    seeds, differences = sorted(seed for seed in ours.keys() & theirs.keys()), []
     for task in union(answers for seed in seeds for answers in [ours[seed]]):
         pairs = [(ours[seed][task], theirs[seed][task]) for seed in seeds if task in ours[seed] and task in theirs[seed]]
         if limits := [said["limit"] for pair in pairs for said in pair if "limit" in said]:
-            lines.append(f"{group.row}, {task}: not resampled: answers are kept up to {max(limits):,} examples")
+            differences.append(f"{task}: not resampled: answers are kept up to {max(limits):,} examples")
             continue
         pairs = [pair for pair in pairs if pair[0]["labels"] == pairs[0][0]["labels"] == pair[1]["labels"] and pair[0]["metric"] in _SCORES]
         if not pairs:
@@ -112,11 +136,9 @@ def resampled(group: Group, control: Group, rounds: int = 500) -> list[str]:
         ones = [1] * len(labels)
         gain = statistics.fmean(score(a["predictions"], labels, ones) - score(b["predictions"], labels, ones) for a, b in pairs)
         low, high = (sorted(found)[int(share * (rounds - 1))] for share in (0.025, 0.975))
-        verdict = "no difference shown" if low <= 0 <= high else "higher" if gain > 0 else "lower"
-        lines.append(f"{group.row} against {control.row}, {task} {pairs[0][0]['metric']}: smallest detectable difference {2.8 * statistics.stdev(found):.2g}; "
-                     f"measured {gain:+.3g}, 95 % interval {low:+.3g} to {high:+.3g} over {len(pairs)} seed{'s' * (len(pairs) > 1)} and {len(labels)} "
-                     f"examples, both resampled: {verdict}")
-    return lines
+        differences.append(Resampled(task=task, metric=pairs[0][0]["metric"], least=2.8 * statistics.stdev(found), gain=gain, low=low, high=high,
+                                     seeds=len(pairs), examples=len(labels)))
+    return differences
 
 
 def _accuracy(predictions: Sequence[float], labels: Sequence[float], weights: Sequence[int]) -> float:
@@ -143,22 +165,27 @@ _SCORES = {"accuracy": _accuracy, "matthews": _pearson, "pearson": _pearson, "me
 
 def claims(group: Group, rows: Sequence[Group]) -> list[str]:
     """Lines on what a paper claims of a row (its notes: text, metric, against which row, wants higher or lower), beside what was measured: won, lost or
-    undecided by what the seeds could have shown; and whether the claim itself was in reach."""
+    undecided, by seeds and examples where answers are kept, else by what the seeds could have shown; and whether the claim itself was in reach. No verdict
+    where a control of the row is missing."""
     lines = []
+    missing = [name for name in union(result["notes"].get("controls", []) for result in group.good) if _control(name, group, rows) is None]
     for text, key, against, wants in union(map(itemgetter("text", "metric", "against", "wants"), r["notes"].get("claims", [])) for r in group.good):
         control, ours = _control(against, group, rows), group.values("metrics", key)
         theirs = [] if control is None else control.values("metrics", key)
-        if not ours or not theirs:
-            lines.append(f"{text}: no verdict, control missing: {against}")
+        if not ours or not theirs or missing:
+            lines.append(f"{text}: no verdict, control missing: {'; '.join(union([missing, [against] if not theirs else []]) or [group.row])}")
             continue
         gain, least = statistics.fmean(ours) - statistics.fmean(theirs), smallest_difference(ours, theirs)
         measured = f"{key} of {group.row} {show(statistics.fmean(ours))}, of {against} {show(statistics.fmean(theirs))}, difference {gain:+.3g}"
-        if least is None or not math.isfinite(gain) or abs(gain) <= least:
-            verdict = "undecided" + (" (one seed)" if least is None else f" (the seeds could have shown {least:.2g})")
+        if found := [one for one in resampled(group, control) if isinstance(one, Resampled)]:
+            shown, reach = {one.verdict() for one in found}, "; ".join(map(str, found))
+            side = shown.pop() if len(shown) == 1 else "no difference shown"
         else:
-            verdict = f"{'won' if (gain > 0) == (wants == 'higher') else 'lost'} (the seeds could have shown {least:.2g})"
+            reach = "one seed" if least is None else f"the seeds could have shown {least:.2g}"
+            side = "no difference shown" if least is None or not math.isfinite(gain) or abs(gain) <= least else "higher" if gain > 0 else "lower"
+        verdict = "undecided" if side == "no difference shown" else "won" if side == wants else "lost"
         scale = "; the claim itself is not tested at this scale" if any(r["notes"].get("not_tested") for r in group.good) else ""
-        lines.append(f"{text}: {verdict}. Measured: {measured}{scale}")
+        lines.append(f"{text}: {verdict} ({reach}). Measured: {measured}{scale}")
     return lines
 
 

@@ -67,8 +67,9 @@ class _Held(torch.autograd.Function):
         shared = factor = None
         if static is not None:
             shared = grad.sum(0)
+            shared = torch.addcmul(shared, shared, mask, value=-1)
             factor = (shared * static).sum().view_as(scale) if ctx.needs_input_grad[3] else None
-            shared = torch.addcmul(shared, shared, mask, value=-1) * scale
+            shared = shared * scale
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not grad.is_contiguous():
             return grad * mask, None, shared, factor
         return grad.mul_(mask), None, shared, factor  # fresh from the product that used the bank; a second one of K sets costs as much as a small convolution

@@ -207,6 +207,20 @@ def detach(model: nn.Module, name: str = "default") -> nn.Module:
     return model
 
 
+def keep_choice(model: nn.Module) -> Callable[[], None]:
+    """A function that gives the model the adapters that act now and what is trained now, after one that was attached in between is taken off again."""
+    trained, active = {p: p.requires_grad for p in model.parameters()}, _active(model)
+    chosen = None if active is None else (active.names, active.rows, active.batch)
+
+    def restore() -> None:
+        for p, wanted in trained.items():
+            p.requires_grad_(wanted)
+        if chosen is not None:
+            active.names, active.rows, active.batch = chosen
+
+    return restore
+
+
 def _remove(model: nn.Module, name: str, which: Callable[[Site], bool]) -> None:
     for path, site in sites(model).items():
         if name not in site or not which(site):

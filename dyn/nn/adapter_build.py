@@ -5,6 +5,7 @@ A new kind is an entry in `FLAGS` and one in `KINDS`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -88,10 +89,12 @@ def make_config(kind: Kind, flags: Mapping[str, Any], host: Host, *, official: b
         if key in f:
             check_choice(f"{kind}: {key}", f[key], allowed)
     for key in ("dropout", "prefix_dropout"):
-        if not 0 <= f.get(key, 0) < 1:
+        if not (_is_number(f.get(key, 0)) and 0 <= f.get(key, 0) < 1):
             raise ValueError(f"{kind}: {key}={f[key]!r} must lie in [0, 1)")
-    if f.get("scale", 1.0) != "learnable" and not isinstance(f.get("scale", 1.0), (int, float)):
+    if f.get("scale", 1.0) != "learnable" and not _is_number(f.get("scale", 1.0)):
         raise ValueError(f"{kind}: scale={f['scale']!r} must be a number or 'learnable'")
+    if not (_is_number(f.get("alpha", 1.0)) and f.get("alpha", 1.0) > 0):
+        raise ValueError(f"{kind}: alpha={f['alpha']!r} must be a number above 0")
     for key in ("where", "members"):
         if key in f:
             f[key] = (f[key],) if isinstance(f[key], str) else tuple(f[key])
@@ -104,6 +107,10 @@ def make_config(kind: Kind, flags: Mapping[str, Any], host: Host, *, official: b
         if not layers or layers[0] < 0 or layers[-1] >= len(host.layers):
             raise ValueError(f"layers={list(layers)} must be indices in 0..{len(host.layers) - 1}")
     return AdapterConfig(kind, f, official, head, layers)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def pieces(model: nn.Module, host: Host, config: AdapterConfig, name: str, dtype: torch.dtype | None = None) -> list[Piece]:

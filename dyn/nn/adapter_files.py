@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from dyn.core.partition import pack_bits, unpack_bits
-from dyn.nn.adapter_attach import adapter_parameters, adapters, attach, detach, head_parameters, hosts, refuse_merged, set_active
+from dyn.nn.adapter_attach import adapter_parameters, adapters, attach, detach, head_parameters, hosts, keep_choice, refuse_merged, set_active
 from dyn.nn.adapter_build import make_config
 from dyn.nn.adapter_modules import AdapterModule
 from dyn.nn.adapter_sites import modules_of
@@ -113,6 +114,7 @@ def load_adapter(model: nn.Module, d: str | Path, name: str | None = None, *, he
                          "load_adapter(..., head=False) leaves the head out")
     state = _unpack(folder, about, tensors)
     there = adapters(model).get(name)
+    restore = keep_choice(model)
     if there is None:
         # A seed, since reading a file should not move the random state.
         attach(model, config["kind"], name=name, head=head and config["head"], official=config["official"], layers=config["layers"], seed=0,
@@ -127,6 +129,7 @@ def load_adapter(model: nn.Module, d: str | Path, name: str | None = None, *, he
     except ValueError:
         if there is None:
             detach(model, name)
+            restore()
         raise
     set_active(model, name)
     short = short_names(model, name)
@@ -214,20 +217,23 @@ def replace_folder(folder: Path, files: Mapping[str, bytes], own: Sequence[str] 
     other = [folder.name] if folder.is_file() else sorted({p.name for p in folder.glob("*")} - {*own})
     if other:
         raise ValueError(f"{folder} holds other things ({', '.join(other[:3])}); give an adapter a folder of its own")
-    part, old = (folder.with_name(f"{folder.name}.{word}") for word in ("part", "old"))
+    folder = folder.absolute()
+    if folder.is_dir() and folder.samefile(Path.cwd()):
+        raise ValueError(f"{folder} is the current directory, which cannot be replaced whole; give an adapter a folder of its own")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
+    room = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # a name of its own: what lies beside may be anyone's
+    part, old = room / "new", room / "old"
     try:
+        part.mkdir()
         for file, data in files.items():
             (part / file).write_bytes(data)
         if folder.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
             folder.replace(old)
         part.replace(folder)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        if old.is_dir() and not folder.is_dir():
+            old.replace(folder)
+        shutil.rmtree(room, ignore_errors=True)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:

@@ -147,6 +147,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state = load((folder / WEIGHTS).read_bytes())
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from None
+    if not isinstance(about, dict):
+        raise ValueError(f"{folder / CONFIG} is damaged: it holds no object")
     if about.get("peft_type") != "LORA":
         raise ValueError(f"{folder} holds a {about.get('peft_type')} of peft's; only LORA can be imported")
     for field, plain in PLAIN.items():

@@ -329,6 +329,9 @@ def _read(module: nn.Module, state: dict[str, Tensor], prefix: str, _: dict, __:
                 state[f"{prefix}{stem}mask"] = mask
                 state[prefix + name] = values.new_zeros(p.shape).masked_scatter_(mask, values)
                 del state[f"{prefix}{stem}bits"]
+            elif held.shape is None and values is not None and values.shape == p.shape and not _is_sharded(p):
+                # Of a file without masks too, whose pruned weights are not zero.
+                state[prefix + name] = values.where((getattr(module, held.buffer) if mask is None else mask).to(values.device), 0)
             elif held.shape is not None and values is not None:
                 if mask is not None and values.shape == mask.shape == held.shape:
                     state[prefix + name] = values = _fill(values[mask])

@@ -49,7 +49,7 @@ def large_sparse(r: int = 64, factor: int | Fraction = 4) -> LargeSparse:
     Raises:
         ValueError: a factor below 1, or one with which the bottleneck is no whole number.
     """
-    wide = r * Fraction(factor)
+    wide = Fraction(r) * Fraction(factor)
     if r < 1 or factor < 1 or wide.denominator != 1:
         raise ValueError(f"large_sparse(r={r}, factor={factor}): r must be 1 or more, factor 1 or more, and their product whole")
     return LargeSparse(int(wide), 1 / Fraction(factor))
@@ -206,12 +206,15 @@ def _check_form(form: str, chosen: Mapping[str, Tensor], there: Masks, scope: st
         for key, p in chosen.items():
             width = math.prod(p.shape[1:])
             if p.ndim < 2 or width % 4:
+                near = " or ".join(str(r) for r in (width // 4 * 4, width // 4 * 4 + 4) if r)
                 raise ValueError(f"{key} {list(p.shape)}: form='2:4' needs groups of four along the input axis, and 4 does not divide {width}; "
-                                 f"take a bottleneck r of {max(4, width // 4 * 4)} or {width // 4 * 4 + 4}")
+                                 f"take a bottleneck r of {near}")
 
 
 def _read(batches: Iterable[Any] | None, samples: int | None) -> list[Any]:
     """Batches until there are `samples` examples."""
+    if isinstance(batches, (Mapping, Tensor, str)) or not (batches is None or isinstance(batches, Iterable)):
+        raise ValueError(f"prune: batches must be an iterable of batches, got {type(batches).__name__}; put a single batch in a list")
     if samples is None or batches is None:
         return list(batches or [])
     if samples < 1:

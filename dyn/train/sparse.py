@@ -30,7 +30,7 @@ class SparseConfig:
     factor: int = 1  # Large-Sparse: a bottleneck of factor x r, of which 1 / factor is kept: as many weights train as in the dense adapter of r
     method: Literal["random", "magnitude", "erdos_renyi", "snip", "grasp", "synflow"] = "snip"
     keep: float | None = 0.6  # 1: dense; with a factor null, for 1 / factor exactly
-    scope: Literal["global", "local"] = "global"
+    scope: Literal["global", "local", "erdos_renyi"] = "global"
     form: Literal["mask", "flat", "unit", "2:4"] = "mask"
     shuffle: bool = False  # each mask inside its tensor: the control that tells a criterion from its layer ratios
     samples: int = 320  # training examples that scores look at
@@ -53,6 +53,12 @@ class SparseConfig:
             raise ValueError(f"keep={self.keep} must lie in (0, 1]")
         if self.form == "2:4" and self.share() not in (1, Fraction(1, 2)):
             raise ValueError(f"keep={self.keep}, factor={self.factor}: form=2:4 keeps exactly half; set keep=0.5")
+        if self.kind == "prefix" and not self.dense() and not self.prefix:
+            raise ValueError(f"kind=prefix, keep={self.keep}: a prefix is all that there is to prune; set prefix=true, or keep=1")
+        if self.form == "2:4" and not self.dense() and (self.rounds > 1 or "erdos_renyi" in (self.method, self.scope)):
+            raise ValueError(f"form=2:4 keeps two of every four at once; rounds={self.rounds}, method={self.method}, scope={self.scope} do not go with it")
+        if self.method == "erdos_renyi" and self.scope == "local":
+            raise ValueError("method=erdos_renyi is an allocation over tensors, which scope=local excludes")
         if self.dense() and self.shuffle:
             raise ValueError("shuffle=true permutes a mask, and there is none: everything is kept")
 
@@ -73,7 +79,8 @@ class SparseConfig:
             share = f"1/{self.factor}" if self.keep is None else f"{self.keep:g}"
             made.append(f"{self.method.replace('_', '-')} {share}")
             usual = SparseConfig()
-            made += [text for text, wanted in (("local", self.scope == "local"), (f"{self.rounds} rounds", self.rounds > 1), ("shuffled", self.shuffle),
+            scope = self.scope.replace("_", "-")
+            made += [text for text, wanted in ((scope, scope != "global"), (f"{self.rounds} rounds", self.rounds > 1), ("shuffled", self.shuffle),
                                                ("rescaled", self.rescale), ("prefix too", self.prefix), (self.form, self.form in ("unit", "2:4")),
                                                (f"{self.samples} samples", self.samples != usual.samples)) if wanted]
         made += [f"{key} {value}" for key, value in sorted(self.flags.items())] + (["official"] if self.official else [])
@@ -84,7 +91,7 @@ class SparseConfig:
         and its own shuffled."""
         if self.dense():
             return [] if self.kind == "none" else ["full fine-tuning"]
-        plain = dataclasses.replace(self, factor=1, keep=1.0, shuffle=False, rescale=False, scope="global", rounds=1, prefix=False, form="mask")
+        plain = self.plain()
         if self.shuffle:
             return [plain.what(), dataclasses.replace(self, shuffle=False).what()]
         found = ["full fine-tuning", plain.what()]
@@ -95,7 +102,16 @@ class SparseConfig:
     def twin(self) -> SparseConfig:
         """The dense adapter that trains about as many weights: of r x keep, rounded; of Large-Sparse exactly as many."""
         r = self.r if self.keep is None else max(1, round(self.r * self.share()))
-        return dataclasses.replace(self, r=r, factor=1, keep=1.0, shuffle=False, rescale=False, scope="global", rounds=1, prefix=False, form="mask")
+        flags = self.flags if self.keep is None or self.prefix else self.made_flags()
+        return dataclasses.replace(self.plain(), r=r, flags=flags)
+
+    def plain(self) -> SparseConfig:
+        """The dense adapter of the same r."""
+        return dataclasses.replace(self, factor=1, keep=1.0, shuffle=False, rescale=False, scope="global", rounds=1, prefix=False, form="mask")
+
+    def made_flags(self) -> dict[str, Any]:
+        """Flags as attached: a prefix of mam that pruning spares is as long as r says, however wide the bottlenecks beside it, so that budgets are equal."""
+        return {"length": self.r} | self.flags if self.kind == "mam" and not self.prefix and not self.dense() else self.flags
 
 
 def with_controls(*rows: SparseConfig) -> list[SparseConfig]:
@@ -150,7 +166,7 @@ def sparsify(net: nn.Module, cfg: SparseConfig, batches: Callable[[], Iterable[M
         log(f"{cfg.what()}: {trained:,} parameters are trained")
         return {"weights": 0, "kept": 0, "keep": 1.0, "trained_parameters": trained, "adapter_parameters": 0, "head_parameters": 0, "density": {}, "mask": "",
                 "seconds": 0.0}
-    attach(net, cfg.kind, cfg.r if cfg.keep is not None else large_sparse(cfg.r, cfg.factor).r, cfg.name, official=cfg.official, seed=seed, **cfg.flags)
+    attach(net, cfg.kind, cfg.r if cfg.keep is not None else large_sparse(cfg.r, cfg.factor).r, cfg.name, official=cfg.official, seed=seed, **cfg.made_flags())
     before = {key: p.numel() for key, p in adapter_parameters(net, cfg.name).items()}
     matrices = [f"{path}.{key}" for path, module in adapter_modules(net).items() if module.adapter_name == cfg.name
                 and (module.kind not in ("prefix", "fusion") or cfg.prefix) for key in module.prunable]

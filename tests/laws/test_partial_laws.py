@@ -12,6 +12,7 @@ from dyn.nn.bank import Banked, CompactBank
 from dyn.nn.count import count_parameters
 from dyn.nn.dynamic_conv import KINDS, DynamicConv2d
 from dyn.nn.partial import PartialConv2d, compact, make_partial
+from dyn.ops.dynamic_conv import dynamic_conv2d
 
 SCALES = ("both", "s", "d", "none", "prune")
 
@@ -46,6 +47,30 @@ def test_the_equation(scales):
         if scales != "prune":
             kernel = kernel + static * ~mask * net.partial.static
         torch.testing.assert_close(net(x())[b : b + 1], F.conv2d(x()[b : b + 1], kernel, alpha[b] @ net.bias, padding=1))
+
+
+@pytest.mark.parametrize("scales", SCALES)
+def test_gradients_of_the_equation(scales):
+    """What the layer spares (products with the mask, a second pass for lambda_s) is not missing in gradients, nor in gradients of gradients."""
+    net = layer(scales=scales)
+    partial, mask, alpha = net.partial, net.partial.mask, net.alpha(x()).detach()
+    leaves = [p for p in (net.weight, partial.static, partial.phi) if p is not None]
+
+    def plain():
+        dynamic, static = partial.scale()
+        kernels = dynamic * mask * torch.einsum("bk,k...->b...", alpha, net.weight) + (0 if scales == "prune" else static * ~mask * partial.static)
+        return torch.stack([F.conv2d(image, kernel, padding=1) for image, kernel in zip(x(), kernels, strict=True)])
+
+    def spared():
+        sets, weights, static = net.mixture(alpha)
+        return dynamic_conv2d(x(), sets, weights, padding=1, static_OIhw=static)
+
+    found = []
+    for forward in (plain, spared):
+        first = torch.autograd.grad(forward().pow(3).mean(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)
+        found.append([*first, *second, *torch.autograd.grad(forward().pow(3).mean(), leaves)])
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_all_dynamic_is_the_dynamic_layer():

@@ -171,6 +171,8 @@ def test_sparse_rows_where_they_are_smaller(tiny_host, tmp_path):
     scores = {str(i): torch.rand(shape) for i, shape in enumerate(shapes)}
     at = {keep: mask_bytes(list(keep_masks(scores, keep).values())) for keep in (0.6, 0.4, 0.2, 0.1, 0.01)}
     assert all(at[keep]["bits"] == 294_912 < at[keep]["rows"] for keep in (0.6, 0.4, 0.2, 0.1))
+    int32 = 4 * 1_415_578 + 4 * 1_415_578 + 4 * (19_968 + 1)  # as scipy has it, golden fact 26
+    assert int32 == 11_404_500 == at[0.6]["rows"] + 2 * 1_415_578 + 4 * 1_415_578 > 4 * 2_359_296
     assert (at[0.01]["rows"] + 4 * 23_593) / (4 * 2_359_296) == pytest.approx(0.0235, abs=5e-5)
     assert at[0.01]["rows"] < at[0.01]["bits"]
     model = pruned(stir(attach(tiny_host(hidden_size=256, intermediate_size=64), "houlsby", 32)), 0.005)
@@ -250,13 +252,28 @@ def test_another_host_is_refused(tiny_host, tmp_path, family, settings, words):
     assert list(model.state_dict()) == keys
 
 
-def test_other_shapes_leave_the_model_as_it_was(tiny_host, tmp_path):
+def test_other_shapes_leave_the_model_as_it_was(tiny_host, tiny_text, tmp_path):
     save_adapter(stir(attach(tiny_host(), "lora", 4, where="ffn", head=False)), tmp_path / "a")
-    model = tiny_host(intermediate_size=48)
-    keys = list(model.state_dict())
-    with pytest.raises(ValueError, match=r"does not fit .*intermediate.dense.lora.B.weight is \[64, 4\] in the file, \[48, 4\] in the model"):
-        load_adapter(model, tmp_path / "a")
-    assert list(model.state_dict()) == keys
+    plain, busy = tiny_host(intermediate_size=48), stir(attach(tiny_host(intermediate_size=48), "houlsby", 4, "mine"), "mine")
+    for model in (plain, busy):
+        keys, trained, said = list(model.state_dict()), [p.requires_grad for p in model.parameters()], model.eval()(**tiny_text()).logits
+        with pytest.raises(ValueError, match=r"does not fit .*intermediate.dense.lora.B.weight is \[64, 4\] in the file, \[48, 4\] in the model"):
+            load_adapter(model, tmp_path / "a")
+        assert list(model.state_dict()) == keys and [p.requires_grad for p in model.parameters()] == trained
+        assert torch.equal(model(**tiny_text()).logits, said)
+
+
+def test_what_lies_beside_is_left_alone(tiny_host, tmp_path, monkeypatch):
+    for name in ("run.old", "run.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.txt").write_text("mine")
+    model = attach(tiny_host(), "lora", 4)
+    for _ in range(2):
+        save_adapter(model, tmp_path / "run")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.old", "run.part"] and (tmp_path / "run.old" / "data.txt").read_text() == "mine"
+    monkeypatch.chdir(tmp_path / "run")
+    with pytest.raises(ValueError, match="is the current directory"):
+        save_adapter(model, ".")
 
 
 def test_other_weights_are_reported(tiny_host, tmp_path, caplog):

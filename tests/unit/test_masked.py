@@ -70,6 +70,14 @@ def test_keys_stay_and_masks_lie_beside():
     assert mask_hash(found) == mask_hash(wanted) != mask_hash(some(model, seed=3))
 
 
+def test_a_file_without_masks_leaves_pruned_weights_at_zero():
+    model, dense = Net(), Net()
+    set_masks(model, some(model))
+    model.load_state_dict(dense.state_dict(), strict=False)
+    for key, mask in some(model).items():
+        assert torch.equal(model.get_parameter(key), dense.get_parameter(key).where(mask, 0))
+
+
 def test_bits_of_the_flat_form():
     model, wanted = Net(), some(Net())
     dense = {k: model.get_parameter(k).detach().clone() for k in KEYS}

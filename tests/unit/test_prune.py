@@ -217,6 +217,7 @@ def test_rescaled_survivors(form):
     (dict(form="csr"), "form='csr' is unknown; allowed: mask, flat, unit, 2:4"), (dict(scope="layer"), "scope='layer' is unknown"),
     (dict(shuffle=True), "shuffle=True is unknown"), (dict(method="erdos_renyi", scope="local"), "contradicts it"),
     (dict(name="three"), "there is no adapter 'three'; attached: both, one, two"), (dict(name="both"), "kind fusion have no weight that is pruned by default"),
+    (dict(batches={"x": data()}), "batches must be an iterable of batches, got dict"), (dict(batches=3), "batches must be an iterable of batches, got int"),
     (dict(batches=None), "looks at data, and there are no batches"), (dict(batches=[]), "looks at data"),
     (dict(loss_fn=None), r"method='snip' looks at a loss; give loss_fn"), (dict(params="nothing"), "finds no parameter of Host"),
     (dict(loss_fn=lambda m, b: loss(m, b) * 0), "all snip scores are 0"), (dict(loss_fn=lambda m, b: loss(m, b) * float("inf")), "finite scalar"),
@@ -285,7 +286,8 @@ def test_other_refusals():
         prune(prune(Host(), None, None, "random"), data(), loss, keep=0.2, monotone=False)
 
 
-@pytest.mark.parametrize(("r", "factor", "words"), [(64, 0.5, "factor"), (0, 2, "r must be 1"), (10, Fraction(4, 3), "their product whole")])
+@pytest.mark.parametrize(("r", "factor", "words"), [
+    (64.5, 1, "their product whole"), (64, 0.5, "factor"), (0, 2, "r must be 1"), (10, Fraction(4, 3), "their product whole")])
 def test_large_sparse_refuses(r, factor, words):
     with pytest.raises(ValueError, match=words):
         large_sparse(r, factor)

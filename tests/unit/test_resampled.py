@@ -30,16 +30,35 @@ def guess(count, right, seed):
 
 def test_a_clear_difference_is_shown_and_a_small_one_is_not():
     good, bad = (group(name, {seed: guess(300, right, seed + right) for seed in range(3)}) for name, right in (("good", 9), ("bad", 6)))
-    [line] = resampled(good, bad)
-    assert line.endswith("over 3 seeds and 300 examples, both resampled: higher") and "smallest detectable difference" in line.split("measured")[0]
-    assert resampled(bad, good)[0].endswith(": lower")
+    [found] = resampled(good, bad)
+    assert found.verdict() == "higher" and str(found).endswith("over 3 seeds and 300 examples, both resampled")
+    assert "smallest detectable difference" in str(found).split("measured")[0]
+    assert resampled(bad, good)[0].verdict() == "lower"
     like = group("like", {seed: guess(300, 9, seed + 50) for seed in range(3)})
-    assert resampled(good, like)[0].endswith("no difference shown")
+    assert resampled(good, like)[0].verdict() == "no difference shown"
+
+
+def test_a_claim_is_decided_by_seeds_and_examples_and_not_without_a_control():
+    """Seeds that agree with each other say nothing of the examples that all of them share."""
+    alike = {seed: guess(40, 9, 7) for seed in range(3)}
+    ours, theirs = group("ours", alike), group("theirs", {seed: [1 - p[0], *p[1:]] for seed, p in alike.items()})
+    for each, accuracy in ((ours, 0.9), (theirs, 0.875)):
+        for (_, result), more in zip(each.results, (0, 0.001, 0.002), strict=True):
+            result.update(metrics={"accuracy": accuracy + more})
+    notes = [result["notes"] for _, result in ours.results]
+    for note in notes:
+        note.update(claims=[{"text": "better", "metric": "accuracy", "against": "theirs", "wants": "higher"}], controls=["theirs"])
+    assert verdicts.smallest_difference(ours.values("metrics", "accuracy"), theirs.values("metrics", "accuracy")) < 0.025
+    [line] = verdicts.claims(ours, [ours, theirs])
+    assert line.startswith("better: undecided (mrpc accuracy: smallest detectable difference")
+    for note in notes:
+        note["controls"] = ["theirs", "shuffled"]
+    assert verdicts.claims(ours, [ours, theirs]) == ["better: no verdict, control missing: shuffled"]
 
 
 def test_only_seeds_and_examples_that_both_have_count():
     a, b = group("a", {0: guess(20, 9, 1), 1: guess(20, 9, 2)}), group("b", {1: guess(20, 8, 3), 2: guess(20, 8, 4)})
-    assert "over 1 seed and 20 examples" in resampled(a, b)[0]
+    assert "over 1 seed and 20 examples" in str(resampled(a, b)[0])
     assert resampled(a, group("other examples", {0: guess(22, 9, 1)})) == []
     assert resampled(a, Group(row="none", profile="small", results=[])) == []
 

@@ -35,6 +35,9 @@ def loss(model, batch):
     (dict(factor=4, keep=None), "houlsby 256, snip 1/4", ["full fine-tuning", "houlsby 64", "houlsby 256, random 1/4", "houlsby 256, snip 1/4, shuffled"]),
     (dict(shuffle=True, keep=0.2), "houlsby 64, snip 0.2, shuffled", ["houlsby 64", "houlsby 64, snip 0.2"]),
     (dict(method="erdos_renyi"), "houlsby 64, erdos-renyi 0.6", ["full fine-tuning", "houlsby 64"]),
+    (dict(kind="mam", r=8, keep=0.5), "mam 8, snip 0.5", ["full fine-tuning", "mam 8", "mam 4, length 8", "mam 8, random 0.5", "mam 8, snip 0.5, shuffled"]),
+    (dict(keep=0.2, scope="erdos_renyi"), "houlsby 64, snip 0.2, erdos-renyi",
+     ["full fine-tuning", "houlsby 64", "houlsby 13", "houlsby 64, random 0.2, erdos-renyi", "houlsby 64, snip 0.2, erdos-renyi, shuffled"]),
     (dict(kind="mam", r=512, flags={"length": 30}, prefix=True, scope="local", rounds=5), "mam 512, snip 0.6, local, 5 rounds, prefix too, length 30",
      ["full fine-tuning", "mam 512, length 30", "mam 307, length 30", "mam 512, random 0.6, local, 5 rounds, prefix too, length 30",
       "mam 512, snip 0.6, local, 5 rounds, shuffled, prefix too, length 30"]),
@@ -48,11 +51,25 @@ def test_rows_have_names_and_controls(changes, words, controls):
 @pytest.mark.parametrize(("changes", "message"), [
     (dict(factor=4), "keep=0.6 with factor=4: Large-Sparse keeps 1 / factor exactly"), (dict(keep=None), "without a factor give keep"),
     (dict(keep=0.0), r"keep=0.0 must lie in \(0, 1\]"), (dict(keep=1.0, shuffle=True), "shuffle=true permutes a mask, and there is none"),
+    (dict(kind="prefix"), "a prefix is all that there is to prune; set prefix=true"),
+    (dict(form="2:4", keep=0.5, rounds=3), "two of every four at once; rounds=3"),
+    (dict(form="2:4", keep=0.5, method="erdos_renyi"), "method=erdos_renyi, scope=global do not go with it"),
+    (dict(method="erdos_renyi", scope="local"), "which scope=local excludes"),
     (dict(r=0), "r=0 must be at least 1"), (dict(samples=0), "samples=0 must be at least 1"),
 ])
 def test_settings_that_exclude_each_other(changes, message):
     with pytest.raises(ValueError, match=message):
         SparseConfig(**changes).check()
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(kind="lora"), dict(kind="mam"), dict(kind="mam", prefix=True), dict(kind="mam", flags={"length": 3})])
+@pytest.mark.parametrize("pruned", [dict(factor=4, keep=None), dict(keep=0.5)])
+def test_a_pruned_adapter_and_its_twin_train_as_many_weights(changes, pruned):
+    """Apart from biases, and from a pruned prefix beside a factor-less twin, whose prefix is as long as its r."""
+    cfg = SparseConfig(r=8, samples=4, **changes, **pruned)
+    facts = [sparsify(net(), one, batches, loss, **silent) for one in (cfg, cfg.twin())]
+    biases = 0 if changes.get("kind") == "lora" else 2 * 2 * (cfg.r * cfg.factor - cfg.twin().r) / (2 if changes.get("kind") == "mam" else 1)
+    assert facts[0]["adapter_parameters"] - facts[1]["adapter_parameters"] == biases
 
 
 def test_full_fine_tuning_leaves_the_network():
