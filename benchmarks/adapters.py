@@ -14,13 +14,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks.measure import cell, heading, interleave, peak_bytes, plot, save, saved_bytes, summarise, tabulate, timer
-from dyn.nn.adapter import adapter_parameters, attach
+from dyn.nn.adapter import adapter_parameters, attach, save_adapter
 from dyn.nn.adapter_modules import Bottleneck
 from dyn.nn.count import count_parameters
 from dyn.nn.masking import large_sparse, prune
@@ -74,6 +75,12 @@ def state_bytes(net: nn.Module) -> int:
     return masks + sum(16 * p.numel() for p in adapter_parameters(net).values())
 
 
+def file_bytes(net: nn.Module, dtype: torch.dtype) -> int:
+    """Of the adapter's file, without the head."""
+    with TemporaryDirectory() as folder:
+        return (save_adapter(net, Path(folder) / "adapter", dtype=dtype) / "adapter.safetensors").stat().st_size
+
+
 def steps(size: Size, device: str, rounds: int, clock: Callable[[], float]) -> dict:
     """Training steps of the whole encoder."""
     nets = {name: encoder(size, r, how, device) for name, (r, how) in FORMS.items()}
@@ -98,6 +105,7 @@ def steps(size: Size, device: str, rounds: int, clock: Callable[[], float]) -> d
         bottlenecks = [m for m in net.modules() if isinstance(m, Bottleneck)]
         head = sum(p.numel() for p in net.classifier.parameters())
         rows[name] |= {"trained": count_parameters(net)["trainable"] - head, "state_bytes": state_bytes(net),
+                       "file_bytes": file_bytes(net, torch.float32), "file_bytes_bf16": file_bytes(net, torch.bfloat16),
                        "flops_per_token": sum(2 * m.down.in_features * m.down.out_features * 2 for m in bottlenecks),
                        "saved_bytes": saved_bytes(calls[name]["forward"], net.parameters())}
         if device == "cuda":
@@ -145,12 +153,15 @@ def markdown(result: dict) -> str:
     lines = heading(
         result, "Sparse adapters: time, memory and work",
         "Medians with quartiles; ratios are to the dense adapter in the same round. Trained: the adapter's weights and biases that are not pruned. State:",
-        "its parameters, gradients, AdamW's moments and masks. MFLOP: forward, a token, in its matrices, zeros included, since nothing skips them. Kept: for",
+        "its parameters, gradients, AdamW's moments and masks. File: of `save_adapter`, in float32 and in bfloat16.",
+        "MFLOP: forward, a token, in its matrices, zeros included, since nothing skips them. Kept: for",
         "backward.")
     for table in result["tables"]:
         if "step" in next(iter(table["rows"].values())):
             columns = {"step ms": lambda r: cell(r["step"], 1e3, 1), "/ dense": lambda r: cell(r["step_ratio"]), "trained": lambda r: f"{r['trained']:,}",
-                       "state MB": lambda r: f"{r['state_bytes'] / 1e6:.2f}", "MFLOP": lambda r: f"{r['flops_per_token'] / 1e6:.3f}",
+                       "state MB": lambda r: f"{r['state_bytes'] / 1e6:.2f}",
+                       "file MB": lambda r: f"{r['file_bytes'] / 1e6:.3f}", "in bf16": lambda r: f"{r['file_bytes_bf16'] / 1e6:.3f}",
+                       "MFLOP": lambda r: f"{r['flops_per_token'] / 1e6:.3f}",
                        "kept MB": lambda r: f"{r['saved_bytes'] / 1e6:.1f}"}
             if result["env"]["kind"] == "cuda":
                 columns["peak MB"] = lambda r: cell(r["peak_bytes"], 1e-6, 1)
