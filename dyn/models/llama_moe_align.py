@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ TOKENS_PER_STEP = 2048
 WARMUP_STEPS = 5
 
 
-def align(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor], *, passes: int = 1, rate: float = 5e-5, seed: int = 0,
+def align(net: nn.Module, dense: nn.Module, batches: Iterable[Tensor], *, passes: int = 1, rate: float = 5e-5, seed: int = 0,
           on_step: Callable[[int, int], object] = lambda step, steps: None) -> None:
     """Bring a converted decoder's next-token distribution nearer to its parent's, in place: Adam on the Kullback-Leibler divergence of whole vocabularies.
 
@@ -34,9 +34,14 @@ def align(net: nn.Module, dense: nn.Module, batches: Sequence[Tensor], *, passes
 
     Raises:
         ValueError: narrower weights than float32 (a step of this size would be rounded away), batches that are none of this model, a rate so high that the
-            divergence is no number any more.
+            divergence is no number any more, models of two vocabularies, passes below 0 or a rate that is not above it.
     """
+    batches = list(batches)
     check_batches(batches, dense.config.vocab_size)
+    if net.config.vocab_size != dense.config.vocab_size:
+        raise ValueError(f"vocab_size={net.config.vocab_size} of the network is not its parent's {dense.config.vocab_size}")
+    if passes < 0 or not rate > 0:
+        raise ValueError(f"passes={passes} must be 0 or more and rate={rate} above 0")
     if net.dtype != torch.float32:
         raise ValueError(f"dtype={str(net.dtype).removeprefix('torch.')}: distillation over the calibration text needs float32 weights")
     sequences = [row for batch in batches for row in batch.split(1)]

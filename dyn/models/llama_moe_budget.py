@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dyn.core.calibrate import allocate, routed_activations
 from dyn.models.llama_moe_calibrate import LayerFit, activations, active_neurons, check_enough, fit_layers, walk
 from dyn.models.llama_moe_construct import METHODS
-from dyn.models.llama_moe_convert import moe_config
+from dyn.models.llama_moe_convert import check_causal, moe_config
 from dyn.models.llama_moe_diagnose import placed
 from dyn.models.llama_moe_measure import check_batches, summed_divergence
 from dyn.models.llama_moe_prune import keep_neurons
@@ -43,6 +43,9 @@ def layer_budgets(dense: PreTrainedModel, *, num_experts: int = 32, num_experts_
     Raises:
         ValueError: a construction without activations, levels that are out of range or no whole numbers of neurons, text that does not fit.
     """
+    if not isinstance(dense, nn.Module):
+        raise ValueError(f"layer_budgets measures a network, got {type(dense).__name__}; load it first")
+    check_causal(dense)
     prune = construction == "prune"
     if not prune and (construction not in METHODS or METHODS[construction].needs != "activations"):
         allowed = ", ".join(name for name, method in METHODS.items() if method.needs == "activations")

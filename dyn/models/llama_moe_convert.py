@@ -82,6 +82,7 @@ def from_dense(
     config = moe_config(read_config(dense) if consume else dense.config, construction, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok,
                         num_shared_experts=num_shared_experts, moe_intermediate_size=moe_intermediate_size, overlap=overlap, gate=gate,
                         gate_noise=gate_noise, balance=balance, score_scale=score_scale)
+    check_causal(dense)
     if reinit and construction != "copy":
         raise ValueError(f"reinit={reinit} belongs to construction='copy', got {construction!r}")
     if not 0.0 <= reinit <= 1.0:
@@ -169,6 +170,12 @@ def check_family(config) -> None:
         raise ValueError("mlp_bias=True does not fit: experts have no biases")
 
 
+def check_causal(dense: object) -> None:
+    """Raise ValueError for a network that is no decoder with a language-model head; a folder's or hub id's is made as one."""
+    if isinstance(dense, nn.Module) and not (hasattr(dense, "lm_head") and hasattr(getattr(dense, "model", None), "layers")):
+        raise ValueError(f"{type(dense).__name__} has no model.layers or no lm_head; give the causal language model, as AutoModelForCausalLM makes it")
+
+
 def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, num_experts_per_tok, num_shared_experts=None, moe_intermediate_size=None,
                overlap: bool = False, gate: str | None = None, gate_noise: bool = False, balance: str = "importance_load", score_scale=None) -> LlamaMoeConfig:
     """The configuration that `from_dense` (see there) gives a dense one, every size checked, in the plainest form (one number where all layers agree)."""
@@ -244,11 +251,12 @@ def _known(construction: str) -> str:
 
 
 def _per_layer(name: str, value, layers: int) -> list:
-    if isinstance(value, (list, tuple)):
-        if len(value) != layers:
-            raise ValueError(f"{name} has {len(value)} entries; one value or one for each of the {layers} layers is allowed")
-        return list(value)
-    return [value] * layers
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * layers
+    if len(values) != layers:
+        raise ValueError(f"{name} has {len(values)} entries; one value or one for each of the {layers} layers is allowed")
+    if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, (int, float) if name == "score_scale" else int)]:
+        raise ValueError(f"{name}={wrong[0]!r} must be {'a number' if name == 'score_scale' else 'an int'}, or a list of such, one a layer")
+    return values
 
 
 def _plain(values: list):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from dyn.core.calibrate import dominant, energies
 from dyn.models.llama_moe_calibrate import Features, LayerFit, check_enough, walk
 from dyn.models.llama_moe_construct import Sample
-from dyn.models.llama_moe_convert import check_family, fresh, load_dense, read_config
+from dyn.models.llama_moe_convert import check_causal, check_family, fresh, load_dense, read_config
 from dyn.models.llama_moe_measure import next_token_loss
 from dyn.nn.probe import taylor_scores
 
@@ -46,8 +47,11 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction | Se
         raise ValueError(f"importance={importance!r} is unknown; allowed: energy, taylor")
     consume = not isinstance(dense, nn.Module)
     check_family(found := read_config(dense) if consume else dense.config)
+    check_causal(dense)
+    if batches is None:
+        raise ValueError("prune_dense looks at activations; batches=None gives it no text")
     layers, batches = found.num_hidden_layers, list(batches)
-    keeps = list(keep) if isinstance(keep, Sequence) else [keep] * layers
+    keeps = [keep] * layers if isinstance(keep, (str, numbers.Real)) or not hasattr(keep, "__iter__") else list(keep)
     if len(keeps) != layers:
         raise ValueError(f"keep has {len(keeps)} entries; one value or one for each of the {layers} layers is allowed")
     kept = [kept_neurons(each, found.intermediate_size) for each in keeps]
@@ -101,9 +105,11 @@ def keep_neurons(kept: Sequence[int], scores: Tensor | None = None) -> Callable[
 
 def kept_neurons(keep: float | Fraction, width: int) -> int:
     """keep * width, exactly. ValueError for keep outside (0, 1] or no whole number of neurons."""
-    exact = keep if isinstance(keep, Fraction) else Fraction(str(keep)) if math.isfinite(keep) else Fraction(0)
+    number = isinstance(keep, numbers.Real) and not isinstance(keep, bool) and math.isfinite(keep)
+    exact = keep if isinstance(keep, Fraction) else Fraction(str(keep)) if number else Fraction(0)
     if not 0 < exact <= 1:
-        raise ValueError(f"keep={keep} must lie in (0, 1]")
+        raise ValueError(f"keep={keep!r} must lie in (0, 1]")
     if (exact * width).denominator != 1:
-        raise ValueError(f"keep={keep} of intermediate_size={width} is {float(exact * width):g} neurons; nearest: {round(exact * width)}/{width}")
+        near = f"Fraction({max(1, round(exact * width))}, {width})"
+        raise ValueError(f"keep={keep} of intermediate_size={width} is {float(exact * width):g} neurons; nearest: {near}")
     return int(exact * width)

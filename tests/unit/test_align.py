@@ -72,5 +72,10 @@ def test_refusals(dense, batches):
         align(converted(dense, batches, "prune").bfloat16(), dense, batches)
     with pytest.raises(ValueError, match="do not fit vocab_size"):
         align(converted(dense, batches, "prune"), dense, [batches[0] + 10_000])
+    for settings, words in ((dict(passes=-1), "passes=-1 must be 0 or more"), (dict(rate=0.0), "rate=0.0 above 0")):
+        with pytest.raises(ValueError, match=words):
+            align(converted(dense, batches, "prune"), dense, batches, **settings)
+    with pytest.raises(ValueError, match="vocab_size=67 of the network is not its parent's 61"):
+        align(tiny(**SIZES | {"vocab_size": 67}), dense, batches)
     with pytest.raises(ValueError, match=r"diverged at step \d+ of 30: lower rate=1e\+30"):
         align(converted(dense, batches, "prune"), dense, batches, passes=30, rate=1e30)

@@ -6,7 +6,17 @@ import weakref
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, prune_dense, to_mixtral, to_qwen2_moe
 from dyn.models.llama_moe_calibrate import geometry
@@ -131,6 +141,45 @@ def test_what_the_refit_saw_is_what_the_model_does(dense):
         torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("importance", ["energy", "taylor"])
+def test_the_control_keeps_the_most_important_neurons(dense, importance):
+    """Energies around their means on the inputs that the pruned model gives each layer, weighted by the dense stream behind it; or |h dL/dh| there."""
+    batches = text(8)
+    pruned = prune_dense(dense, 0.5, batches=batches, importance=importance)
+    ids, reached = torch.cat(batches), 0
+    streams, gates, losses = {}, {}, []
+    for model in (dense, pruned):
+        hooks = [layer.register_forward_hook(lambda _, __, out, i=i, model=model: streams.__setitem__((model, i), out.flatten(0, 1)))
+                 for i, layer in enumerate(model.model.layers)]
+        hooks += [layer.mlp.register_forward_pre_hook(lambda _, args, i=i, model=model: gates.__setitem__((model, i), args[0].flatten(0, 1)))
+                  for i, layer in enumerate(model.model.layers)]
+        with torch.no_grad():
+            model(input_ids=ids)
+        [hook.remove() for hook in hooks]
+    if importance == "taylor":
+        hs = []
+        hooks = [layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: (args[0].retain_grad(), hs.append(args[0]))[1])
+                 for layer in dense.model.layers]
+        for batch in batches:
+            logits = dense(input_ids=batch).logits[:, :-1].flatten(0, 1)
+            torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").backward()
+        [hook.remove() for hook in hooks]
+        dense.zero_grad()
+        losses = [sum((h * h.grad).abs().sum((0, 1)).detach() for h in hs[i::3]) for i in range(3)]
+    for i, (whole, small) in enumerate(zip(dense.model.layers, pruned.model.layers, strict=True)):
+        x, omega, norm = gates[pruned, i], 1 / streams[dense, i].square().sum(1), whole.mlp.down_proj.weight.detach().norm(dim=0)
+        h = (torch.nn.functional.silu(whole.mlp.gate_proj(x)) * whole.mlp.up_proj(x)).detach()
+        mean = (omega[:, None] * h).sum(0) / omega.sum()
+        score = losses[i] if losses else (omega[:, None] * (h - mean).square()).sum(0) * norm.square()
+        peak = (h.square() * omega[:, None]).amax(0) * norm.square()
+        loudest = [n for n in peak.argsort(descending=True).tolist() if peak[n] > 0.2][:6]  # written seldom and never missed: always kept
+        wanted = loudest + [n for n in score.argsort(descending=True).tolist() if n not in loudest]
+        kept = [int((whole.mlp.up_proj.weight == row).all(1).nonzero()) for row in small.mlp.up_proj.weight]
+        assert sorted(kept) == sorted(wanted[:24]), i
+        reached += len(set(loudest) - set(score.topk(24).indices.tolist()))
+    assert reached or importance == "energy"  # the rule for loud neurons was met
+
+
 def test_a_control_with_budgets_of_its_own(dense, tmp_path):
     """Layers that keep less are filled up with zeros, so that a plain class loads it."""
     batches, ids = text(), text(1, seed=9)[0]
@@ -186,6 +235,8 @@ def test_exports_keep_the_logits(dense, tmp_path):
     (dict(gate="mlp"), "fits a linear gate; got gate='mlp'"),
     (dict(score_scale="n"), "fits experts that weigh 1 each, score_scale='k'; got 'n'"),
     (dict(num_experts=7, num_experts_per_tok=3), "is 20.5714 neurons, no whole number"), (dict(num_experts_per_tok=9), "num_experts_per_tok=9"),
+    (dict(num_experts_per_tok=4.0), "num_experts_per_tok=4.0 must be an int, or a list of such"),
+    (dict(num_experts_per_tok=["4"] * 3), "num_experts_per_tok='4' must be an int"),
     (dict(num_experts=5, num_experts_per_tok=2, num_shared_experts=2), "num_experts . num_shared_experts = 7 does not divide")])
 def test_what_cannot_be_calibrated_is_refused(dense, changes, words):
     settings = dict(num_experts=8, num_experts_per_tok=4, construction="calibrated", batches=text()) | changes
@@ -193,10 +244,21 @@ def test_what_cannot_be_calibrated_is_refused(dense, changes, words):
         from_dense(dense, **settings)
 
 
+@pytest.mark.parametrize("cls", [LlamaModel, LlamaForSequenceClassification])
+def test_a_network_without_a_language_model_head_is_refused(dense, cls):
+    other = cls(dense.config)
+    for convert in (prune_dense, lambda net, batches: from_dense(net, num_experts=8, num_experts_per_tok=4, construction="calibrated", batches=batches)):
+        with pytest.raises(ValueError, match=f"{cls.__name__} has no model.layers or no lm_head; give the causal language model"):
+            convert(other, batches=text())
+
+
 @pytest.mark.parametrize(("changes", "words"), [
     (dict(keep=float("nan")), "keep=nan must lie in"),
     (dict(keep=0), r"keep=0 must lie in \(0, 1\]"), (dict(keep=1.5), "keep=1.5"), (dict(keep=0.3), "keep=0.3 of intermediate_size=48 is 14.4 neurons"),
     (dict(keep=[0.5, 0.5]), "keep has 2 entries; one value or one for each of the 3 layers"), (dict(keep=[0.5, 0.5, 2]), r"keep=2 must lie in"),
+    (dict(keep="half"), r"keep='half' must lie in \(0, 1\]"), (dict(keep=None), "keep=None must lie in"), (dict(keep=True), "keep=True must lie in"),
+    (dict(keep=1 / 3), r"nearest: Fraction\(16, 48\)"), (dict(keep=0.001), r"nearest: Fraction\(1, 48\)"),
+    (dict(batches=None), "batches=None gives it no text"),
     (dict(importance="size"), "importance='size' is unknown"), (dict(batches=[torch.zeros(1, 8, dtype=torch.long)]), "batches hold 8 tokens")])
 def test_what_cannot_be_pruned_is_refused(dense, changes, words):
     with pytest.raises(ValueError, match=words):
