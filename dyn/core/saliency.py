@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 Loss = Callable[[nn.Module, Any], Tensor]  # loss_fn(model, batch) -> scalar
 Named = Mapping[str, Tensor]  # parameters by name
@@ -112,6 +113,9 @@ def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
             p.grad = None
         model.eval()
         with ExitStack() as stack:
+            if short:  # batches of the network's own precision go with its weights
+                widen = model.register_forward_pre_hook(lambda _, args, kwargs: tree_map(_wide, (args, kwargs)), with_kwargs=True)
+                stack.callback(widen.remove)
             for kind in ("cpu", "cuda") if devices else ("cpu",):
                 stack.enter_context(torch.autocast(kind, enabled=False))
             stack.enter_context(torch.random.fork_rng(devices))
@@ -132,6 +136,10 @@ def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
             p.grad = None if p in scored else gradients[p]
         for m in training:
             m.training = True
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4 else value
 
 
 def _loss(model: nn.Module, batch: Any, loss_fn: Loss) -> Tensor:

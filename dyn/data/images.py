@@ -144,7 +144,7 @@ class FileImages:
         try:
             with Image.open(io.BytesIO(self.read(place))) as image:
                 return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # PIL raises each of them for one kind of damage or another
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises each of them for one kind of damage or another
             raise ValueError(f"{self.names(place)}: not a readable image ({error}); remove or replace it") from error
 
 

@@ -255,8 +255,11 @@ class _Prepared(Dataset):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, place: int) -> dict[str, Tensor]:
-        return _prepare(self.data, self.plan[place])
+    def __getitem__(self, place: int) -> dict[str, Tensor] | ValueError:
+        try:
+            return _prepare(self.data, self.plan[place])
+        except ValueError as error:  # what it says of the data; raised in a worker it would be buried in a traceback
+            return error
 
 
 def _prepare(data: Examples, planned: tuple[np.ndarray, Draw | None]) -> dict[str, Tensor]:
@@ -272,5 +275,8 @@ def _prepared(data: Examples, plan: Sequence[tuple[np.ndarray, Draw | None]], wo
             yield {name: tensor.pin_memory() for name, tensor in batch.items()} if pinned else batch
         return
     # Its own generator: a DataLoader would otherwise draw the workers' seed from the training's random stream.
-    yield from DataLoader(_Prepared(data, plan), batch_size=None, shuffle=False, num_workers=workers, pin_memory=pinned,
-                          generator=torch.Generator().manual_seed(seed))
+    for batch in DataLoader(_Prepared(data, plan), batch_size=None, shuffle=False, num_workers=workers, pin_memory=pinned,
+                            generator=torch.Generator().manual_seed(seed)):
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch

@@ -254,6 +254,8 @@ class MoeEncoder:
                     raise ValueError(f"{name}: {error}") from None
                 if expand:
                     bank.make_dense()
+            elif bank is not None and bank.mask is not None:
+                layer.fit_form()  # transformers fills parameters without the hooks of `load_state_dict`
         return (model, info) if output_loading_info else model
 
 

@@ -77,7 +77,8 @@ class Banked(nn.Module):
         """Fix the modes for good: positions outside `mask` are static from now on.
 
         Dead entries (sets outside the mask, static values inside it) become zero; their gradient is exactly zero, so neither weight decay nor momentum of an
-        optimiser that is made afterwards can move them. Without a static position there are no static parameters.
+        optimiser can move them. The bank is a new parameter, so that one that was made before, with momentum of dead entries, moves nothing here. Without a
+        static position there are no static parameters.
         """
         partial, values = self.add_partial(self.partial.scales if self.partial else "both"), static if isinstance(static, Tensor) else self.static_start(static)
         if mask.dtype != torch.bool or mask.shape != self.weight.shape[1:]:
@@ -87,8 +88,12 @@ class Banked(nn.Module):
         if mask.all():
             partial.hold(None, None)
             return
-        self.weight.masked_fill_(~mask, 0)
+        self.weight = nn.Parameter(self.weight.masked_fill(~mask, 0), self.weight.requires_grad)
         partial.hold(mask.clone(), None if partial.scales == "prune" else values.masked_fill(mask, 0), self.weight.requires_grad)
+        self.fit_form()
+
+    def fit_form(self) -> None:
+        """Compute in the way that suits the modes that are there now; called whenever they change, from files too."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Banked:
         """Banks, masks and static values stay in their order when a model is moved to channels_last, which tensors of five axes do not know."""
@@ -112,6 +117,7 @@ def _settle(layer: Banked, _: object = None) -> None:
         layer.weight.masked_fill_(~partial.mask, 0)
         if partial.static is not None:
             partial.static.masked_fill_(partial.mask, 0)
+        layer.fit_form()
 
 
 class PartialBank(nn.Module):

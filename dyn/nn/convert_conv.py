@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -15,8 +16,9 @@ from dyn.nn.dynamic_conv import KINDS, MixedConv2d
 _log = logging.getLogger(__name__)
 
 Start = Literal["copies", "one_copy", "fresh"]
-CLASSIFIERS = ("classifier", "fc", "head", "last_linear")  # where timm and torchvision keep a network's classifier
-DOWN_SAMPLE = re.compile(r"(^|\.)(downsample|shortcut)(\.|$)")
+CLASSIFIERS = ("classifier", "fc", "head", "last_linear", "pre_logits")  # where timm and torchvision keep a network's classifier
+# Of timm and torchvision; the last is torchvision's RegNet.
+DOWN_SAMPLE = re.compile(r"(^|\.)(downsample|shortcut|project|skip|c1x1_w_s[12]|block\d+-\d+\.proj)(\.|$)")
 DOWN_SAMPLE_STATIC = ("condconv", "odconv")  # kinds that leave such convolutions static; the published counts arise this way (section 1.6)
 
 
@@ -43,8 +45,8 @@ def make_dynamic(model: nn.Module, kind: str = "dyconv", num_kernels: int = 4, r
         raise ValueError(f"kind={kind!r} is unknown; allowed: {', '.join(KINDS)}")
     if start not in get_args(Start):
         raise ValueError(f"start={start!r} is unknown; allowed: {', '.join(get_args(Start))}")
-    if noise < 0:
-        raise ValueError(f"noise={noise} must not be negative")
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise={noise} must be a number, not negative")
     found = _convertible(model, kind, [skip] if isinstance(skip, str) else list(skip or ()))
     made: dict[nn.Conv2d, MixedConv2d] = {}
     for name, conv in found.items():
@@ -59,6 +61,10 @@ def _convertible(model: nn.Module, kind: str, skip: list[str]) -> dict[str, nn.C
     if not convs:
         raise ValueError(f"{type(model).__name__} has no convolution (nn.Conv2d) to make dynamic")
     for pattern in skip:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"skip={pattern!r} is no regular expression: {error}") from None
         if not any(re.search(pattern, name) for name in convs):
             raise ValueError(f"skip={pattern!r} finds none of the {len(convs)} convolutions of {type(model).__name__}: {', '.join(list(convs)[:6])}, ...")
     stem = next(iter(convs.values()))
@@ -69,6 +75,8 @@ def _convertible(model: nn.Module, kind: str, skip: list[str]) -> dict[str, nn.C
         _log.warning("make_dynamic: %d convolutions stay static, as they are no plain zero-padded nn.Conv2d: %s", len(unfit), ", ".join(unfit[:6]))
         chosen = {name: conv for name, conv in chosen.items() if name not in unfit}
     if not chosen:
+        if any(isinstance(m, MixedConv2d) for m in model.modules()):
+            raise ValueError(f"{type(model).__name__} is dynamic already; start from a static network")
         raise ValueError(f"{type(model).__name__} has no convolution left to make {kind}: the first of {', '.join(list(convs)[:6])} is the "
                          "stem, and the others are the classifier's, down-sample paths, skipped, or no plain nn.Conv2d")
     return chosen

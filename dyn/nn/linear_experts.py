@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyn.nn.bank import Banked, CompactBank, PartialBank, StaticStart, normal
+from dyn.nn.bank import Banked, CompactBank, PartialBank, normal
 from dyn.nn.experts import Balance, Choice, Gate, GateKind
 from dyn.ops.linear import partial_routed_linear, routed_linear, score_matrix
 
@@ -74,9 +74,11 @@ class LinearExperts(Banked):
             made.bias.copy_(linear.bias.expand_as(made.bias)).requires_grad_(linear.bias.requires_grad)
         return made.train(linear.training)
 
-    def partition(self, mask: Tensor, static: Tensor | StaticStart = "mean") -> None:
-        """See `Banked.partition`; the form becomes the one that multiplies less under this mask."""
-        super().partition(mask, static)
+    def fit_form(self) -> None:
+        """The form becomes the one that multiplies less; without a dynamic position the bank is not trained."""
+        mask = self.partial.mask
+        if self.form == "static" and mask.any():
+            self.weight.requires_grad_(self.partial.static is None or self.partial.static.requires_grad)
         if not mask.any():
             self.form = "static"
             self.weight.requires_grad_(False)

@@ -92,6 +92,8 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
         raise ValueError(f"method={method!r} is unknown; allowed: {', '.join(CRITERIA)}")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Banked) and not isinstance(m.partial, CompactBank)}
     if not layers:
+        if any(isinstance(m, Banked) for m in model.modules()):
+            raise ValueError(f"make_partial: {type(model).__name__} is compact already, which modes cannot be added to; partition it before")
         raise ValueError(f"make_partial: {type(model).__name__} has no dynamic layer; call make_dynamic (convolutions) or make_moe (encoders) first")
     if (not monotone or shuffle) and (there := [name for name, m in layers.items() if m.partial is not None and m.partial.mask is not None]):
         how = "monotone=False ranks" if not monotone else "shuffle moves"
@@ -265,6 +267,8 @@ def compact(model: nn.Module, expand: bool = False) -> nn.Module:
     """
     layers = [m for m in model.modules() if isinstance(m, Banked) and isinstance(m.partial, PartialBank)]
     if not layers:
+        if any(isinstance(m, Banked) and m.partial is not None for m in model.modules()):
+            raise ValueError(f"compact: {type(model).__name__} is compact already")
         raise ValueError(f"compact: no layer of {type(model).__name__} has modes; call make_partial first")
     # Copied with their banks replaced, so that the dense ones are never held twice.
     swaps: dict[int, Any] = {}

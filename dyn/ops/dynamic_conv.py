@@ -80,13 +80,15 @@ def dynamic_conv2d(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO
 def choose(x_BCHW: Tensor, bank_KOIhw: Tensor, window: Window, spatial: bool = False) -> str:
     """The form that "auto" takes.
 
-    One kernel without spatial factors: scale, which is the plain convolution then. CUDA: unfold for 1x1 kernels without groups, where it is one batch of
-    products on x as it lies, else grouped. Elsewhere: grouped where samples' own kernels pay, on maps of
+    One kernel without spatial factors: scale, which is the plain convolution then. No sample: unfold, which computes nothing. CUDA: unfold for 1x1 kernels
+    without groups, where it is one batch of products on x as it lies, else grouped. Elsewhere: grouped where samples' own kernels pay, on maps of
     `SMALL_MAP` output positions or more, for kernels that stay in the cache, and for depthwise ones (whose products would be of single rows); else outputs, or,
     with spatial factors, which need a kernel for each sample, unfold.
     """
     if len(bank_KOIhw) == 1 and not spatial:
         return "scale"
+    if not len(x_BCHW):
+        return "unfold"
     height, width = _out_size(x_BCHW, bank_KOIhw, window)
     own = len(x_BCHW) * bank_KOIhw[0].numel() <= CACHED or height * width >= SMALL_MAP
     if x_BCHW.device.type == "cuda" and bank_KOIhw.shape[2:] == (x_BCHW.shape[1], 1, 1):

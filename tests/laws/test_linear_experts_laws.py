@@ -101,6 +101,17 @@ def test_forms_agree_and_the_cheaper_one_is_taken(mask):
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("shares", [(0.0, 0.4), (0.4, 0.0), (1.0, 0.4)])
+def test_the_form_follows_modes_that_are_loaded(shares):
+    """A layer that was all static computes with a file's dynamic positions, and trains them; the other way round its bank is still."""
+    ours, theirs = (layer(None) for _ in range(2))
+    for net, share in zip((ours, theirs), shares, strict=True):
+        net.partition(torch.rand(O, I) < share, torch.randn(O, I, dtype=torch.float64))
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.form == theirs.form and ours.weight.requires_grad == theirs.weight.requires_grad == bool(shares[1])
+    torch.testing.assert_close(ours(x()), theirs(x()), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("optimizer", [
     lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1), lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1),
 ], ids=["sgd", "adamw"])

@@ -127,6 +127,21 @@ def test_dead_entries_never_move(kind, optimizer):
     assert not torch.equal(net.weight[:, mask], before["weight"][:, mask]) and not torch.equal(net.partial.static, before["partial.static"])
 
 
+@pytest.mark.parametrize("optimizer", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), lambda p: torch.optim.AdamW(p, 0.01)], ids=["sgd", "adamw"])
+def test_an_optimiser_from_before_the_partition_moves_no_dead_entry(optimizer):
+    """Its momentum of positions that are static now would."""
+    net = layer(keep=None, dtype=torch.float32).train()
+    steps = optimizer(net.parameters())
+    for step in range(6):
+        if step == 3:
+            net.partition(torch.rand(6, 4, 3, 3) < 0.4)
+        steps.zero_grad()
+        net(x(dtype=torch.float32)).square().mean().backward()
+        steps.step()
+    assert not net.weight[:, ~net.partial.mask].any()
+    torch.testing.assert_close(compact(net.eval())(x(dtype=torch.float32)), net(x(dtype=torch.float32)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("expand", [False, True])

@@ -180,3 +180,10 @@ def test_entropy_of_the_attention(kind):
     set_temperature(net, 1e6)
     assert attention_entropy(net, images)["3"] == pytest.approx(1.0) or kind == "condconv"
     assert attention_entropy(nn.Sequential(nn.Conv2d(3, 4, 3)), images) == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_sample_is_no_error(kind):
+    """As `nn.Conv2d` has it."""
+    layer = KINDS[kind](4, 6, 3, padding=1, bias=True).eval()
+    assert layer(torch.zeros(0, 4, 5, 5)).shape == (0, 6, 5, 5)

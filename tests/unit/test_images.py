@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -161,6 +162,15 @@ def test_a_corrupt_image_is_named(tmp_path):
     bad.write_text("not an image")
     with pytest.raises(ValueError, match=r"stripes1.0999\.png: not a readable image"):
         list(ResumableLoader(data.train, batch_size=len(data.train), seed=0))
+    with pytest.raises(ValueError, match=r"^\S*stripes1.0999\.png: not a readable image"):  # no traceback of the worker's before it
+        list(ResumableLoader(data.train, batch_size=len(data.train), seed=0, workers=1))
+
+
+def test_an_image_that_claims_to_be_huge_is_named(tmp_path, monkeypatch):
+    data = open_images(ImageSource(path=tiny_image_folder(tmp_path / "large", count=6, size=80), size=32), **silent)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"png: not a readable image \(Image size .* exceeds limit"):
+        data.train.decoded(0)
 
 
 def test_a_folder_in_the_hubs_layout(tmp_path, monkeypatch):

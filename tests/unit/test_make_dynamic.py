@@ -12,6 +12,7 @@ from torch import nn
 
 from dyn.models.resnet import ENTRIES, make_network
 from dyn.nn.bank import Banked
+from dyn.nn.convert_conv import DOWN_SAMPLE
 from dyn.nn.dynamic_conv import KINDS, DynamicConv2d
 from dyn.nn.surgery import count_parameters, make_dynamic, make_partial
 
@@ -78,6 +79,15 @@ def test_skip():
         make_dynamic(timm.create_model("resnet18"), skip="layer9")
 
 
+@pytest.mark.parametrize(("name", "down"), [
+    ("layer2.0.downsample.0", True), ("stage.shortcut", True), ("level2.project.0", True), ("block1.skip", True), ("features.conv2_1.c1x1_w_s2.conv", True),
+    ("trunk_output.block1.block1-0.proj.0", True), ("blocks.0.attn.proj", False), ("layer1.0.conv1", False), ("projection.conv", False),
+])
+def test_down_sample_paths_of_other_libraries(name, down):
+    """timm's ResNet, RegNet, DLA, Xception and DPN, torchvision's RegNet."""
+    assert bool(DOWN_SAMPLE.search(name)) == down
+
+
 def test_shared_modules_flags_and_unfit_convolutions(caplog):
     shared = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
     odd = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
@@ -93,7 +103,10 @@ def test_shared_modules_flags_and_unfit_convolutions(caplog):
     (nn.Sequential(nn.Conv2d(3, 4, 3)), dict(), "Sequential has no convolution left to make dyconv: the first of 0 is the stem"),
     (nn.Sequential(nn.Conv2d(3, 4, 3)), dict(kind="dcd"), "kind='dcd' is unknown; allowed: dyconv, condconv, odconv"),
     (nn.Sequential(nn.Conv2d(3, 4, 3)), dict(start="zeros"), "start='zeros' is unknown; allowed: copies, one_copy, fresh"),
-    (nn.Sequential(nn.Conv2d(3, 4, 3)), dict(noise=-1), "noise=-1 must not be negative"),
+    (nn.Sequential(nn.Conv2d(3, 4, 3)), dict(noise=-1), "noise=-1 must be a number, not negative"),
+    (nn.Sequential(nn.Conv2d(3, 4, 3)), dict(noise=float("nan")), "noise=nan must be a number"),
+    (nn.Sequential(nn.Conv2d(3, 4, 3)), dict(skip="["), r"skip='\[' is no regular expression"),
+    (nn.Sequential(nn.Conv2d(3, 4, 3), DynamicConv2d(4, 4, 3)), dict(), "Sequential is dynamic already"),
 ], ids=str)
 def test_errors(model, kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -215,6 +215,22 @@ def test_scores_without_information_are_refused_and_nothing_changes():
     assert all(torch.equal(partial.state_dict()[k], before[k]) for k in before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_of_short_precision_are_partitioned_on_batches_of_their_own(dtype):
+    model = make_partial(network(dtype=dtype), data(dtype), loss, keep=0.3)
+    wide = make_partial(network(dtype=dtype), data(), loss, keep=0.3)
+    assert all(m.weight.dtype == dtype for m in model.modules() if isinstance(m, Banked)) and masks(model).keys() == masks(wide).keys()
+    assert model.eval()(data(dtype)[0][0]).dtype == dtype
+
+
+def test_a_compact_network_is_told_apart_from_a_static_one():
+    small = compact(make_partial(network(), None, None, keep=0.3, method="random"))
+    with pytest.raises(ValueError, match="make_partial: Sequential is compact already"):
+        make_partial(small, data(), loss)
+    with pytest.raises(ValueError, match="compact: Sequential is compact already"):
+        compact(small)
+
+
 def test_a_network_takes_another_ones_modes_and_weights():
     """Dead entries by the mask of the file, whatever mask was there."""
     theirs, ours, fresh = (network() for _ in range(3))
@@ -326,5 +342,3 @@ def test_models_without_dynamic_layers():
         make_partial(plain, data(), loss)
     with pytest.raises(ValueError, match="compact: no layer of Sequential has modes; call make_partial first"):
         compact(network())
-    with pytest.raises(ValueError, match="has no dynamic layer"):
-        make_partial(compact(make_partial(network(), data(), loss)), data(), loss)
