@@ -285,12 +285,12 @@ def _draw_points(found: Sequence[tuple[str, list[float], list[float]]], labels: 
     axes = figure.add_subplot()
     places = sorted((statistics.fmean(x), statistics.fmean(y), statistics.stdev(y) / math.sqrt(len(y)) if len(y) > 1 else 0.0, row) for row, x, y in found)
     axes.plot([x for x, *_ in places], [y for _, y, *_ in places], color="lightgrey", zorder=1)
-    for x, y, error, row in places[:12]:
-        axes.errorbar([x], [y], [error], fmt="o", capsize=3, label=row)
+    for number, (x, y, error, row) in enumerate(places[:30]):
+        axes.errorbar([x], [y], [error], fmt="os^"[number // 10], capsize=3, label=row)  # colours come again after ten
     axes.set_xlabel(labels[0], fontsize=8)
     axes.set_ylabel(labels[1], fontsize=8)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=6)
+    axes.legend(fontsize=6 if len(places) <= 8 else 4.5)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     return path
 
