@@ -48,12 +48,13 @@ AUTHORS = SparseConfig(kind="mam", r=512, keep=0.5, rounds=5, flags={"length": 3
 SNIP, FULL = SparseConfig(r=512), SparseConfig(kind="none", lr=3e-5)  # usual where a whole network is trained
 TEST: dict[str, Any] = dict(data__splits=["test"], data__validation_limit=None)  # what published numbers are of: 11,334 pairs
 SWEEPS: dict[str, list[dict[str, Any]]] = {
-    "table2": adapter_rows(FULL, *with_controls(SNIP), seeds=1, suffix=", test", **TEST),
+    "table2": adapter_rows(FULL, *with_controls(SNIP), seeds=1, suffix=", test", choose=True, **TEST),
     "authors": adapter_rows(FULL, *with_controls(AUTHORS), seeds=1),
     "scores": adapter_rows(FULL, *(SparseConfig(r=512, method=m, shuffle=s) for m in ("magnitude", "snip", "grasp", "synflow") for s in (False, True)),
-                           *(SparseConfig(r=512, method=m) for m in ("random", "erdos_renyi")), SparseConfig(r=512, keep=1.0), SNIP.twin(), seeds=1),
-    "keep": adapter_rows(FULL, *(made for keep in (0.8, 0.6, 0.4, 0.2) for made in with_controls(SparseConfig(r=512, keep=keep))), seeds=1),
-    "large_sparse": adapter_rows(FULL, *(made for k in (2, 3, 4) for made in with_controls(SparseConfig(r=128, factor=k, keep=None))), seeds=1),
+                           *(SparseConfig(r=512, method=m) for m in ("random", "erdos_renyi")), SparseConfig(r=512, keep=1.0), SNIP.twin(), seeds=1,
+                           choose=True),
+    "keep": adapter_rows(FULL, *(made for keep in (0.8, 0.6, 0.4, 0.2) for made in with_controls(SparseConfig(r=512, keep=keep))), seeds=1, choose=True),
+    "large_sparse": adapter_rows(FULL, *(made for k in (2, 3, 4) for made in with_controls(SparseConfig(r=128, factor=k, keep=None))), seeds=1, choose=True),
 }
 
 
