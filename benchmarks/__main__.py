@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import adapters, compare, ops, routing, steps
-from benchmarks.measure import environment, make_clock
-from dyn.env import keep_freed_memory
+from benchmarks.measure import begin
 
 PARTS = ("ops", "routing", "steps", "adapters")
 ROUNDS = {"tiny": 2, "quick": 5, "full": 15}
@@ -51,8 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--save needs all tables of a quick or full run")
     if args.threads:
         torch.set_num_threads(args.threads)
-    kept = keep_freed_memory()
-    clock, env = make_clock(device, args.cpu_time), environment(device, args.cpu_time) | {"freed memory": "kept" if kept else "returned"}
+    clock, env = begin(device, args.cpu_time)
     for part in PARTS:
         (args.out / f"{part}.json").unlink(missing_ok=True)  # of an earlier run: it would be compared again
     for part, run in (("ops", lambda: ops.run(env, size, args.out, rounds, clock, args.only)),

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dyn.models.resnet
-from benchmarks.measure import environment, make_clock, spread, time_rounds
-from dyn.env import keep_freed_memory
+from benchmarks.measure import begin, spread, time_rounds
 from dyn.nn.dynamic_conv import MixedConv2d
 from dyn.nn.surgery import compact, count_parameters, make_partial
 from dyn.ops.dynamic_conv import FORMS, choose, dynamic_conv2d
@@ -201,9 +200,8 @@ def main(argv: list[str] | None = None) -> dict:
     cases = [c for c in (TINY if args.tiny else QUICK if args.quick else CUDA if device == "cuda" else CPU) if args.only in (None, c.name)]
     if not cases:
         parser.error(f"--only {args.only} is none of the networks")
-    kept = keep_freed_memory()
-    clock = make_clock(device, args.cpu_time)
-    result: dict = {"env": environment(device, args.cpu_time) | {"freed memory": "kept" if kept else "returned"}, "networks": []}
+    clock, env = begin(device, args.cpu_time)
+    result: dict = {"env": env, "networks": []}
     for case in cases:
         bench = Bench(case, device, 0.125 if args.tiny else 1, clock)
         print(f"{case.name}, batch {case.batch}, {case.size} ...", flush=True)

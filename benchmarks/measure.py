@@ -26,7 +26,7 @@ from torch import Tensor
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from dyn.env import commit
+from dyn.env import commit, keep_freed_memory
 
 OURS = "dyn "  # what the names of this project's rows begin with
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "moe-ops", "scattermoe", "sonic-moe")
@@ -173,6 +173,12 @@ def peak_bytes(call: Callable[[], object]) -> int:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def begin(device: str, cpu_time: bool = False) -> tuple[Callable[[], float], dict]:
+    """For a command: let the process keep freed memory, all rows alike; its clock and its environment."""
+    kept = keep_freed_memory()
+    return make_clock(device, cpu_time), environment(device, cpu_time) | {"freed memory": "kept" if kept else "returned"}
 
 
 def environment(device: str, cpu_time: bool = False) -> dict:

@@ -5,6 +5,7 @@ A result is what `dyn.report.read` gives. Only the standard library: dyn.report 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -18,9 +19,9 @@ from typing import Any
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 97.5 %, 1, 2, ... degrees of freedom; the last, too large, for more
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True, eq=False)
 class Group:
-    """Results that differ only in their seed, newest run of each; `values` of the good ones."""
+    """Results that differ only in their seed, newest run of each; `values` of the good ones. Equal to itself alone."""
 
     row: str
     profile: str
@@ -112,6 +113,7 @@ class Resampled:
                 f"{self.high:+.3g} over {self.seeds} seed{'s' * (self.seeds > 1)} and {self.examples} examples, both resampled")
 
 
+@functools.lru_cache(maxsize=1024)  # controls and claims ask for the same pairs
 def resampled(group: Group, control: Group, rounds: int = 500) -> list[Resampled | str]:
     """Differences on the tasks of which both keep what was said to every example (notes: answers), since a validation set is a small sample itself. A line
     instead on tasks of which a result has but the limit above which it keeps none."""

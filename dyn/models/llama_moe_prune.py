@@ -51,7 +51,7 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction | Se
     if batches is None:
         raise ValueError("prune_dense looks at activations; batches=None gives it no text")
     layers, batches = found.num_hidden_layers, list(batches)
-    keeps = [keep] * layers if isinstance(keep, (str, numbers.Real)) or not hasattr(keep, "__iter__") else list(keep)
+    keeps = [keep] * layers if isinstance(keep, str) or not hasattr(keep, "__iter__") else list(keep)
     if len(keeps) != layers:
         raise ValueError(f"keep has {len(keeps)} entries; one value or one for each of the {layers} layers is allowed")
     kept = [kept_neurons(each, found.intermediate_size) for each in keeps]
