@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dyn.ops.triton_launch import power_of_two, shared_memory
+from dyn.ops.triton_launch import blocks, power_of_two, shared_memory
 
 _log = logging.getLogger(__name__)
 _tuned: dict[str, Config] = {}
 _HOPPER = 220 << 10  # bytes of shared memory; multiprocessors of other generations have less
 _GRADIENTS = ("down_gradient", "gate_up_gradient")
+_FILLED = 128  # tiles that keep a large device busy
 
 
 @dataclass(frozen=True)
@@ -49,56 +50,54 @@ def _padding(size: int, block: int) -> float:
 
 
 def _narrow(width: int) -> bool:
-    """Whether tiles of 128 columns would compute much more than tiles of 64: an expert of 688 is 5 of the one and 48 columns."""
-    return _padding(width, 128) > 1.05 * _padding(width, 64)
+    """Whether tiles of 128 columns would compute so much more than tiles of 64 that these, at a lower rate, are faster: 192, not 688."""
+    return _padding(width, 128) > 1.2 * _padding(width, 64)
 
 
-def row_tile(num_rows: int, num_experts: int, width: int, dtype: torch.dtype) -> int:
+def row_tile(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
     """Rows of a tile of the order, which products may cut finer: what an expert has on average, within 16 and 128.
 
-    256 where experts have many rows and a width that wants narrow tiles, which must then be long; 64 at most for float32.
+    64 at most for float32.
     """
     each = num_rows // max(num_experts, 1)
     if dtype == torch.float32:
         return max(16, min(64, power_of_two(each)))
-    return 256 if each >= 4096 and _narrow(width) else max(16, min(128, power_of_two(each)))
+    return max(16, min(128, power_of_two(each)))
 
 
-def table(name: str, dtype: torch.dtype, inner: int, outer: int, tile: int) -> Config:
+def table(name: str, dtype: torch.dtype, inner: int, outer: int, tile: int, num_experts: int) -> Config:
     """The configuration of a product of `inner` deep and `outer` wide (rows x columns for a weight gradient), for row tiles of `tile`.
 
-    Chosen by compiling for sm_90 with Triton 3.9, without a device to time them on: matrix instructions of 128 or 256
-    columns, no spilled registers, at most 227 KiB of shared memory. Tried and left: epilogues on whole tiles (gate-up 128 x (128 + 128) spills 56 bytes, the
-    backward through SwiGLU 1200 at 128 x 128 and 128 at 128 x 64; in quarters none does); the backward at 256 x 128 and
-    128 x 256 (656 and 408 bytes even in quarters); gate and up as two products of 64 columns each, which read the rows
-    from shared memory twice. The weight gradients' loads wait for a load of indices, which takes two stages of the pipeline.
+    The fastest of about 20 each on an H100 with Triton 3.6, at the widths of LLaMA-MoE, Mixtral, OLMoE, Qwen3 and SmolLM2. A weight gradient
+    reads one side by descriptor, and that side takes the 256; loads of the other wait for a load of indices, which takes two stages of the
+    pipeline. Where such tiles are fewer than multiprocessors, smaller ones are faster (sums of parts of an expert's rows were not).
     """
     gradient = name in _GRADIENTS
     if dtype == torch.float32:  # on the ordinary units, unless tf32 is allowed: small tiles, or the sums leave the registers
         columns = 32 if name == "gate_up" else 64
         return Config(64 if gradient else tile, columns, 32, warps=8, stages=3, each=2)
     if gradient:
-        tall = _padding(inner, 256) * _padding(outer, 128) <= _padding(inner, 128) * _padding(outer, 256)
-        return Config(256 if tall else 128, 128 if tall else 256, 64, warps=8, stages=5)
+        m, n = (128, 256) if name == "down_gradient" else (256, 128)
+        if num_experts * blocks(inner, m) * blocks(outer, n) < _FILLED:
+            m = n = 128
+        return Config(m, n, 64, warps=8, stages=5)
     if tile < 128:  # few rows: reading the weights is what takes time
         return Config(tile, 64 if name == "gate_up" else 128, 64, warps=4, stages=4, each=1 if tile == 64 else 2)
     if name == "gate_up":
-        return Config(256, 64, 64, warps=8, stages=4) if tile == 256 else Config(128, 64 if _narrow(outer) else 128, 64, warps=8, stages=4)
-    if name == "down_backward":
-        return Config(128, 128, 64, warps=8, stages=4)
-    return Config(128, 256, 64, warps=8, stages=4)
+        return Config(128, 64, 64, warps=4, stages=3, each=2) if _narrow(outer) else Config(128, 128, 64, warps=8, stages=3)
+    if inner < 512 or outer <= 256:  # short tiles, or two wide ones for what one and a half would hold
+        return Config(128, 128, 64, warps=8, stages=4) if name == "down_backward" else Config(128, 128, 64, warps=8, stages=3, each=2)
+    return Config(128, 256, 64, warps=8, stages=3)
 
 
 def fitting(config: Config, name: str, element_size: int, limit: int, by_pointer: bool) -> Config:
     """The configuration for a device whose multiprocessors have `limit` bytes of shared memory for tiles.
 
-    Tiles are cut to 128 x 128 (128 x 64 for the backward through SwiGLU) before Hopper, whose matrix instructions alone
-    take both operands from shared memory, and where pointers to rows that start anywhere fill the registers: 128 x 256 would
-    spill 32 and 1328 bytes. Then stages, then depth are cut until the tiles fit.
+    Tiles are cut to 128 x 128 before Hopper, whose matrix instructions alone take both operands from shared memory, and where
+    pointers to rows that start anywhere fill the registers. Then stages, then depth are cut until the tiles fit.
     """
     wide = _wide(name)
-    most = 128 * (64 if name == "down_backward" else 128)
-    while (limit < _HOPPER or by_pointer) and config.block_m * config.block_n * wide > most:
+    while (limit < _HOPPER or by_pointer) and config.block_m * config.block_n * wide > 128 * 128:
         taller = config.block_m > config.block_n * wide
         config = replace(config, block_m=config.block_m // 2) if taller else replace(config, block_n=config.block_n // 2)
     while _tile_bytes(config, name, element_size) > limit and config.stages > 2:
@@ -125,7 +124,7 @@ def choose(name: str, like: Tensor, sizes: tuple[int, int, int, int], tile: int,
     """
     experts, inner, outer, rows = sizes
     size, limit = like.element_size(), shared_memory(like.device)
-    config = fitting(table(name, like.dtype, inner, outer, tile), name, size, limit, by_pointer)
+    config = fitting(table(name, like.dtype, inner, outer, tile, experts), name, size, limit, by_pointer)
     if os.environ.get("DYN_AUTOTUNE") == "1" and like.is_cuda:
         device = torch.cuda.get_device_name(like.device)
         key = f"{device} {name} {like.dtype} E{experts} {inner}x{outer} tile {tile} rows {power_of_two(rows)}{' by pointer' if by_pointer else ''}"

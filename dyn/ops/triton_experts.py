@@ -53,7 +53,7 @@ def _forward(
         order = torch.zeros(order_size(num_slots, num_experts), dtype=torch.int32, device=x_TD.device)
         return x_TD.new_zeros(x_TD.shape), x_TD.new_zeros(num_slots if keep else 0, gate_up_E2FD.shape[1]), order
     with torch.cuda.device_of(x_TD):
-        tile = row_tile(num_slots, num_experts, down_EDF.shape[2], x_TD.dtype)
+        tile = row_tile(num_slots, num_experts, x_TD.dtype)
         buffer = order_rows(idx_TK, num_experts, tile)
         order = read_order(buffer, num_slots, num_experts)
         act_SF, pre_S2F = gate_up(x_TD, gate_up_E2FD, order, idx_TK.shape[1], tile, keep=keep, activate=True)
@@ -72,7 +72,7 @@ def _backward(
     if _is_empty(idx_TK, down_EDF):
         return x_TD.new_zeros(x_TD.shape if need_x else 0), dgate_up_E2FD.zero_(), ddown_EDF.zero_(), weight_TK.new_zeros(weight_TK.shape)
     with torch.cuda.device_of(x_TD):
-        tile = row_tile(num_slots, num_experts, down_EDF.shape[2], x_TD.dtype)
+        tile = row_tile(num_slots, num_experts, x_TD.dtype)
         order = read_order(buffer, num_slots, num_experts)
         if not pre_S2F.numel():
             _, pre_S2F = gate_up(x_TD, gate_up_E2FD, order, topk, tile, keep=True, activate=False)

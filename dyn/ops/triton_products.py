@@ -42,29 +42,30 @@ def gate_up(x_TD: Tensor, gate_up_E2FD: Tensor, order: Order, topk: int, row_til
     return act_SF, pre_S2F
 
 
-def row_products(rows_SI: Tensor, weight_EOI: Tensor, order: Order, row_tile: int, name: str) -> Tensor:
+def row_products(rows: Tensor, weight_EOI: Tensor, order: Order, row_tile: int, name: str, topk: int = 0) -> Tensor:
     """out_SO = rows @ weight[e]^T for the rows of every expert e. `name` is the product's in the table of configurations.
 
-    The weight is given as [E, O, I], a view of whatever lies in memory; either of its last two axes may be contiguous.
+    `rows` [S, I] are in expert order; with `topk` they are tokens' [T, I], gathered here. The weight is given as [E, O, I], a view
+    of whatever lies in memory; either of its last two axes may be contiguous.
     """
-    num_rows, (E, O, I) = rows_SI.shape[0], weight_EOI.shape
-    out_SO = rows_SI.new_empty(num_rows, O)
+    num_rows, (E, O, I) = order.slot_S.numel(), weight_EOI.shape
+    out_SO = rows.new_empty(num_rows, O)
     # A weight that is contiguous along O is described as it lies, [E, I, O], and its tile needs no transposition.
     across = weight_EOI.stride(1) == 1
     lying = weight_EOI.transpose(1, 2) if across else weight_EOI
-    described = describable(lying) and describable(rows_SI)
+    described = describable(lying) and (topk > 0 or describable(rows))
 
     def run(c: Config) -> None:
         tile = (c.block_k, c.block_n) if across else (c.block_n, c.block_k)
         weight = descriptor(lying, 1, *tile) if described else weight_EOI
-        rows = descriptor(rows_SI, c.block_m, c.block_k) if described else rows_SI
-        row_product_kernel[(programs(rows_SI.device, c.each),)](
-            rows, weight, out_SO, *order.tensors, I, O, rows_SI.stride(0), *weight_EOI.stride(),
-            DESCRIBED=described, ACROSS=across, PRECISION=precision(rows_SI.dtype),
+        left = descriptor(rows, c.block_m, c.block_k) if described and not topk else rows
+        row_product_kernel[(programs(rows.device, c.each),)](
+            left, weight, out_SO, *order.tensors, I, O, *rows.stride(), *weight_EOI.stride(),
+            TOPK=topk, DESCRIBED=described, ACROSS=across, PRECISION=precision(rows.dtype),
             **c.blocks, CUTS=row_tile // c.block_m, EVEN=I % c.block_k == 0, num_warps=c.warps, num_stages=c.stages,
         )
 
-    choose(name, rows_SI, (E, I, O, num_rows), row_tile, not described, run)
+    choose(name, rows, (E, I, O, num_rows), row_tile, not (described and describable(rows)), run)
     return out_SO
 
 
@@ -170,12 +171,12 @@ def _swiglu(gate, up, pre, act, cols, is_row, F, ACTIVATE: tl.constexpr, KEEP: t
 @Kernel
 def row_product_kernel(
     rows_in, weight, out_ptr, slot_ptr, start_ptr, num_tiles_ptr, expert_ptr, row_ptr,
-    I, O, stride_rs, stride_we, stride_wo, stride_wi,
-    DESCRIBED: tl.constexpr, ACROSS: tl.constexpr, PRECISION: tl.constexpr,
+    I, O, stride_rs, stride_ri, stride_we, stride_wo, stride_wi,
+    TOPK: tl.constexpr, DESCRIBED: tl.constexpr, ACROSS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     CUTS: tl.constexpr, EVEN: tl.constexpr,
 ):
-    """Rows in expert order (contiguous along I) times the expert's weight, back in expert order."""
+    """Rows in expert order, or tokens' rows gathered into it (TOPK), times the expert's weight."""
     num_m, num_n = tl.load(num_tiles_ptr) * CUTS, tl.cdiv(O, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
@@ -186,22 +187,30 @@ def row_product_kernel(
         cols = n * BLOCK_N + tl.arange(0, BLOCK_N)
         is_col = cols < O
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        if TOPK:  # rows of another expert compute token 0, and are not written
+            token = tl.load(slot_ptr + first + within, mask=is_row, other=0) // TOPK
+            left_at = rows_in + token.to(tl.int64)[:, None] * stride_rs + ks[None, :] * stride_ri
+        elif not DESCRIBED:
+            left_at = rows_in + first.to(tl.int64) * stride_rs + within[:, None] * stride_rs + ks[None, :] * stride_ri
         if not DESCRIBED:
-            left_at = rows_in + first.to(tl.int64) * stride_rs + within[:, None] * stride_rs + ks[None, :]
             right_at = weight + expert.to(tl.int64) * stride_we + cols.to(tl.int64)[None, :] * stride_wo + ks[:, None] * stride_wi
         for k in range(0, I, BLOCK_K):
-            if DESCRIBED:  # rows of the next expert, and columns past the end, are computed and not written
+            is_k = ks < I - k
+            if TOPK:
+                left = tl.load(left_at) if EVEN else tl.load(left_at, mask=is_k[None, :], other=0.0)
+                left_at += BLOCK_K * stride_ri
+            elif DESCRIBED:  # rows of the next expert, and columns past the end, are computed and not written
                 left = rows_in.load([first, k])
-                if ACROSS:
-                    right = tl.reshape(weight.load([expert, k, n * BLOCK_N]), [BLOCK_K, BLOCK_N])
-                else:
-                    right = tl.reshape(weight.load([expert, n * BLOCK_N, k]), [BLOCK_N, BLOCK_K]).T
             else:
-                is_k = ks < I - k
                 left = tl.load(left_at, mask=is_row[:, None] if EVEN else is_row[:, None] & is_k[None, :], other=0.0)
+                left_at += BLOCK_K * stride_ri
+            if not DESCRIBED:
                 right = tl.load(right_at, mask=is_col[None, :] if EVEN else is_col[None, :] & is_k[:, None], other=0.0)
-                left_at += BLOCK_K
                 right_at += BLOCK_K * stride_wi
+            elif ACROSS:
+                right = tl.reshape(weight.load([expert, k, n * BLOCK_N]), [BLOCK_K, BLOCK_N])
+            else:
+                right = tl.reshape(weight.load([expert, n * BLOCK_N, k]), [BLOCK_N, BLOCK_K]).T
             acc = tl.dot(left, right, acc, input_precision=PRECISION)
         at = out_ptr + first.to(tl.int64) * O + within[:, None] * O + cols[None, :]
         tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_col[None, :])
