@@ -54,7 +54,7 @@ def sizes(size: str, device: str) -> list[Size]:
     if size == "tiny":
         return [Size("tiny", TINY, (1, 16), (1, 2), 8, 2)]
     if device == "cuda" and size == "full":
-        return [Size("SmolLM2-135M", SMOLLM2, (16, 1024), (1, 8, 64), 512, 16)]
+        return [Size("SmolLM2-135M", SMOLLM2, (8, 1024), (1, 8, 64), 512, 16)]
     quick = Size("SmolLM2-135M, 8 layers", PART, (2, 512), (1, 8, 64), 32, 4)
     return [quick] if size == "quick" else [quick, Size("SmolLM2-135M", SMOLLM2, (2, 512), (1, 8, 64), 128, 8)]
 

@@ -184,7 +184,7 @@ def _scale(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, static_OIhw: Te
         x_BHWG1I = x_BCHW.permute(0, 2, 3, 1).view(B, H, W, groups, 1, I)
         scaled = (x_BHWG1I * alpha_BK.view(B, 1, 1, 1, K, 1)).view(B, H, W, K * C).permute(0, 3, 1, 2)
     else:
-        scaled = (x_BCHW.reshape(B, groups, 1, I, H, W) * alpha_BK.view(B, 1, K, 1, 1, 1)).view(B, K * C, H, W)
+        scaled = (x_BCHW.reshape(B, groups, 1, I, H, W) * alpha_BK.view(B, 1, K, 1, 1, 1)).reshape(B, K * C, H, W)
     y = F.conv2d(scaled, kernel, None, *window, groups)
     return y if static_OIhw is None else y + F.conv2d(x_BCHW, static_OIhw, None, *window, groups)
 

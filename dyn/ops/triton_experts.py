@@ -4,8 +4,9 @@ T tokens, K experts a token, S = T*K routed rows in expert order, E experts, D h
 shape of its tensor. `dyn.ops.experts` has the specification.
 
     forward    order of the rows; gathered gate-up product with SwiGLU; down product; weighted sum over a token's rows
-    backward   gathered gradient through the down projection and SwiGLU, with the weights' gradient; gradients of down and
+    backward   gathered product with the down projection; through SwiGLU, with the tokens' weights' gradient; gradients of down and
                gate-up; product with gate-up; sum over a token's rows
+    few tokens without gradients take another way, in two kernels: triton_few
 
 What backward keeps is x, the pre-activations [S, 2F] (or nothing, with `recompute`) and the order of the rows. Nothing waits
 for the device, and no size depends on the ids, so the whole may be captured in a CUDA graph. Results are deterministic.
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dyn.ops.triton_backward import down_backward, weight_gradient
 from dyn.ops.triton_config import row_tile
+from dyn.ops.triton_few import few_experts, is_few
 from dyn.ops.triton_launch import require
 from dyn.ops.triton_order import order_rows, order_size, read_order
 from dyn.ops.triton_products import gate_up, row_products, token_sums
@@ -33,9 +35,10 @@ def experts_triton(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK:
     """
     if x_TD.dtype not in DTYPES:
         raise ValueError(f"backend='triton' of experts takes {', '.join(map(str, DTYPES))}; got {x_TD.dtype}")
-    differentiable = (x_TD, gate_up_E2FD, down_EDF, weight_TK)
-    keep = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
-    return _forward(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, keep)[0]
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gate_up_E2FD, down_EDF, weight_TK))
+    if not trained and not _is_empty(idx_TK, down_EDF) and is_few(idx_TK.numel(), gate_up_E2FD, down_EDF):
+        return few_experts(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK)
+    return _forward(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, trained and not recompute)[0]
 
 
 def _is_empty(idx_TK: Tensor, down_EDF: Tensor) -> bool:

@@ -60,19 +60,25 @@ def require(op: str, device: torch.device) -> None:
         )
 
 
+@functools.cache
+def _properties(index: int | None) -> Any:
+    """torch.cuda.get_device_properties, which costs as much as a launch when asked before each."""
+    return torch.cuda.get_device_properties(index)
+
+
 def programs(device: torch.device, each: int = 1) -> int:
     """Programs of a persistent grid: `each` on every multiprocessor."""
-    return each * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETED_PROGRAMS)
+    return each * (_properties(device.index).multi_processor_count if device.type == "cuda" else _INTERPRETED_PROGRAMS)
 
 
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that tiles may take on a multiprocessor; a little is left for what kernels keep beside them."""
-    return (torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 227 << 10) - (2 << 10)
+    return (_properties(device.index).shared_memory_per_block_optin if device.type == "cuda" else 227 << 10) - (2 << 10)
 
 
 def has_descriptors(device: torch.device) -> bool:
     """Whether the device copies tiles by tensor descriptor (TMA, compute capability 9 and later)."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    return device.type != "cuda" or _properties(device.index).major >= 9
 
 
 def describable(tensor: Tensor) -> bool:

@@ -5,12 +5,13 @@ most. A name ends in the shape of its tensor.
 
 Three kernels order the rows, as stably as torch.sort(stable=True): every block of slots counts its experts, one program
 sums the counts over blocks and experts, and every block writes its slots to their rows. The last also writes which expert
-each tile of rows belongs to. How many tiles there are depends on the ids, which only the device knows; the host knows a
-bound, and the products stop at the number that the device wrote.
+each tile of rows belongs to. Few slots are ordered in one kernel. How many tiles there are depends on the ids, which only the
+device knows; the host knows a bound, and the products stop at the number that the device wrote.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from dyn.ops.triton_launch import Kernel, blocks, power_of_two
 tl: Any = None  # triton.language, once a kernel has been launched
 
 _SMALLEST_TILE = 16  # rows; triton_config has no smaller row_tile
+_FEW = 512  # slots that one program orders by itself: a launch costs the host more than it takes
 _MANY = 1 << 15  # slots from which on blocks are larger: less to do for the one program of the second kernel, more for those of the third
 _MAP_CELLS = 8192  # tiles x experts that one program of the last kernel compares
 _RANKED, _AGAINST = 128, 32  # slots that are ranked at once, and those that they are compared with at once
@@ -57,15 +59,20 @@ def tiles_at_most(num_slots: int, num_experts: int, block_m: int) -> int:
 
 
 def order_size(num_slots: int, num_experts: int) -> int:
-    """Elements of the buffer under an `Order`, for the smallest tiles: the same whatever block_m is."""
+    """Elements of the buffer under an `Order`, for the smallest tiles: the same whatever block_m is. Sizes may be symbolic."""
     return sum(_room(size) for size in _part_sizes(num_slots, num_experts))
 
 
 def read_order(buffer: Tensor, num_slots: int, num_experts: int) -> Order:
     """The parts of a buffer that `order_rows` filled."""
+    sizes, rooms = _rooms(num_slots, num_experts)
+    return Order(*(part[:size] for part, size in zip(buffer.split(rooms), sizes, strict=True)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _rooms(num_slots: int, num_experts: int) -> tuple[list[int], list[int]]:
     sizes = _part_sizes(num_slots, num_experts)
-    parts = buffer.split([_room(size) for size in sizes])
-    return Order(*(part[:size] for part, size in zip(parts, sizes, strict=True)))
+    return sizes, [_room(size) for size in sizes]
 
 
 def _part_sizes(num_slots: int, num_experts: int) -> list[int]:
@@ -86,16 +93,23 @@ def order_rows(idx_TK: Tensor, num_experts: int, block_m: int) -> Tensor:
     idx_S = idx_TK.reshape(-1)
     buffer = torch.empty(order_size(num_slots, num_experts), dtype=torch.int32, device=idx_TK.device)
     order = read_order(buffer, num_slots, num_experts)
+    bins = power_of_two(num_experts)
+    map_tiles, num_tiles = max(1, min(64, _MAP_CELLS // bins)), tiles_at_most(num_slots, num_experts, block_m)
+    if num_slots <= _FEW:
+        few_order_kernel[(1,)](
+            idx_S, order.slot_S, order.place_S, order.start_E, order.num_tiles_1, order.expert_N, order.row_N, num_slots, num_experts, num_tiles,
+            BLOCK_M=block_m, BLOCK=max(_RANKED, power_of_two(num_slots)), RANKED=_RANKED, AGAINST=_AGAINST, TILES=map_tiles, BINS=bins, num_warps=4,
+        )
+        return buffer
     block = 4 * _RANKED if num_slots > _MANY else _RANKED
-    num_blocks, bins = blocks(num_slots, block), power_of_two(num_experts)
+    num_blocks = blocks(num_slots, block)
     counts_BE = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=idx_TK.device)
     count_kernel[(num_blocks,)](idx_S, counts_BE, num_slots, num_experts, BLOCK=block, BINS=bins, num_warps=4)
     scan_kernel[(1,)](
         counts_BE, order.start_E, order.num_tiles_1, num_blocks, num_experts,
         BLOCK_M=block_m, CHUNK=max(1, min(8192 // bins, power_of_two(num_blocks))), BINS=bins, num_warps=8,
     )
-    map_tiles = max(1, min(64, _MAP_CELLS // bins))
-    num_maps = blocks(tiles_at_most(num_slots, num_experts, block_m), map_tiles)
+    num_maps = blocks(num_tiles, map_tiles)
     scatter_kernel[(num_blocks + num_maps,)](
         idx_S, counts_BE, order.start_E, order.slot_S, order.place_S, order.expert_N, order.row_N, num_slots, num_experts, num_blocks,
         BLOCK_M=block_m, BLOCK=block, RANKED=_RANKED, AGAINST=_AGAINST, TILES=map_tiles, BINS=bins, num_warps=4,
@@ -127,9 +141,16 @@ def scan_kernel(counts_ptr, start_ptr, num_tiles_ptr, num_blocks, num_experts, B
         tl.debug_barrier()  # a small tile has copies in several warps, and none may write what another has yet to read
         tl.store(at, tl.cumsum(counts, 0) - counts + total[None, :], mask=mask)
         total += tl.sum(counts, 0)
-    tl.store(start_ptr + experts, tl.cumsum(total, 0) - total, mask=experts < num_experts)
-    tl.store(start_ptr + num_experts, tl.sum(total, 0))
-    tl.store(num_tiles_ptr, tl.sum((total + BLOCK_M - 1) // BLOCK_M, 0))
+    _write_starts(total, start_ptr, num_tiles_ptr, num_experts, BLOCK_M, BINS)
+
+
+@Kernel
+def _write_starts(counts, start_ptr, num_tiles_ptr, num_experts, BLOCK_M: tl.constexpr, BINS: tl.constexpr):
+    """Where each expert's rows start and the last one's end, and how many tiles they fill, from the number of each expert's rows."""
+    experts = tl.arange(0, BINS)
+    tl.store(start_ptr + experts, tl.cumsum(counts, 0) - counts, mask=experts < num_experts)
+    tl.store(start_ptr + num_experts, tl.sum(counts, 0))
+    tl.store(num_tiles_ptr, tl.sum((counts + BLOCK_M - 1) // BLOCK_M, 0))
 
 
 @Kernel
@@ -147,19 +168,46 @@ def scatter_kernel(
         _map_tiles((block - num_blocks) * TILES, start_ptr, expert_ptr, row_ptr, num_experts, BLOCK_M, TILES, BINS)
     else:
         for mine in range(0, BLOCK, RANKED):
-            slots = block * BLOCK + mine + tl.arange(0, RANKED)
-            ids = tl.load(idx_ptr + slots, mask=slots < num_slots, other=-1)
-            rank = tl.zeros([RANKED], dtype=tl.int32)
-            for other in range(0, mine + RANKED, AGAINST):
-                others = block * BLOCK + other + tl.arange(0, AGAINST)
-                other_ids = tl.load(idx_ptr + others, mask=others < num_slots, other=-1)
-                earlier = (other_ids[None, :] == ids[:, None]) & (others[None, :] < slots[:, None])
-                rank += tl.sum(earlier.to(tl.int32), 1)
-            routed = (ids >= 0) & (ids < num_experts)
-            start = tl.load(start_ptr + ids, mask=routed, other=0)
-            row = start + tl.load(before_ptr + block * num_experts + ids, mask=routed, other=0) + rank
-            tl.store(slot_ptr + row, slots, mask=routed)
-            tl.store(place_ptr + slots, tl.where(routed, row, -1), mask=slots < num_slots)
+            _place(block, mine, idx_ptr, before_ptr, start_ptr, slot_ptr, place_ptr, num_slots, num_experts, BLOCK, RANKED, AGAINST, True)
+
+
+@Kernel
+def few_order_kernel(
+    idx_ptr, slot_ptr, place_ptr, start_ptr, num_tiles_ptr, expert_ptr, row_ptr, num_slots, num_experts, num_tiles,
+    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, RANKED: tl.constexpr, AGAINST: tl.constexpr, TILES: tl.constexpr, BINS: tl.constexpr,
+):
+    """One program: the whole order of one block of slots."""
+    slots = tl.arange(0, BLOCK)
+    ids = tl.load(idx_ptr + slots, mask=slots < num_slots, other=-1)
+    routed = (ids >= 0) & (ids < num_experts)
+    _write_starts(tl.histogram(tl.where(routed, ids, 0).to(tl.int32), BINS, mask=routed), start_ptr, num_tiles_ptr, num_experts, BLOCK_M, BINS)
+    tl.debug_barrier()  # all of the starts are written before any is read
+    for first in range(0, num_tiles, TILES):
+        _map_tiles(first, start_ptr, expert_ptr, row_ptr, num_experts, BLOCK_M, TILES, BINS)
+    for mine in range(0, BLOCK, RANKED):
+        _place(0, mine, idx_ptr, idx_ptr, start_ptr, slot_ptr, place_ptr, num_slots, num_experts, BLOCK, RANKED, AGAINST, False)
+
+
+@Kernel
+def _place(
+    block, mine, idx_ptr, before_ptr, start_ptr, slot_ptr, place_ptr, num_slots, num_experts,
+    BLOCK: tl.constexpr, RANKED: tl.constexpr, AGAINST: tl.constexpr, BEFORE: tl.constexpr,
+):
+    """RANKED slots of a block to their rows; BEFORE: there are earlier blocks, whose counts stand at before_ptr."""
+    slots = block * BLOCK + mine + tl.arange(0, RANKED)
+    ids = tl.load(idx_ptr + slots, mask=slots < num_slots, other=-1)
+    rank = tl.zeros([RANKED], dtype=tl.int32)
+    for other in range(0, mine + RANKED, AGAINST):
+        others = block * BLOCK + other + tl.arange(0, AGAINST)
+        other_ids = tl.load(idx_ptr + others, mask=others < num_slots, other=-1)
+        earlier = (other_ids[None, :] == ids[:, None]) & (others[None, :] < slots[:, None])
+        rank += tl.sum(earlier.to(tl.int32), 1)
+    routed = (ids >= 0) & (ids < num_experts)
+    row = tl.load(start_ptr + ids, mask=routed, other=0) + rank
+    if BEFORE:
+        row += tl.load(before_ptr + block * num_experts + ids, mask=routed, other=0)
+    tl.store(slot_ptr + row, slots, mask=routed)
+    tl.store(place_ptr + slots, tl.where(routed, row, -1), mask=slots < num_slots)
 
 
 @Kernel

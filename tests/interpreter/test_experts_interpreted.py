@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dyn.ops import triton_config, triton_experts, triton_launch
+from dyn.ops import triton_config, triton_experts, triton_few, triton_launch
 from dyn.ops.experts import experts
 from dyn.ops.route import route
 
@@ -57,6 +57,28 @@ def test_against_eager(shape, routing, dtype):
     got = outputs_and_gradients(leaves, idx)
     assert [t.dtype for t in got] == [dtype] + [t.dtype for t in leaves]
     assert_near(got, reference(leaves, idx), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("routing", ["uniform", "sentinels"])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 530, 20, 3, 2), (3, 20, 530, 3, 2)], ids=str)
+def test_few_tokens_without_gradients(shape, routing, dtype, monkeypatch):
+    """The two kernels without an order of rows, and the ordered ones that would run were there more slots."""
+    leaves, idx = problem(*shape, dtype, routing)
+    x, gate_up, down, weight = (t.detach() for t in leaves)
+    views = gate_up.transpose(1, 2).contiguous().transpose(1, 2), down.transpose(1, 2).contiguous().transpose(1, 2)
+    want = reference(leaves, idx)[:1]
+    for few in (True, False):
+        monkeypatch.setattr(triton_experts, "is_few", lambda *a, few=few: few)
+        assert_near([experts(x, gate_up, down, idx, weight, "triton")], want, TOLERANCE[dtype], NAMES[:1])
+    assert_near([triton_few.few_experts(x.t().contiguous().t(), *views, idx.int(), weight)], want, TOLERANCE[dtype], NAMES[:1])
+
+
+def test_how_many_are_few():
+    small, large = (torch.empty(8, 2 * 192, 576, device="meta"), torch.empty(8, 576, 192, device="meta")), (
+        torch.empty(8, 2 * 14336, 4096, device="meta"), torch.empty(8, 4096, 14336, device="meta"))
+    assert [triton_few.is_few(n, *small) for n in (16, 200, 202, 4096)] == [True, True, True, False]
+    assert [triton_few.is_few(n, *large) for n in (16, 17)] == [True, False]
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -184,7 +206,7 @@ def test_only_what_requires_grad_gets_one(wanted):
     got = outputs_and_gradients(leaves, idx, wanted=[leaves[i] for i in wanted])
     assert all(torch.equal(a, want[i + 1]) for i, a in zip(wanted, got[1:], strict=True))
     with torch.no_grad():
-        assert torch.equal(experts(leaves[0], leaves[1], leaves[2], idx, leaves[3], "triton"), want[0])
+        torch.testing.assert_close(experts(leaves[0], leaves[1], leaves[2], idx, leaves[3], "triton"), want[0])
 
 
 @pytest.mark.parametrize("keep", [True, False])

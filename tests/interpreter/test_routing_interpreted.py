@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,20 +17,23 @@ pytestmark = pytest.mark.skipif(not triton_launch.interpreted(), reason="needs T
 
 
 def check_order(idx_TK, E, tile):
-    """Everything an order says, from torch.sort."""
+    """Everything an order says, from torch.sort; for few slots both by the kernel for few and by those for many."""
     num_slots = idx_TK.numel()
-    order = read_order(order_rows(idx_TK, E, tile), num_slots, E)
     routed = (idx_TK.flatten() >= 0) & (idx_TK.flatten() < E)
     ids, slot = torch.where(routed, idx_TK.flatten().long(), E).sort(stable=True)
     num_rows = int(routed.sum())
-    assert order.slot_S[:num_rows].tolist() == slot[:num_rows].tolist()
     place = torch.full((num_slots,), -1).scatter(0, slot[:num_rows], torch.arange(num_rows))
-    assert order.place_S.tolist() == place.tolist()
     counts = torch.bincount(ids[:num_rows], minlength=E)
-    assert order.start_E.tolist() == [0, *counts.cumsum(0).tolist()]
-    tiles = [(e, int(order.start_E[e]) + row) for e in range(E) for row in range(0, int(counts[e]), tile)]
-    assert int(order.num_tiles_1) == len(tiles) <= tiles_at_most(num_slots, E, tile)
-    assert list(zip(order.expert_N.tolist(), order.row_N.tolist(), strict=True))[: len(tiles)] == tiles
+    start = [0, *counts.cumsum(0).tolist()]
+    tiles = [(e, start[e] + row) for e in range(E) for row in range(0, int(counts[e]), tile)]
+    for few in {0, triton_order._FEW}:
+        with mock.patch.object(triton_order, "_FEW", few):
+            order = read_order(order_rows(idx_TK, E, tile), num_slots, E)
+        assert order.slot_S[:num_rows].tolist() == slot[:num_rows].tolist()
+        assert order.place_S.tolist() == place.tolist()
+        assert order.start_E.tolist() == start
+        assert int(order.num_tiles_1) == len(tiles) <= tiles_at_most(num_slots, E, tile)
+        assert list(zip(order.expert_N.tolist(), order.row_N.tolist(), strict=True))[: len(tiles)] == tiles
 
 
 @settings(max_examples=25, deadline=None)
