@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from dyn import env, figures
-from dyn.data.mixture import MixtureLoader
 from dyn.data.sources import JoinedText, choose, read_joined
 from dyn.data.store import Store
 from dyn.models import llama_moe
@@ -36,6 +35,7 @@ from dyn.models.llama_moe_convert import fresh, load_dense, moe_config, read_con
 from dyn.models.llama_moe_diagnose import domain_losses, ideal_routing, layer_contributions, neuron_oracle, routing_statistics
 from dyn.models.packaged import cache_folder, dense_config
 from dyn.nn.surgery import count_parameters, flops_per_token
+from dyn.train.calibration import draw_calibration
 from dyn.train.distill import parent_hash
 from dyn.train.pretrain import Corpus, find_source, load_corpus, load_tokenizer
 from dyn.train.speed import interleaved
@@ -112,14 +112,8 @@ def calibration_batches(cfg: Any, corpus: Corpus) -> list[Tensor]:
     if not any(weights.values()):
         known = ", ".join(d for d, w in corpus.weights.items() if w)
         raise ValueError(f"leave_out={cfg.leave_out} leaves no text for calibration; domains with weight: {known}")
-    size, sequences = cfg.data.batch_size, cfg.calibration_tokens // cfg.calibration_length
-    loader = MixtureLoader(tokens, weights, block_size=cfg.calibration_length, batch_size=size, num_batches=math.ceil(sequences / size), seed=cfg.seed + 1)
-    batches = [batch["input_ids"] for batch in loader]
-    batches[-1] = batches[-1][: sequences - size * (len(batches) - 1)]
-    if short := [f"{d} has {tokens[d].num_tokens:,} training tokens and should give {loader.tokens_seen[d]:,}" for d, n in loader.epochs.items() if n > 1]:
-        raise ValueError(f"calibration_tokens={cfg.calibration_tokens} would repeat text: {'; '.join(short)}. Lower calibration_tokens, raise "
-                         "data.text.max_tokens, or change data.weights")
-    return batches
+    return draw_calibration(tokens, weights, sequences=cfg.calibration_tokens // cfg.calibration_length, length=cfg.calibration_length,
+                            batch_size=cfg.data.batch_size, seed=cfg.seed + 1, setting=f"calibration_tokens={cfg.calibration_tokens}")
 
 
 def budget_text(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -29,10 +29,10 @@ from dyn.data.teacher import fingerprint
 from dyn.data.tiny import tiny_corpus, tiny_tokenizer
 from dyn.data.tokens import Tokens, shard
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, prune_dense
-from dyn.models.llama_moe_construct import METHODS
 from dyn.models.llama_moe_convert import fresh, load_dense, read_config
 from dyn.models.packaged import PACKAGED, cache_folder, dense_config, packaged
 from dyn.nn.surgery import count_parameters, flops_per_token
+from dyn.train.calibration import check_amount, draw_calibration, reads_text
 from dyn.train.callbacks import ExpertLoad, Remix, Throughput
 from dyn.train.distill import parent_hash, taught
 from dyn.train.evaluate import domain_distances, overlaps, perplexity, sample
@@ -46,7 +46,8 @@ PAPER_TOKENS = 5_000_000_000  # the shortest of its comparisons (score scales, s
 SAME = ("tokens", "minutes", "optim", "model.source", "data.text", "data.bos", "data.weights", "data.dynamic", "data.filters", "data.block_size",
         "data.batch_size", "data.validation_tokens", "trainer.accumulate", "trainer.precision")  # what a row and its control share
 SHOWN_LAYERS = 4  # of the overlap plot
-KEY = "conversion.sha256"  # beside a converted model: `_conversion`
+MADE = "conversion.json"  # beside a converted model: `_conversion`, the tokens that were read for it, the seconds that it took (weights read, too)
+LONGEST = 2048  # tokens of a calibration sequence
 
 
 @dataclass
@@ -65,6 +66,7 @@ def pretrain(cfg: Any, run: Any) -> dict[str, float]:
     tokenizer = load_tokenizer(source)
     check(cfg, run, source, tokenizer)
     corpus = load_corpus(cfg, run, source, tokenizer)
+    calibration_batches(cfg, corpus)  # refuses too little text before references are measured and teachers asked
     before = run.stage("dense, untrained", lambda: _measure_dense(cfg, source, tokenizer, corpus))
     gc.collect()  # trainers and their networks hold each other; two at once would not fit a small machine
     run.log(f"dense model, {before['parameters']:,} parameters; held-out loss: " + ", ".join(f"{d} {v:.3f}" for d, v in before["losses"].items()))
@@ -79,16 +81,14 @@ def pretrain(cfg: Any, run: Any) -> dict[str, float]:
 
 
 def check(cfg: Any, run: Any, source: Any, tokenizer: Any) -> None:
-    """ValueError for what cannot work, before text is sharded and weights are read: sizes, gates, constructions, the tokenizer, processes, disk."""
+    """ValueError for what cannot work, before text is sharded and weights are read: sizes, gates, constructions, tokenizer, processes, disk."""
     check_world(cfg.trainer)
     dense = read_config(source)
     if len(tokenizer) > dense.vocab_size:
         raise ValueError(f"model.source={cfg.model.source}: the tokenizer has {len(tokenizer)} entries and the model vocab_size={dense.vocab_size}; "
                          "they do not belong together")
     config = shape(cfg.model, dense)
-    if cfg.model.kind == "moe" and METHODS[cfg.model.construction].needs == "scores" and cfg.model.calibration_sequences < cfg.model.num_experts:
-        raise ValueError(f"model.calibration_sequences={cfg.model.calibration_sequences} cannot make a group for each of "
-                         f"model.num_experts={cfg.model.num_experts}; use {cfg.model.num_experts} or more")
+    check_amount(cfg.model, config, _calibration_length(cfg))
     with torch.device("meta"):
         size = 4 * count_parameters(fresh(config))["total"]
     # The converted and the exported model, and for each training its checkpoints: weights and two moments, one more while it is being written.
@@ -192,6 +192,8 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
               "samples_after": _samples(cfg, net, tokenizer) if rank == 0 else [], "counts": counts, "flops_per_token": flops,
               "speed": speed, "seconds": time.monotonic() - began, "load": {d: v.tolist() for d, v in load.loads.items()}}
     if kind != "dense" and rank == 0:
+        if (made := run.folder / "converted" / MADE).is_file():
+            result["conversion"] = json.loads(made.read_text())
         result |= {"overlap": _overlap(net), "export": _export(cfg, run, net, tokenizer, corpus, dense["losses"], after)}
     return result
 
@@ -207,14 +209,17 @@ def _build(cfg: Any, run: Any, kind: str, source: Any, corpus: Corpus) -> nn.Mod
     folder = run.folder / "converted"
 
     def convert(part: Path) -> None:
-        began, key = time.monotonic(), _conversion(cfg, source, corpus)
-        if twin := next((f.parent for f in run.folder.parent.glob(f"*/converted/{KEY}") if f.read_text() == key), None):
+        key = _conversion(cfg, source, corpus)
+        if twin := next((f.parent for f in run.folder.parent.glob(f"*/converted/{MADE}") if json.loads(f.read_text())["key"] == key), None):
             shutil.copytree(twin, part, copy_function=_link)
             run.log(f"converted as in {twin.parent.name}: the same settings, source and text")
             return
-        _convert(cfg, source, corpus).save_pretrained(part)
-        (part / KEY).write_text(key)
-        run.log(f"converted by {model.construction if kind == 'moe' else 'prune_dense'} in {time.monotonic() - began:.0f} s")
+        began, batches = time.monotonic(), calibration_batches(cfg, corpus)
+        net, tokens = _convert(cfg, source, batches), sum(b.numel() for b in batches or [])
+        seconds = time.monotonic() - began
+        net.save_pretrained(part)
+        (part / MADE).write_text(json.dumps({"key": key, "tokens": tokens, "seconds": seconds}))
+        run.log(f"converted by {model.construction if kind == 'moe' else 'prune_dense'} in {seconds:.0f} s, {tokens:,} calibration tokens")
 
     env.once(folder, convert, world(cfg.trainer)[0])
     if kind == "prune":
@@ -225,7 +230,7 @@ def _build(cfg: Any, run: Any, kind: str, source: Any, corpus: Corpus) -> nn.Mod
 def _conversion(cfg: Any, source: Any, corpus: Corpus) -> str:
     """Names all that decides what `_convert` makes, so that rows of a sweep that train one start differently convert once. All text is read for it, where
     any is."""
-    facts, text = env.facts(), {d: fingerprint(t) for d, t in corpus.train.items()} if _reads_text(cfg.model) else {}
+    facts, text = env.facts(), {d: fingerprint(t) for d, t in corpus.train.items()} if reads_text(cfg.model) else {}
     about = [dataclasses.asdict(cfg.model), cfg.seed, cfg.matmul_precision, corpus.weights, cfg.data.block_size, cfg.data.batch_size, parent_hash(source),
              text, facts["versions"], facts["device"], facts["threads"], env.code("core", "models", "nn", "ops")]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
@@ -239,18 +244,20 @@ def _link(old: str, new: str) -> None:
         shutil.copyfile(old, new)
 
 
-def _reads_text(model: Any) -> bool:
-    return model.kind == "prune" or METHODS[model.construction].needs != "nothing" or model.score_scale == "measured"
+def _calibration_length(cfg: Any) -> int:
+    return min(cfg.data.block_size, LONGEST)
 
 
-def _convert(cfg: Any, source: Any, corpus: Corpus) -> nn.Module:
+def calibration_batches(cfg: Any, corpus: Corpus) -> list[Tensor] | None:
+    """What the conversion reads, ids [B, L]; None where it looks at no data. ValueError for a domain with less text than it should give."""
+    if not reads_text(cfg.model):
+        return None
+    return draw_calibration(corpus.train, corpus.weights, sequences=cfg.model.calibration_sequences, length=_calibration_length(cfg),
+                            batch_size=cfg.data.batch_size, seed=cfg.seed + 1, setting=f"model.calibration_sequences={cfg.model.calibration_sequences}")
+
+
+def _convert(cfg: Any, source: Any, batches: list[Tensor] | None) -> nn.Module:
     model = cfg.model
-    batches = None
-    if _reads_text(model):
-        size = cfg.data.batch_size
-        calibration = MixtureLoader(corpus.train, corpus.weights, block_size=min(cfg.data.block_size, 2048), batch_size=size, seed=cfg.seed + 1,
-                                    num_batches=math.ceil(model.calibration_sequences / size))
-        batches = [batch["input_ids"] for batch in calibration]
     if on_gpu(cfg.trainer) and batches is not None:  # statistics are forward and backward passes
         source = load_dense(source).to(own_device(cfg.trainer))
     if model.kind == "prune":
@@ -365,6 +372,9 @@ def _numbers(cfg: Any, run: Any, before: dict, result: dict, control: dict | Non
     run.cost |= {f"{k}_parameters": v for k, v in result["counts"].items()} | {
         "flops_per_token": result["flops_per_token"], "steps_per_second": speed.get("steps_per_second"), "peak_flops_from": speed["peak_flops_from"],
         "seconds_training": result["seconds"]}
+    if (made := result.get("conversion")) and made["tokens"]:  # a twin's seconds are the first's, which did the work
+        metrics |= {"calibration tokens": made["tokens"], "calibration seconds": made["seconds"]}
+        run.cost |= {"calibration_tokens": made["tokens"], "conversion_seconds": made["seconds"]}
     main = ("train/tokens", "loss/dense untrained", "loss/before", "loss/after", "loss/dense, same tokens", "gap closed", "gap closed to dense, same tokens")
     run.notes |= {"main": [k for k in main if k in metrics], "compare": ["loss/after"], "text": cfg.data.text.path,
                   "controls": [] if control or cfg.model.kind == "dense" else ["dense, same tokens"], "same": list(SAME),

@@ -12,15 +12,28 @@ from dyn import report
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_distilled_run(tmp_path):
-    command = [sys.executable, "-m", "dyn.run", "llama_moe_cpt", "profile=smoke", f"runs={tmp_path}", "distill.weight=0.5", "distill.top_k=16"]
+def smoke(tmp_path, *words):
+    """(result.json's path, its content, what the run said)."""
+    command = [sys.executable, "-m", "dyn.run", "llama_moe_cpt", "profile=smoke", f"runs={tmp_path}", "distill.weight=0.5", "distill.top_k=16", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     [path] = (tmp_path / "llama_moe_cpt").glob("*/result.json")
-    assert report.read(path)["status"] == "ok"
-    assert "teacher: top 16 of 64 blocks" in done.stdout
+    result = report.read(path)
+    assert result["status"] == "ok"
+    return path, result, done.stdout
+
+
+def test_distilled_run(tmp_path):
+    path, _, said = smoke(tmp_path)
+    assert "teacher: top 16 of 64 blocks" in said
     rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
     kl = {stage: [r["train/distill_loss"] for r in rows if r["stage"] == stage and "train/distill_loss" in r] for stage in ("moe", "control")}
     assert len(kl["moe"]) == 8 and all(value >= 0 for value in kl["moe"]) and kl["control"] == []
     [index] = path.parent.glob("teacher/*/index.json")
     assert sum(s["blocks"] for s in json.loads(index.read_text())["shards"]) == 64
+
+
+def test_a_calibrated_start_says_what_it_read(tmp_path):
+    _, result, _ = smoke(tmp_path, "model.construction=calibrated", "model.gate=linear", "model.calibration_sequences=22", "dense_control=false")
+    assert result["cost"]["calibration_tokens"] == result["metrics"]["calibration tokens"] == 22 * 32
+    assert result["cost"]["conversion_seconds"] == result["metrics"]["calibration seconds"] > 0

@@ -1,6 +1,7 @@
 """What a run of llama_moe_cpt refuses before it shards text or reads weights, and what it takes."""
 
 import importlib.util
+import json
 import sys
 import types
 from pathlib import Path
@@ -47,6 +48,10 @@ def test_what_fits_passes(tmp_path):
     (dict(construction="kmean"), "did you mean 'kmeans'"),
     (dict(construction="gradient", num_shared_experts=2), "num_shared_experts=2"),
     (dict(construction="gradient", calibration_sequences=3), "model.calibration_sequences=3"),
+    (dict(construction="calibrated", gate="linear", calibration_sequences=0, num_experts_per_tok=3),
+     r"calibration_sequences=0 of 32 tokens are too few: the regression of 36 active neurons a layer needs 36 tokens.*use 2 or more"),
+    (dict(kind="prune", calibration_sequences=1, num_experts_per_tok=3), "calibration_sequences=1 of 32 tokens.*36 active neurons.*use 2 or more"),
+    (dict(construction="coactivation", calibration_sequences=0), "calibration_sequences=0 of 32 tokens are too few.*use 1 or more"),
     (dict(score_scale="half"), "score_scale='half'"),
     (dict(gate="uniform"), "uniform"),
 ])
@@ -111,6 +116,27 @@ def test_the_fluency_filter_scores_with_the_dense_model(tmp_path):
     assert corpus(cfg, tmp_path).train["green"].num_documents == 32
 
 
+@pytest.mark.parametrize("model", [dict(kind="prune"), dict(construction="coactivation"), dict(score_scale="measured")])
+def test_too_little_text_is_refused_before_anything_is_measured(tmp_path, monkeypatch, model):
+    cfg, lines = settings(calibration_sequences=2000, **model), []
+    corpus(cfg, tmp_path)  # shards the text
+    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=259)).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    cfg.model.source = str(tmp_path / "dense")
+    run = types.SimpleNamespace(folder=tmp_path, resumed=False, log=lines.append, stage=lambda *_: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=r"model\.calibration_sequences=2000 would repeat text: red has [\d,]+ training tokens and should give [\d,]+; green"):
+        pretrain.pretrain(cfg, run)
+    assert len(lines) == 1 and "training tokens" in lines[0]
+
+
+@pytest.mark.parametrize(("model", "sequences"), [(dict(construction="kmeans"), 0), (dict(kind="prune", calibration_sequences=6), 6),
+                                                  (dict(start="scratch", construction="coactivation"), 0), (dict(kind="dense"), 0)])
+def test_calibration_text_is_exactly_what_was_asked_for(tmp_path, model, sequences):
+    cfg = settings(**model)
+    batches = pretrain.calibration_batches(cfg, corpus(cfg, tmp_path))
+    assert [list(b.shape) for b in batches or []] == ([[4, 32], [2, 32]] if sequences else [])
+
+
 def test_rows_that_start_alike_convert_once(tmp_path, monkeypatch):
     cfg, lines = settings(num_experts=4, num_experts_per_tok=2), []
     text = corpus(cfg, tmp_path)
@@ -138,6 +164,8 @@ def test_rows_that_start_alike_convert_once(tmp_path, monkeypatch):
         build("fifth")
         cfg.model.construction = "kmeans"
         build("sixth")
+    made = {name: json.loads((tmp_path / "runs" / name / "converted" / pretrain.MADE).read_text()) for name in ("first", "second", "sixth")}
+    assert made["first"] == made["second"] and made["first"]["tokens"] == 0 < made["first"]["seconds"]
     assert lines[4].startswith("converted as in third") and lines[5].startswith("converted by kmeans")
 
 

@@ -1,0 +1,69 @@
+"""The text that conversions look at: how much each of them needs, and the batches; refused where they would be too few, or repeat themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyn.data.mixture import MixtureLoader
+from dyn.data.tokens import Tokens
+from dyn.models.llama_moe_construct import METHODS
+
+
+def reads_text(model: Any) -> bool:
+    """Does the conversion that an experiment's ModelConfig asks for look at data?"""
+    if model.start == "scratch" or model.kind == "dense":
+        return False
+    return model.kind == "prune" or METHODS[model.construction].needs != "nothing" or model.score_scale == "measured"
+
+
+def check_amount(model: Any, config: Any, length: int) -> None:
+    """ValueError for fewer calibration sequences than a conversion needs, by sizes alone.
+
+    Args:
+        model: the experiment's ModelConfig.
+        config: configuration of the network that comes out (`dyn.train.plan.shape`).
+        length: tokens a calibration sequence.
+    """
+    if not reads_text(model):
+        return
+    needs = "activations" if model.kind == "prune" else METHODS[model.construction].needs
+    least, why = 1, "statistics need one at least"
+    if needs == "scores":
+        least, why = model.num_experts, f"they cannot make a group for each of model.num_experts={model.num_experts}"
+    elif needs == "activations":
+        active = config.intermediate_size if model.kind == "prune" else max(config.active_width(i) for i in range(config.num_hidden_layers))
+        tokens = active if model.kind == "prune" else max(active, config.num_experts)
+        least, why = math.ceil(tokens / length), f"the regression of {active} active neurons a layer needs {tokens} tokens, better ten times more"
+    if model.calibration_sequences < least:
+        raise ValueError(f"model.calibration_sequences={model.calibration_sequences} of {length} tokens are too few: {why}; use {least} or more")
+
+
+def draw_calibration(tokens: Mapping[str, Tokens], weights: Mapping[str, float], *, sequences: int, length: int, batch_size: int, seed: int,
+                     setting: str) -> list[Tensor]:
+    """Exactly `sequences` sequences of training text, drawn by the domains' weights: ids [B, length], of which the last batch may hold fewer.
+
+    Args:
+        tokens, weights: text and weight by domain.
+        sequences, length, batch_size: how many, of how many tokens, B.
+        seed: of the draws.
+        setting: key=value of what asks for so many, for the error.
+
+    Raises:
+        ValueError: a domain has less text than it should give: statistics of repeated text would count it twice.
+    """
+    loader = MixtureLoader(tokens, weights, block_size=length, batch_size=batch_size, num_batches=math.ceil(sequences / batch_size), seed=seed)
+    drawn = list(loader)
+    counts = torch.cat([batch["domain"] for batch in drawn])[:sequences].bincount(minlength=len(tokens)).tolist()
+    short = [f"{d} has {t.num_tokens:,} training tokens and should give {n * length:,}" for (d, t), n in zip(tokens.items(), counts, strict=True)
+             if n * length > t.num_tokens]
+    if short:
+        raise ValueError(f"{setting} would repeat text: {'; '.join(short)}. Lower {setting.partition('=')[0]}, raise data.text.max_tokens, or change "
+                         "data.weights")
+    batches = [batch["input_ids"] for batch in drawn]
+    batches[-1] = batches[-1][: sequences - batch_size * (len(batches) - 1)]
+    return batches
