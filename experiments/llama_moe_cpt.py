@@ -22,6 +22,7 @@ class ModelConfig:
     source: str = "meta-llama/Llama-2-7b-hf"  # folder, hub id, or a packaged model's name
     kind: Literal["moe", "dense", "prune"] = "moe"  # controls on the same tokens: dense: without experts; prune: k/N of the neurons, the same for every token
     start: Literal["pretrained", "scratch"] = "pretrained"  # scratch: the same shape with random weights (Figure 7)
+    train: Literal["all", "gates"] = "all"  # gates: they alone; experts and everything else stay as they were converted
     num_experts: int = 16
     num_experts_per_tok: int = 4
     construction: str = "random"  # section 1.2
@@ -103,6 +104,9 @@ class Config:
                              "set data.dynamic=none or distill.weight=0")
         if self.model.start == "scratch" and self.model.kind == "prune":
             raise ValueError("model.kind=prune keeps neurons of a pre-trained network: model.start=scratch has none")
+        if self.model.train == "gates" and (self.model.kind != "moe" or self.model.gate in ("uniform", "random")):
+            what = f"gate={self.model.gate}" if self.model.kind == "moe" else f"kind={self.model.kind}"
+            raise ValueError(f"model.train=gates has nothing to train: model.{what} has no gate with parameters; set model.train=all")
         if self.dense_control and self.model.kind == "dense":
             raise ValueError("dense_control=true beside model.kind=dense would train the same model twice")
 
@@ -110,7 +114,7 @@ class Config:
 def row(name: str, **changes: Any) -> dict[str, Any]:
     """A sweep row: the paper's network with `changes`, whatever the profile has; `model__gate=...` means the key model.gate."""
     model = ModelConfig()
-    kept = ("kind", "start", "num_experts", "num_experts_per_tok", "construction", "moe_intermediate_size", "overlap", "gate", "gate_noise", "balance",
+    kept = ("kind", "start", "train", "num_experts", "num_experts_per_tok", "construction", "moe_intermediate_size", "overlap", "gate", "gate_noise", "balance",
             "balance_weight", "z_loss_weight", "score_scale", "reinit")
     base = {f"model.{key}": getattr(model, key) for key in kept} | {"model.num_shared_experts": None, "dense_control": False}
     return {"row": name} | base | {key.replace("__", "."): value for key, value in changes.items()}

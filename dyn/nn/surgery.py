@@ -24,15 +24,35 @@ def freeze(model: nn.Module, *modules: nn.Module | type[nn.Module]) -> int:
     Raises:
         ValueError: a module that is not part of the model, or a class of which it has none.
     """
+    parameters = _parameters("freeze", model, modules)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    return sum(p.numel() for p in parameters)
+
+
+def train_only(model: nn.Module, *modules: nn.Module | type[nn.Module]) -> int:
+    """Freeze all of `model` but `modules`, by identity as in `freeze`; returns how many parameters are left to train.
+
+    Raises:
+        ValueError: as in `freeze`, or modules without parameters.
+    """
+    parameters = _parameters("train_only", model, modules)
+    if not parameters:
+        raise ValueError(f"train_only: what was named of {type(model).__name__} has no parameters, so nothing would be trained")
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return sum(p.numel() for p in parameters)
+
+
+def _parameters(verb: str, model: nn.Module, modules: tuple[nn.Module | type[nn.Module], ...]) -> list[nn.Parameter]:
+    """Of all of `modules`, each once."""
     chosen: list[nn.Module] = []
     for wanted in modules:
         found = [m for m in model.modules() if (isinstance(m, wanted) if isinstance(wanted, type) else m is wanted)]
         if not found:
             name = wanted.__name__ if isinstance(wanted, type) else type(wanted).__name__
             classes = ", ".join(sorted({type(m).__name__ for m in model.modules()}))
-            raise ValueError(f"freeze: {type(model).__name__} has no such {name}; its classes: {classes}")
+            raise ValueError(f"{verb}: {type(model).__name__} has no such {name}; its classes: {classes}")
         chosen += found
-    parameters = {id(p): p for module in chosen for p in module.parameters()}
-    for parameter in parameters.values():
-        parameter.requires_grad_(False)
-    return sum(p.numel() for p in parameters.values())
+    return list({id(p): p for module in chosen for p in module.parameters()}.values())

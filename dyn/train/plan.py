@@ -9,7 +9,8 @@ import torch
 from dyn.models.llama_moe_convert import fresh, moe_config
 from dyn.models.llama_moe_prune import kept_neurons
 from dyn.models.packaged import dense_config
-from dyn.nn.surgery import count_parameters, flops_per_token
+from dyn.nn.experts import Gate
+from dyn.nn.surgery import count_parameters, flops_per_token, train_only
 
 GIB = 1 << 30
 
@@ -29,8 +30,9 @@ def shape(model: Any, dense: Any) -> Any:
 
 
 def memory_per_device(net: torch.nn.Module, *, batch_size: int, block_size: int, shards: int, bf16: bool, checkpointing: bool) -> dict[str, float]:
-    """A first-order estimate in GiB: weights, gradients and Adam's moments in float32 cut into `shards`, the computing copy of two layers and the
-    embeddings, saved activations (only each layer's input with checkpointing, and one layer's inside), and the logits with their gradient in float32."""
+    """A first-order estimate in GiB: weights, gradients and Adam's moments of what is trained, in float32 cut into `shards`, the computing copy of two
+    layers and the embeddings, saved activations (only each layer's input with checkpointing, and one layer's inside), and the logits with their gradient
+    in float32."""
     config, counts, width = net.config, count_parameters(net), 2 if bf16 else 4
     tokens, hidden, layers = batch_size * block_size, config.hidden_size, config.num_hidden_layers
     embeddings = 2 * config.vocab_size * hidden
@@ -40,7 +42,7 @@ def memory_per_device(net: torch.nn.Module, *, batch_size: int, block_size: int,
     ffn = max((inner / layers - 4 * hidden**2) / (3 * hidden), 0)
     inside = tokens * (8 * hidden + 3 * ffn) * width
     parts = {
-        "weights, gradients, moments": 16 * counts["total"] / shards,
+        "weights, gradients, moments": (4 * counts["total"] + 12 * counts["trainable"]) / shards,
         "computing copy": (2 * per_layer + embeddings) * width if shards > 1 or bf16 else 0,
         "activations": tokens * hidden * layers * width + inside if checkpointing else inside * layers,
         "logits": 2 * 4 * tokens * config.vocab_size,
@@ -53,6 +55,8 @@ def plan_pretraining(cfg: Any) -> dict[str, Any]:
     config = shape(cfg.model, dense_config(cfg.model.source))
     with torch.device("meta"):
         net = fresh(config)
+    if cfg.model.train == "gates":
+        train_only(net, Gate)
     counts = count_parameters(net)
     per_token = flops_per_token(net, cfg.data.block_size)
     steps, tokens_per_step = cfg.steps(), cfg.tokens_per_step()

@@ -31,7 +31,8 @@ from dyn.data.tokens import Tokens, shard
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, prune_dense
 from dyn.models.llama_moe_convert import fresh, load_dense, read_config
 from dyn.models.packaged import PACKAGED, cache_folder, dense_config, packaged
-from dyn.nn.surgery import count_parameters, flops_per_token
+from dyn.nn.experts import Gate
+from dyn.nn.surgery import count_parameters, flops_per_token, train_only
 from dyn.train.calibration import check_amount, draw_calibration, reads_text
 from dyn.train.callbacks import ExpertLoad, Remix, Throughput
 from dyn.train.distill import parent_hash, taught
@@ -174,6 +175,8 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
     if distill:  # before the network is built: the teacher is in memory meanwhile
         loader = taught(cfg, run, source, tokenizer, loader)
     net = _build(cfg, run, kind, source, corpus)
+    if cfg.model.train == "gates" and name != "control":
+        train_only(net, Gate)
     counts, flops = count_parameters(net), flops_per_token(net, cfg.data.block_size)
     before = _samples(cfg, net, tokenizer) if kind != "dense" or cfg.model.start == "scratch" else dense["samples"]
     config = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_first=True, val_every=min(cfg.trainer.val_every, math.ceil(steps / 2)))
@@ -231,7 +234,9 @@ def _conversion(cfg: Any, source: Any, corpus: Corpus) -> str:
     """Names all that decides what `_convert` makes, so that rows of a sweep that train one start differently convert once. All text is read for it, where
     any is."""
     facts, text = env.facts(), {d: fingerprint(t) for d, t in corpus.train.items()} if reads_text(cfg.model) else {}
-    about = [dataclasses.asdict(cfg.model), cfg.seed, cfg.matmul_precision, corpus.weights, cfg.data.block_size, cfg.data.batch_size, parent_hash(source),
+    model = dataclasses.asdict(cfg.model)
+    del model["train"]  # comes after
+    about = [model, cfg.seed, cfg.matmul_precision, corpus.weights, cfg.data.block_size, cfg.data.batch_size, parent_hash(source),
              text, facts["versions"], facts["device"], facts["threads"], env.code("core", "models", "nn", "ops")]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 

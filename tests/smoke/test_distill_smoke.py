@@ -1,4 +1,4 @@
-"""A whole run of llama_moe_cpt with the dense parent as its teacher."""
+"""Whole runs of llama_moe_cpt with the dense parent as its teacher."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
 
 from dyn import report
 
@@ -33,7 +36,13 @@ def test_distilled_run(tmp_path):
     assert sum(s["blocks"] for s in json.loads(index.read_text())["shards"]) == 64
 
 
-def test_a_calibrated_start_says_what_it_read(tmp_path):
-    _, result, _ = smoke(tmp_path, "model.construction=calibrated", "model.gate=linear", "model.calibration_sequences=22", "dense_control=false")
+def test_gates_are_trained_alone_from_a_calibrated_start(tmp_path):
+    path, result, _ = smoke(tmp_path, "model.construction=calibrated", "model.gate=linear", "model.calibration_sequences=22", "model.train=gates",
+                            "dense_control=false")
     assert result["cost"]["calibration_tokens"] == result["metrics"]["calibration tokens"] == 22 * 32
     assert result["cost"]["conversion_seconds"] == result["metrics"]["calibration seconds"] > 0
+    before, after = (load_file(path.parent / folder / "model.safetensors") for folder in ("converted", "export"))
+    assert list(before) == list(after)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".mlp.gate." in name}
+    assert result["cost"]["trainable_parameters"] == result["cost"]["gate_parameters"] == sum(before[name].numel() for name in changed)

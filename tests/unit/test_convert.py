@@ -10,7 +10,7 @@ from dyn.models import llama_moe_convert
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense
 from dyn.models.llama_moe_construct import METHODS
 from dyn.nn.experts import Gate
-from dyn.nn.surgery import count_parameters, freeze
+from dyn.nn.surgery import count_parameters, freeze, train_only
 
 BATCHES = [torch.randint(0, 61, (4, 12), generator=torch.Generator().manual_seed(i)) for i in range(6)]
 
@@ -159,6 +159,19 @@ def test_freezing_is_by_identity():
     assert freeze(moe, moe.lm_head) == 61 * 16
     with pytest.raises(ValueError, match="has no such Conv2d"):
         freeze(moe, torch.nn.Conv2d)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_training_gates_alone_is_by_identity(kind):
+    moe = from_dense(tiny(), num_experts=4, num_experts_per_tok=2, gate=kind, score_scale="learnable")
+    assert train_only(moe, Gate) == count_parameters(moe)["gate"] == count_parameters(moe)["trainable"]
+    assert {name for name, p in moe.named_parameters() if p.requires_grad} == {name for name, _ in moe.named_parameters() if ".mlp.gate." in name}
+    moe(input_ids=torch.arange(12).view(2, 6), labels=torch.arange(12).view(2, 6)).loss.backward()
+    assert all((p.grad is not None and bool(p.grad.any())) == p.requires_grad for p in moe.parameters())
+    with pytest.raises(ValueError, match="train_only: LlamaMoeForCausalLM has no such Conv2d"):
+        train_only(moe, torch.nn.Conv2d)
+    with pytest.raises(ValueError, match="no parameters, so nothing would be trained"):
+        train_only(from_dense(tiny(), num_experts=4, num_experts_per_tok=2, gate="random"), Gate)
 
 
 def test_selection_bias_moves_towards_the_idle_expert():

@@ -148,7 +148,7 @@ def test_rows_that_start_alike_convert_once(tmp_path, monkeypatch):
         return pretrain._build(cfg, run, "moe", tmp_path / "dense", text).state_dict()
 
     first = build("first")
-    cfg.distill.weight = 0.5
+    cfg.distill.weight, cfg.model.train = 0.5, "gates"
     second = build("second")
     assert lines[0].startswith("converted by random") and lines[1].startswith("converted as in first")
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -187,6 +187,22 @@ def test_every_sweep_row_is_the_network_that_its_name_says(sweep, profile, monke
 def test_settings_that_would_be_ignored_or_cannot_be(word, instead):
     with pytest.raises(ValueError, match=instead):
         config.load(EXPERIMENT.Config, "llama_moe_cpt", "smoke", [word], root=ROOT)
+
+
+@pytest.mark.parametrize(("words", "what"), [(["model.kind=prune"], "kind=prune"), (["model.kind=dense", "dense_control=false"], "kind=dense"),
+                                             (["model.gate=random", "model.gate_noise=false"], "gate=random"),
+                                             (["model.gate=uniform", "model.gate_noise=false", "model.num_experts_per_tok=4"], "gate=uniform")])
+def test_gates_that_cannot_be_trained_alone(words, what):
+    config.load(EXPERIMENT.Config, "llama_moe_cpt", "smoke", words, root=ROOT)
+    with pytest.raises(ValueError, match=f"model.train=gates has nothing to train: model.{what} has no gate with parameters"):
+        config.load(EXPERIMENT.Config, "llama_moe_cpt", "smoke", [*words, "model.train=gates"], root=ROOT)
+
+
+def test_a_plan_counts_what_is_trained():
+    plans = [plan_pretraining(config.load(EXPERIMENT.Config, "llama_moe_cpt", "paper", [f"model.train={what}"], root=ROOT)) for what in ("all", "gates")]
+    memory = [plan["memory, GiB a device (estimate)"] for plan in plans]
+    assert plans[0]["parameters"] == plans[1]["parameters"]
+    assert memory[1]["weights, gradients, moments"] == pytest.approx(memory[0]["weights, gradients, moments"] / 4, rel=0.05)
 
 
 def test_rows_after_training_name_their_controls():
