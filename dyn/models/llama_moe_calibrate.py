@@ -126,8 +126,8 @@ def walk(dense: nn.Module, batches: Sequence[Tensor], choose: Callable[[int, nn.
          seed: int, alone: bool = False) -> Iterator[LayerFit]:
     """Both streams through the layers: sample, choose, refit, go on.
 
-    Activations of one layer and one batch are held at a time, and one sample; the streams lie in a mapped temporary file ($TMPDIR), so that memory does
-    not grow with tokens.
+    Activations of one layer and one batch are held at a time, one sample (of `SAMPLE` tokens at most) and the sums of one regression. Both streams are kept
+    for every token, in a mapped temporary file ($TMPDIR); memory itself grows by a mark a token alone.
 
     Args:
         choose: (layer, its feed-forward, a sample of what it sees) -> what becomes of it, and the inputs [T, P] of its down projection: P = N, or P =

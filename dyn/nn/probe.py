@@ -44,14 +44,15 @@ def taylor_scores(model: nn.Module, modules: Sequence[nn.Module], batches: Seque
     """Importance of every input unit of `modules`: sum over batches and tokens of kernel(h * dL/dh), divided by the number of batches' targets.
 
     LLaMA-MoE section 1.5 ("sample" accumulation). `loss_fn(model, batch)` returns the summed loss of a batch [B, L]; each sequence has L - 1 targets. Gradients
-    start at the output of `embeddings`; no parameter gets one. Returns [len(modules), N] in float32 on the CPU.
+    start at the output of `embeddings`; no parameter gets one. Nothing of a batch is kept but sums. Returns [len(modules), N] in float32 on the CPU.
     """
     scores: list[Tensor | float] = [0.0] * len(modules)
 
     def visit(i: int, h: Tensor) -> None:
+        value, width = h.detach(), h.shape[-1]  # a hook that knew h itself would keep its batch's graph for ever: the collector does not see that cycle
+
         def collect(grad: Tensor) -> None:
-            width = h.shape[-1]
-            scores[i] = scores[i] + taylor(h.detach().reshape(-1, width).float(), grad.reshape(-1, width).float(), kernel=kernel, use_value=use_value)
+            scores[i] = scores[i] + taylor(value.reshape(-1, width).float(), grad.reshape(-1, width).float(), kernel=kernel, use_value=use_value)
         h.register_hook(collect)
 
     start = embeddings.register_forward_hook(lambda _, __, output: output.detach().requires_grad_(True))
