@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     clock, env = begin(device, args.cpu_time)
-    for part in PARTS:
-        (args.out / f"{part}.json").unlink(missing_ok=True)  # of an earlier run: it would be compared again
+    for part in parts:
+        (args.out / f"{part}.json").unlink(missing_ok=True)  # of an earlier run, should this one fail before it writes its own
     for part, run in (("ops", lambda: ops.run(env, size, args.out, rounds, clock, args.only)),
                       ("routing", lambda: routing.run(env, size, args.out, rounds, clock)),
                       ("steps", lambda: steps.run(env, size, args.out, rounds, clock)),
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
             start = time.perf_counter()
             run()
             print(f"{part} took {time.perf_counter() - start:.0f} s\n\n{(args.out / f'{part}.md').read_text()}", flush=True)
-    if compare.guard(args.out, compare.COMMITTED, store=args.save):
+    if compare.guard(args.out, compare.COMMITTED, store=args.save, parts=parts):
         raise SystemExit(1)
 
 

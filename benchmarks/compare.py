@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,11 +79,16 @@ def reference_path(new: dict, folder: Path) -> Path:
     return folder / f"{new['what']}{'-gpu' if new['env']['kind'] == 'cuda' else ''}.json"
 
 
-def guard(out: Path, committed: Path, store: bool = False) -> int:
-    """Compare every JSON in `out`, print and write compare.md; how many ratios of ours are twice as bad and rows lost. `store` commits `out` instead."""
+def guard(out: Path, committed: Path, store: bool = False, parts: Iterable[str] | None = None) -> int:
+    """Compare the results in `out` (of `parts` alone, if given), print and write compare.md; how many ratios of ours are twice as bad and rows lost.
+
+    `store` commits them instead.
+    """
     lines, bad = ["# Against the committed results", ""], 0
-    for path in sorted(out.glob("*.json")):
+    for path in sorted(out.glob("*.json")) if parts is None else [path for part in sorted(parts) if (path := out / f"{part}.json").is_file()]:
         new = json.loads(path.read_text())
+        if "what" not in new:  # another command's
+            continue
         reference = reference_path(new, committed)
         if store:
             committed.mkdir(parents=True, exist_ok=True)

@@ -118,8 +118,8 @@ def table(name: str, about: str, calls: dict[str, Callable[[], object]], tokens:
             "missing": {}}
 
 
-def measure(what: Size, device: str, rounds: int, clock: Callable[[], float]) -> tuple[dict, list[dict]]:
-    """Sizes of the models, and tables: training with all models in float32, then prefill and decoding with all in bfloat16."""
+def measure(what: Size, device: str, rounds: int, clock: Callable[[], float], models: dict, add: Callable[[dict], None]) -> None:
+    """Sizes of the models into `models`, and tables one by one to `add`: training with all models in float32, then prefill and decoding in bfloat16."""
     nets = build(what.shape, device)
     g = torch.Generator().manual_seed(0)
 
@@ -130,8 +130,7 @@ def measure(what: Size, device: str, rounds: int, clock: Callable[[], float]) ->
     print(f"training {what.name}", flush=True)
     steps = {name: training_step(net, ids) for name, net in nets.items()}
     steps |= {f"{name}, a loop over them": training_step(nets[name], ids, LOOPED) for name in MIXTURES}
-    tables = [table(f"training, {what.name}, {what.train[0]} x {what.train[1]} tokens", "forward, loss, backward and AdamW", steps, ids.numel(), rounds, clock)]
-    models = {}
+    training = table(f"training, {what.name}, {what.train[0]} x {what.train[1]} tokens", "forward, loss, backward and AdamW", steps, ids.numel(), rounds, clock)
     for name, net in nets.items():
         counts = count_parameters(net)
         models[f"{what.name}: {name}"] = model = {
@@ -140,6 +139,7 @@ def measure(what: Size, device: str, rounds: int, clock: Callable[[], float]) ->
             "saved_bytes": saved_bytes(lambda net=net: loss(net, ids), net.parameters())}
         if device == "cuda":
             model["training_peak_bytes"] = peak_bytes(steps[name])
+    add(training)
     for name, net in nets.items():
         if name in MIXTURES:
             net.set_experts_implementation("dyn")
@@ -151,26 +151,28 @@ def measure(what: Size, device: str, rounds: int, clock: Callable[[], float]) ->
         print(f"inference {what.name}, batch {batch}", flush=True)
         prefills = {name: lambda net=net, ids=ids: prefill(net, ids) for name, net in nets.items()}
         decodes = {name: decode(net, ids, what.new_tokens) for name, net in nets.items()}
-        tables.append(table(f"prefill, {what.name}, batch {batch} x {what.prompt} tokens", "the prompt at once, logits of its last token",
-                            prefills, ids.numel(), rounds, clock))
+        filled = table(f"prefill, {what.name}, batch {batch} x {what.prompt} tokens", "the prompt at once, logits of its last token",
+                       prefills, ids.numel(), rounds, clock)
         if device == "cuda":
             for name, call in prefills.items():
-                tables[-1]["rows"][name]["peak_bytes"] = peak_bytes(call)
-        tables.append(table(f"decode, {what.name}, batch {batch} after {what.prompt} tokens", "one token at a time, with a cache",
-                            decodes, batch * what.new_tokens, rounds, clock))
+                filled["rows"][name]["peak_bytes"] = peak_bytes(call)
+        add(filled)
+        add(table(f"decode, {what.name}, batch {batch} after {what.prompt} tokens", "one token at a time, with a cache",
+                  decodes, batch * what.new_tokens, rounds, clock))
         del decodes
         free()
-    return models, tables
 
 
 def run(env: dict, size: str, out: Path, rounds: int, clock: Callable[[], float]) -> dict:
-    """All models of a size."""
+    """All models of a size, saved table by table."""
     result: dict = {"what": "steps", "env": env, "size": size, "models": {}, "tables": []}
-    for what in sizes(size, env["kind"]):
-        models, tables = measure(what, env["kind"], rounds, clock)
-        result["models"] |= models
-        result["tables"] += tables
+
+    def add(made: dict) -> None:
+        result["tables"].append(made)
         save(result, markdown(result), out)
+
+    for what in sizes(size, env["kind"]):
+        measure(what, env["kind"], rounds, clock, result["models"], add)
     plot(result, METRICS, out)
     return result
 

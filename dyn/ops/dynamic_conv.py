@@ -9,9 +9,9 @@ section 1.5), S (optional) a kernel of all samples (the static part of section 3
 `_loop` is the specification. The other forms compute the same in another order, and none is best everywhere:
 
     form    | what it does                                                  | multiply-adds beside the plain L P | where it is good
-    grouped | mixes kernels, one convolution of B G groups                  | K P                                | CUDA; CPU, large maps
+    grouped | mixes kernels, one convolution of B G groups                  | K P                                | CPU, large maps; groups
     unfold  | mixes kernels, one matrix product a sample over x's patches   | K P, copies patches (not for 1x1)  | CUDA, 1x1; CPU, small spatial maps
-    scale   | alpha multiplies x, one convolution with K C input channels   | (K - 1) L P                        | one kernel
+    scale   | alpha multiplies x, one convolution with K C input channels   | (K - 1) L P                        | one kernel; CUDA
     outputs | one convolution with K O output channels, alpha mixes outputs | (K - 1) L P                        | CPU, small maps
 
 Mixing is a matrix product, so its backward is two: dbank = alpha^T dW and dalpha = dW bank^T. All forms are made of operations that torch compiles and
@@ -80,10 +80,12 @@ def dynamic_conv2d(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO
 def choose(x_BCHW: Tensor, bank_KOIhw: Tensor, window: Window, spatial: bool = False) -> str:
     """The form that "auto" takes.
 
-    One kernel without spatial factors: scale, which is the plain convolution then. No sample: unfold, which computes nothing. CUDA: unfold for 1x1 kernels
-    without groups, where it is one batch of products on x as it lies, else grouped. Elsewhere: grouped where samples' own kernels pay, on maps of
-    `SMALL_MAP` output positions or more, for kernels that stay in the cache, and for depthwise ones (whose products would be of single rows); else outputs, or,
-    with spatial factors, which need a kernel for each sample, unfold.
+    One kernel without spatial factors: scale, which is the plain convolution then. No sample: unfold, which computes nothing. CUDA: without groups
+    unfold for 1x1 kernels, where it is one batch of products on x as it lies, and scale for larger ones (with spatial factors unfold); else grouped. (On
+    an H200 in bfloat16 a step of ResNet-50 takes 10.6 times the static one's with grouped convolutions, 3.6 with scale and 3.3 with unfold alone; of
+    ResNet-18 9.2, 2.8 and 3.9.) Elsewhere: grouped where samples' own kernels pay, on maps of `SMALL_MAP` output positions or more, for kernels that
+    stay in the cache, and for depthwise ones (whose products would be of single rows); else outputs, or, with spatial factors, which need a kernel for each
+    sample, unfold.
     """
     if len(bank_KOIhw) == 1 and not spatial:
         return "scale"
@@ -91,8 +93,8 @@ def choose(x_BCHW: Tensor, bank_KOIhw: Tensor, window: Window, spatial: bool = F
         return "unfold"
     height, width = _out_size(x_BCHW, bank_KOIhw, window)
     own = len(x_BCHW) * bank_KOIhw[0].numel() <= CACHED or height * width >= SMALL_MAP
-    if x_BCHW.device.type == "cuda" and bank_KOIhw.shape[2:] == (x_BCHW.shape[1], 1, 1):
-        return "unfold"
+    if x_BCHW.device.type == "cuda" and bank_KOIhw.shape[2] == x_BCHW.shape[1]:
+        return "unfold" if spatial or bank_KOIhw.shape[3:] == (1, 1) else "scale"
     if x_BCHW.device.type == "cuda" or bank_KOIhw.shape[2] == 1 or own:
         return "grouped"
     return "unfold" if spatial else "outputs"

@@ -140,7 +140,9 @@ def test_auto_follows_shape_and_device():
     with FakeTensorMode():
         x = torch.empty(2, 8, 16, 16, device="cuda")
         banks = [torch.empty(4, 8, *rest, device="cuda") for rest in ((8, 1, 1), (4, 1, 1), (8, 3, 3), (8, 1, 3))]
-        assert [choose(x, bank, ((1, 1), (0, 0), (1, 1))) for bank in banks] == ["unfold", "grouped", "grouped", "grouped"]  # the second has groups
+        window = (1, 1), (0, 0), (1, 1)
+        assert [choose(x, bank, window) for bank in banks] == ["unfold", "grouped", "scale", "scale"]  # the second has groups
+        assert choose(x, banks[2], window, spatial=True) == "unfold"
 
 
 @pytest.mark.parametrize(("change", "message"), [
