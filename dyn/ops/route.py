@@ -13,6 +13,8 @@ from torch import Tensor
 from dyn.ops import triton_launch, triton_route
 from dyn.ops.arguments import check_devices, given
 
+_MANY = 1 << 20  # logits from which on one kernel is faster than torch's three; before, a launch of Triton's costs more than theirs (H200, results/benchmarks)
+
 
 def route(
     logits_TE: Tensor,
@@ -34,7 +36,7 @@ def route(
         score: "softmax" over the experts, or "sigmoid" of each logit.
         bias_E: added to the scores for the choice alone, not for the weights (DeepSeek-V3's balancing). No gradient.
         backend: "eager", "triton" (one kernel, on a CUDA device or in Triton's interpreter; not for float64), or "auto":
-            "triton" where it can run on CUDA, else "eager".
+            "triton" on CUDA for `_MANY` logits or more where it can run, else "eager".
 
     Returns idx_TK (int64) and weight_TK (float32; float64 for float64 logits, so that exact tests stay exact), with
     gradients from the weights to the logits. Where scores tie, "triton" takes the lowest id. Elsewhere torch.topk
@@ -56,7 +58,8 @@ def route(
             raise ValueError(f"route: bias_E must be [{num_experts}]; {given(tensors)}")
         check_devices("route", tensors)
     if backend == "auto":
-        backend = "triton" if logits_TE.is_cuda and logits_TE.dtype != torch.float64 and triton_launch.HAS_TRITON else "eager"
+        able = logits_TE.is_cuda and logits_TE.dtype != torch.float64 and triton_launch.HAS_TRITON
+        backend = "triton" if able and logits_TE.numel() >= _MANY else "eager"
     if backend not in _BACKENDS:
         raise ValueError(f"backend={backend!r} of route is unknown; allowed: auto, {', '.join(_BACKENDS)}")
     return _BACKENDS[backend](logits_TE, k, renormalise, scale, score, bias_E)
