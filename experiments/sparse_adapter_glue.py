@@ -54,7 +54,8 @@ FULL, DENSE, SNIP = SparseConfig(kind="none", lr=2e-5), SparseConfig(keep=1.0), 
 FIRST = [replace(FULL, lr=2e-4), replace(DENSE, lr=1e-3), *with_controls(SparseConfig(keep=0.2, lr=3e-3))[1:], replace(SNIP, lr=1e-3),
          SparseConfig(factor=4, keep=None, lr=3e-3)]
 REST = [net for net in with_controls(*FIRST[-2:]) if net.what() not in {first.what() for first in FIRST}]
-KINDS = [SparseConfig(kind="pfeiffer"), SparseConfig(kind="lora", r=16, lr=2e-4), SparseConfig(kind="mam", r=16, prefix=True), SparseConfig(kind="parallel")]
+KINDS = [SparseConfig(kind="pfeiffer"), SparseConfig(kind="lora", r=16, lr=2e-4), SparseConfig(kind="mam", r=16, prefix=True), SparseConfig(kind="parallel"),
+         SparseConfig(kind="pfeiffer", fuse=True)]
 # What the authors launched (section 4.2), as far as it is known: score and density on CoLA are not, and precision is ours. LoRA was dense.
 AUTHORS: list[tuple[str, str, SparseConfig, dict[str, Any]]] = [
     ("mnli", "MNLI", SparseConfig(r=256, keep=0.5, rounds=10), dict(source="FacebookAI/roberta-base", optim__warmup_share=0.06)),

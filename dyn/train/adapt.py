@@ -1,6 +1,7 @@
 """Networks with adapters, pruned or not, on a task, from data to a report: the stages of experiments/sparse_adapter_*.py.
 
 A run trains `cfg.sparse` and, for comparison on the same batches, the networks of `cfg.beside`; its numbers are remembered in the run folder stage by stage.
+A fusion comes after its members, which are trained on all tasks first.
 What is special about a task is a `Job`; a run has one, or several by name. A Config has what is read here: `seed`, `source`, `sparse`, `beside`, `rates`,
 `epochs`, `minutes`, `batch_size`, `eval_batch_size`, `workers`, `export`, `optim`, `trainer`, `data`.
 """
@@ -14,6 +15,7 @@ import math
 import re
 import shutil
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ from dyn import env, figures
 from dyn.core.partition import kept_count
 from dyn.data.glue import NOT_IN_MEANS
 from dyn.data.loader import EvaluationLoader, ResumableLoader
-from dyn.nn.adapter import load_adapter, save_adapter
+from dyn.nn.adapter import adapter_parameters, attach, fusion_penalty, head_parameters, load_adapter, save_adapter
 from dyn.nn.masking import masks, set_masks
 from dyn.train import sentences
 from dyn.train.fit import Trained, scoring, train_task
@@ -66,19 +68,25 @@ def train_adapters(cfg: Any, run: Any, jobs: Mapping[str, Job]) -> dict[str, Any
     """Attach, prune, train, measure; jobs: by name, "" for the only one. Returns the metrics, fills `run.cost` and `run.notes`."""
     check_world(cfg.trainer)
     networks = {_key(sparse): sparse for sparse in [*cfg.beside, cfg.sparse]}
+    members = {name: _key(sparse.members()) for name, sparse in networks.items() if sparse.fuse}
+    networks = {_key(sparse.members()): sparse.members() for sparse in networks.values()} | networks
     steps = run.stage("steps", lambda: _steps(cfg, run, jobs, networks.values()))
-    results = {task: {name: _best(cfg, run, job, f"{task}-{name}".lstrip("-"), sparse, steps[task]) for name, sparse in networks.items()}
-               for task, job in jobs.items()}
+    results: dict[str, dict[str, Any]] = {task: {} for task in jobs}
+    for name, sparse in networks.items():
+        for task, job in jobs.items():
+            fused = {other: found[members[name]] for other, found in results.items()} if sparse.fuse else {}
+            results[task][name] = _best(cfg, run, job, f"{task}-{name}".lstrip("-"), sparse, steps[task], fused)
     if world(cfg.trainer)[0]:
         return {}
-    shutil.rmtree(run.folder / "start", ignore_errors=True)  # all trainings are done
+    for folder in ["start", *([] if cfg.export else ["adapters"])]:
+        shutil.rmtree(run.folder / folder, ignore_errors=True)  # all trainings are done
     _draw(run, jobs, results)
     return _numbers(cfg, run, jobs, results, steps)
 
 
-def _best(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig, steps: int) -> dict[str, Any]:
-    """The network trained at its rate, or at each of `cfg.rates`: the best of them on examples that are not reported."""
-    tried = {rate: run.stage(f"{name}-lr{rate:g}", functools.partial(_train, cfg, run, job, name, sparse, rate, steps))
+def _best(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig, steps: int, members: Mapping[str, Any]) -> dict[str, Any]:
+    """The network trained at its rate, or at each of `cfg.rates`: the best of them on examples that are not reported. members: of a fusion, by task."""
+    tried = {rate: run.stage(f"{name}-lr{rate:g}", functools.partial(_train, cfg, run, job, name, sparse, rate, steps, members))
              for rate in cfg.rates or [sparse.lr or cfg.optim.lr]}
     best = max(tried.values(), key=lambda found: found["chosen by"])
     if cfg.rates:
@@ -103,8 +111,27 @@ def _network(cfg: Any, run: Any, job: Job, sparse: SparseConfig, *, quiet: bool 
     return net, facts
 
 
-def _started(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig) -> tuple[nn.Module, dict[str, Any]]:
+def _fused(cfg: Any, run: Any, job: Job, sparse: SparseConfig, members: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """A network with the adapters of all tasks, frozen, and a fusion over them, whose penalty joins the loss (section 1.6). Facts of pruning are a member's."""
+    net, began = job.build(), time.monotonic()
+    for task, found in members.items():
+        load_adapter(net, run.folder / "adapters" / found["label"], task, head=False)
+    attach(net, "fusion", name=sparse.name, head=not sparse.official, seed=cfg.seed, members=list(members))
+
+    def penalise(module: nn.Module, _: Any, output: Any) -> None:
+        if module.training:
+            output.aux_loss = fusion_penalty(module, sparse.name)
+
+    net.register_forward_hook(penalise)
+    own, head = (sum(p.numel() for p in found(net, sparse.name).values()) for found in (adapter_parameters, head_parameters))
+    return net, next(iter(members.values()))["facts"] | {
+        "trained_parameters": own + head, "adapter_parameters": own, "head_parameters": head, "density": {}, "mask": "", "seconds": time.monotonic() - began}
+
+
+def _started(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig, members: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """The same; what was pruned is kept, so that every process and a resumed run trains this mask and no other (sums of scores on GPUs differ in last bits)."""
+    if sparse.fuse:
+        return _fused(cfg, run, job, sparse, members)
     if sparse.dense():
         return _network(cfg, run, job, sparse)
     folder = run.folder / "start" / name
@@ -125,15 +152,15 @@ def _started(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig) -> t
 def _steps(cfg: Any, run: Any, jobs: Mapping[str, Job], networks: Iterable[SparseConfig]) -> dict[str, int]:
     """Of each training, by job; masks cost the same whatever they keep."""
     first = next(iter(jobs.values()))
-    nets = [functools.partial(lambda sparse: _network(cfg, run, first, sparse, quiet=True)[0], dataclasses.replace(sparse, method="random"))
+    nets = [functools.partial(lambda sparse: _network(cfg, run, first, sparse, quiet=True)[0], dataclasses.replace(sparse.members(), method="random"))
             for sparse in networks for _ in cfg.rates or [0]]
     wanted = {task: sentences.full_steps(cfg, len(job.data.train)) for task, job in jobs.items()}
     return sentences.fitting_steps(cfg, run, wanted, nets, first.data, first.loss)
 
 
-def _train(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig, rate: float, steps: int) -> dict[str, Any]:
+def _train(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig, rate: float, steps: int, members: Mapping[str, Any]) -> dict[str, Any]:
     """Build one network, prune and train it at one learning rate."""
-    net, facts = _started(cfg, run, job, name, sparse)
+    net, facts = _started(cfg, run, job, name, sparse, members)
     train, validation = sentences.loaders(cfg, job.data, steps)
     parts = dict(job.data.validation)
     if cfg.rates:
@@ -147,7 +174,7 @@ def _train(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig, rate: 
               if f"{sets[0]}{key}" in trained.metrics}
     scores |= {"score": statistics.fmean(scores[key] for key in job.scores)} if job.mean else {}
     chosen_by = trained.metrics[f"val/tuning/{job.scores[0]}" if cfg.rates else f"{sets[0]}{job.scores[0]}"]
-    result = {"what": sparse.what(), "lr": rate, "chosen by": chosen_by, "scores": scores, "facts": facts, "cost": trained.cost}
+    result = {"what": sparse.what(), "label": label, "lr": rate, "chosen by": chosen_by, "scores": scores, "facts": facts, "cost": trained.cost}
     if world(cfg.trainer)[0] == 0:
         result |= _keep(cfg, run, job, label, sparse, trained)
     return result
@@ -168,12 +195,7 @@ def _keep(cfg: Any, run: Any, job: Job, label: str, sparse: SparseConfig, traine
             trained.net.save_pretrained(run.folder / "export" / label)
         return sizes | {"file bytes": sum(p.numel() * p.element_size() for p in trainable)}
     folder = save_adapter(trained.net.cpu(), run.folder / "adapters" / label, sparse.name)
-    sizes |= {"file bytes": (folder / "adapter.safetensors").stat().st_size}
-    if not cfg.export:
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
-    return sizes
+    return sizes | {"file bytes": (folder / "adapter.safetensors").stat().st_size}
 
 
 def _lead(jobs: Mapping[str, Job]) -> str:
@@ -252,7 +274,7 @@ def _numbers(cfg: Any, run: Any, jobs: Mapping[str, Job], results: Mapping[str, 
 
 def _claimed(sparse: SparseConfig) -> str | None:
     """Which of the paper's claims a row is about."""
-    if sparse.dense() or sparse.shuffle or sparse.method != "snip":
+    if sparse.dense() or sparse.fuse or sparse.shuffle or sparse.method != "snip":
         return None
     return "large" if sparse.factor > 1 else {0.6: "pruned", 0.2: "80 %"}.get(sparse.keep)
 
@@ -263,10 +285,11 @@ def plan_adapters(cfg: Any, build: Callable[[], nn.Module], examples: int | None
     with torch.device("meta"):
         net = build()
         total = sum(p.numel() for p in net.parameters())
-        facts = sparsify(net, dataclasses.replace(sparse, keep=1.0, factor=1, r=sparse.r * sparse.factor, shuffle=False), list, lambda *_: None,
+        facts = sparsify(net, dataclasses.replace(sparse.members(), keep=1.0, factor=1, r=sparse.r * sparse.factor, shuffle=False), list, lambda *_: None,
                          device="meta", log=lambda _: None)
     pruned = facts["weights"] - kept_count(facts["weights"], sparse.share()) if facts["weights"] else 0
     trained = facts["trained_parameters"] - pruned
+    networks = {net.what() for one in [*cfg.beside, sparse] for net in (one.members(), one)}
     held = trained if sparse.form in ("flat", "unit") else facts["trained_parameters"]  # under a mask gradients and moments are dense
     whole = total + facts["adapter_parameters"]
     steps = None if examples is None else sentences.full_steps(cfg, examples)
@@ -275,7 +298,7 @@ def plan_adapters(cfg: Any, build: Callable[[], nn.Module], examples: int | None
         "parameters": {"network": whole, "adapter weights": facts["weights"], "kept": facts["weights"] - pruned, "trained": trained,
                        "of them in the head": facts["head_parameters"]},
         "training": {unit: examples or f"known once {cfg.data.path} is open", "a step": cfg.batch_size * cfg.trainer.accumulate * cfg.trainer.world_size,
-                     "steps": steps or f"known once {cfg.data.path} is open", "networks": 1 + len(cfg.beside), "rates": len(cfg.rates or [0]),
-                     "devices": cfg.trainer.world_size},
+                     "steps": steps or f"known once {cfg.data.path} is open", "networks": len(networks),
+                     "rates": len(cfg.rates or [0]), "devices": cfg.trainer.world_size},
         "memory, GiB a device (estimate, without activations)": {"weights": round(4 * whole / GIB, 2), "gradients and moments": round(12 * held / GIB, 2)},
     }

@@ -37,6 +37,7 @@ class SparseConfig:
     rounds: int = 1
     rescale: bool = False  # density-corrected start (section 7.12)
     prefix: bool = False  # prune prefixes too
+    fuse: bool = False  # AdapterFusion (section 1.6): then, on every task of the run, a fusion over the adapters that were trained on all of them
     official: bool = False  # the official code's placement and defaults, and as there no head is trained
     name: str = "default"
     lr: float | None = None  # of this network, in place of optim.lr; full fine-tuning wants a smaller one
@@ -59,6 +60,8 @@ class SparseConfig:
             raise ValueError(f"form=2:4 keeps two of every four at once; rounds={self.rounds}, method={self.method}, scope={self.scope} do not go with it")
         if self.method == "erdos_renyi" and self.scope == "local":
             raise ValueError("method=erdos_renyi is an allocation over tensors, which scope=local excludes")
+        if self.fuse and self.kind not in ("houlsby", "pfeiffer", "parallel"):
+            raise ValueError(f"fuse=true, kind={self.kind}: a fusion is over bottleneck adapters; allowed: houlsby, pfeiffer, parallel")
         if self.dense() and self.shuffle:
             raise ValueError("shuffle=true permutes a mask, and there is none: everything is kept")
 
@@ -83,21 +86,26 @@ class SparseConfig:
             made += [text for text, wanted in ((scope, scope != "global"), (f"{self.rounds} rounds", self.rounds > 1), ("shuffled", self.shuffle),
                                                ("rescaled", self.rescale), ("prefix too", self.prefix), (self.form, self.form in ("unit", "2:4")),
                                                (f"{self.samples} samples", self.samples != usual.samples)) if wanted]
-        made += [f"{key} {value}" for key, value in sorted(self.flags.items())] + (["official"] if self.official else [])
+        made += [f"{key} {value}" for key, value in sorted(self.flags.items())] + (["official"] if self.official else []) + (["fused"] if self.fuse else [])
         return ", ".join(made)
 
     def controls(self) -> list[str]:
         """Rows that this one is compared with: full fine-tuning; of a pruned adapter the dense one of its r and that of its budget; of a criterion random masks
         and its own shuffled."""
+        alone = [self.members().what()] if self.fuse else []
         if self.dense():
-            return [] if self.kind == "none" else ["full fine-tuning"]
+            return [] if self.kind == "none" else ["full fine-tuning", *alone]
         plain = self.plain()
         if self.shuffle:
             return [plain.what(), dataclasses.replace(self, shuffle=False).what()]
-        found = ["full fine-tuning", plain.what()]
+        found = ["full fine-tuning", *alone, plain.what()]
         if self.method not in ("random", "erdos_renyi"):
             found += [self.twin().what(), dataclasses.replace(self, method="random").what(), dataclasses.replace(self, shuffle=True).what()]
         return list(dict.fromkeys(found))
+
+    def members(self) -> SparseConfig:
+        """The adapters that a fusion is over."""
+        return dataclasses.replace(self, fuse=False)
 
     def twin(self) -> SparseConfig:
         """The dense adapter that trains about as many weights: of r x keep, rounded; of Large-Sparse exactly as many."""
@@ -133,6 +141,8 @@ def check_adapter_run(cfg: Any) -> None:
     if any(rate <= 0 for rate in cfg.rates) or len(set(cfg.rates)) < len(cfg.rates) or (cfg.rates and not cfg.data.tuning):
         raise ValueError(f"rates={cfg.rates} must be positive and differ, and are chosen by examples that are held out: data.tuning={cfg.data.tuning} must be "
                          "above 0")
+    if any(sparse.fuse for sparse in [*cfg.beside, cfg.sparse]) and len(getattr(cfg, "tasks", [])) < 2:
+        raise ValueError("fuse=true is over the adapters of several tasks: set tasks to two or more, in an experiment that has them (sparse_adapter_glue)")
     names = [sparse.what() for sparse in [*cfg.beside, cfg.sparse]]
     if len(set(names)) < len(names):
         raise ValueError(f"beside and sparse must be networks that differ, got {'; '.join(names)}")

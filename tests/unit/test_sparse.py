@@ -41,6 +41,8 @@ def loss(model, batch):
     (dict(kind="mam", r=512, flags={"length": 30}, prefix=True, scope="local", rounds=5), "mam 512, snip 0.6, local, 5 rounds, prefix too, length 30",
      ["full fine-tuning", "mam 512, length 30", "mam 307, length 30", "mam 512, random 0.6, local, 5 rounds, prefix too, length 30",
       "mam 512, snip 0.6, local, 5 rounds, shuffled, prefix too, length 30"]),
+    (dict(kind="pfeiffer", fuse=True, method="random"), "pfeiffer 64, random 0.6, fused",
+     ["full fine-tuning", "pfeiffer 64, random 0.6", "pfeiffer 64, fused"]),
 ])
 def test_rows_have_names_and_controls(changes, words, controls):
     cfg = SparseConfig(**changes)

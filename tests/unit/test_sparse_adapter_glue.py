@@ -2,14 +2,19 @@
 
 import dataclasses
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dyn import config
+from dyn.nn.adapter import adapter_parameters, head_parameters
+from dyn.run import main
 from dyn.train import adapt
+from dyn.train.fit import train_task
 from dyn.train.sparse import SparseConfig
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +33,8 @@ if not hasattr(experiment, "SWEEPS"):
     (["sparse.keep=1.5"], r"keep=1.5 must lie in \(0, 1\]"),
     (["sparse.factor=4"], "Large-Sparse keeps 1 / factor exactly, set keep=null"),
     (["trainer.max_steps=5"], "set epochs"),
+    (["sparse.fuse=true", "sparse.kind=lora", "tasks=[mrpc,cola]"], "fuse=true, kind=lora: a fusion is over bottleneck adapters; allowed: houlsby"),
+    (["sparse.fuse=true"], "fuse=true is over the adapters of several tasks: set tasks to two or more"),
 ])
 def test_refusals(words, message):
     with pytest.raises(ValueError, match=message):
@@ -45,6 +52,35 @@ def test_every_pruned_row_has_its_controls(sweep):
         suffix = row["row"].removeprefix(net.what())
         wanted = {name + suffix for name in net.controls()} if not net.shuffle and net.method != "random" else set()
         assert {(name, row["seed"]) for name in wanted} <= names, row["row"]
+
+
+def test_a_fusion_trains_itself_over_the_adapters_of_all_tasks(tmp_path, monkeypatch):
+    """The members are the run's own, pruned and frozen, the penalty is in the loss, and without export no adapter stays."""
+    trained, started, name = {}, {}, "pfeiffer-4-snip-0.5-16-samples"
+
+    def watched(task, *args, run, name):
+        started[name] = {key: p.detach().clone() for key, p in task.net.named_parameters()}
+        trained[name] = train_task(task, *args, run=run, name=name)
+        return trained[name]
+
+    monkeypatch.setattr(adapt, "train_task", watched)
+    words = ["sparse.kind=pfeiffer", "sparse.fuse=true", "sparse.keep=0.5", "tasks=[mrpc,stsb]", "beside=[]", "rates=[]", "epochs=1", "export=false"]
+    assert main(["sparse_adapter_glue", "profile=smoke", f"runs={tmp_path}", *words]) == 0
+    [path] = (tmp_path / "sparse_adapter_glue").glob("*/result.json")
+    result, folder = json.loads(path.read_text()), path.parent
+    assert [*trained] == [f"mrpc-{name}", f"stsb-{name}", f"mrpc-{name}-fused", f"stsb-{name}-fused"] and not (folder / "adapters").exists()
+    for task in ("mrpc", "stsb"):
+        before, net = started[f"{task}-{name}-fused"], trained[f"{task}-{name}-fused"].net
+        moved = {key for key, p in net.named_parameters() if not torch.equal(p, before[key])}
+        own = set(adapter_parameters(net, "default"))
+        assert own & moved and moved <= own | set(head_parameters(net, "default"))
+        for member in ("mrpc", "stsb"):
+            alone = adapter_parameters(trained[f"{member}-{name}"].net, "default")
+            assert alone and all(torch.equal(before[key.replace(".default.", f".{member}.")], p) for key, p in alone.items())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"train/aux_loss" in row for row in rows if row.get("stage", "").endswith("fused") and "train/loss" in row} == {True}
+    assert result["cost"]["trained_parameters"] == result["cost"]["adapter_parameters"] + result["cost"]["head_parameters"] > 0
+    assert {"score", f"{name}/score"} <= set(result["metrics"])
 
 
 def test_the_mean_leaves_wnli_out():
