@@ -6,9 +6,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyn.core.mixture import mix
 from dyn.core.routing import attend
+from dyn.nn.dynamic_conv import CondConv2d, DynamicConv2d, ODConv2d
+from dyn.nn.partial import PartialConv2d
 from dyn.ops.dynamic_conv import FORMS, WITHOUT_KERNELS, choose, dynamic_conv2d
 
 FAST = [form for form in FORMS if form != "loop"]
@@ -127,6 +130,33 @@ def test_autocast_casts_as_a_convolution_does():
     x, bank, alpha, bias, _ = (None if t is None else t.detach().float() for t in tensors(8))
     with torch.autocast("cpu", torch.bfloat16):
         assert {dynamic_conv2d(x, bank, alpha, bias, form=form).dtype for form in FORMS} == {torch.bfloat16}
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in any tensor that an operation made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.most = max([self.most, *(t.untyped_storage().nbytes() // t.element_size() for t in (out if isinstance(out, (tuple, list)) else [out])
+                                      if isinstance(t, torch.Tensor) and not t.is_sparse)])
+        return out
+
+
+@pytest.mark.parametrize("form", [*FAST, "auto"])
+@pytest.mark.parametrize("kind", [DynamicConv2d, CondConv2d, ODConv2d, PartialConv2d])
+def test_no_tensor_has_a_kernel_for_every_sample_and_set(kind, form):
+    """Mixing is a matrix product, forward and backward: never B K P numbers, P those of a kernel, as a broadcast of alpha over the bank has."""
+    if form in WITHOUT_KERNELS and kind is ODConv2d:
+        return
+    B, K, C, O = 8, 4, 16, 16
+    options = {"mask": torch.rand(O, C, 3, 3) < 0.3} if kind is PartialConv2d else {}
+    layer = kind(C, O, 3, padding=1, num_kernels=K, **options)
+    layer.form = form
+    with Largest() as seen:
+        layer(torch.randn(B, C, 3, 3, requires_grad=True)).square().sum().backward()
+    assert K * O * C * 9 <= seen.most < B * K * O * C * 9
 
 
 def test_auto_follows_shape_and_device():
