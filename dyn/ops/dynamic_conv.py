@@ -20,6 +20,7 @@ differentiates twice (GraSP does), so there is no custom operator here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -80,19 +81,20 @@ def dynamic_conv2d(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO
 def choose(x_BCHW: Tensor, bank_KOIhw: Tensor, window: Window, spatial: bool = False) -> str:
     """The form that "auto" takes.
 
-    One kernel without spatial factors: scale, which is the plain convolution then. No sample: unfold, which computes nothing. CUDA: without groups
-    unfold for 1x1 kernels, where it is one batch of products on x as it lies, and scale for larger ones (with spatial factors unfold); else grouped. (On
-    an H200 in bfloat16 a step of ResNet-50 takes 10.6 times the static one's with grouped convolutions, 3.6 with scale and 3.3 with unfold alone; of
-    ResNet-18 9.2, 2.8 and 3.9.) Elsewhere: grouped where samples' own kernels pay, on maps of `SMALL_MAP` output positions or more, for kernels that
-    stay in the cache, and for depthwise ones (whose products would be of single rows); else outputs, or, with spatial factors, which need a kernel for each
-    sample, unfold.
+    A graph for any number of samples (torch.export, torch.compile) chooses by the other sizes. One kernel without spatial factors: scale, which is the plain
+    convolution then. No sample: unfold, which computes nothing. CUDA: without groups unfold for 1x1 kernels, where it is one batch of products on x as it
+    lies, and scale for larger ones (with spatial factors unfold); else grouped. (On an H200 in bfloat16 a step of ResNet-50 takes 10.6 times the static one's
+    with grouped convolutions, 3.6 with scale and 3.3 with unfold alone; of ResNet-18 9.2, 2.8 and 3.9.) Elsewhere: grouped where samples' own kernels pay, on
+    maps of `SMALL_MAP` output positions or more, for kernels that stay in the cache, and for depthwise ones (whose products would be of single rows); else
+    outputs, or, with spatial factors, which need a kernel for each sample, unfold.
     """
     if len(bank_KOIhw) == 1 and not spatial:
         return "scale"
-    if not len(x_BCHW):
+    B, height_width = x_BCHW.shape[0], math.prod(_out_size(x_BCHW, bank_KOIhw, window))
+    fixed = not isinstance(B, torch.SymInt)  # a graph for any number of samples asks nothing of it
+    if fixed and not B:
         return "unfold"
-    height, width = _out_size(x_BCHW, bank_KOIhw, window)
-    own = len(x_BCHW) * bank_KOIhw[0].numel() <= CACHED or height * width >= SMALL_MAP
+    own = height_width >= SMALL_MAP or (fixed and B * bank_KOIhw[0].numel() <= CACHED)
     if x_BCHW.device.type == "cuda" and bank_KOIhw.shape[2] == x_BCHW.shape[1]:
         return "unfold" if spatial or bank_KOIhw.shape[3:] == (1, 1) else "scale"
     if x_BCHW.device.type == "cuda" or bank_KOIhw.shape[2] == 1 or own:
@@ -113,7 +115,7 @@ def _check(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO: Tensor
     K, O, I, h, w = bank_KOIhw.shape
     if groups < 1 or O % groups or x_BCHW.shape[1] != I * groups:
         refuse(f": x must have {I} * groups channels and groups must divide {O} outputs")
-    for name, shape in {"alpha": (len(x_BCHW), K), "bias": (K, O), "spatial": (len(x_BCHW), h, w), "static": (O, I, h, w)}.items():
+    for name, shape in {"alpha": (x_BCHW.shape[0], K), "bias": (K, O), "spatial": (x_BCHW.shape[0], h, w), "static": (O, I, h, w)}.items():
         if name in tensors and tensors[name].shape != shape:
             refuse(f": {name} must be {list(shape)}")
     if not x_BCHW.is_floating_point() or any(tensors[name].dtype != x_BCHW.dtype for name in ("bank", "bias", "static") if name in tensors):
@@ -164,7 +166,7 @@ def _grouped(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, static_OIhw: 
 
 def _unfold(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, static_OIhw: Tensor | None, spatial_Bhw: Tensor | None, window: Window,
             groups: int) -> Tensor:
-    B, G, (O, I, h, w), (stride, padding, dilation) = len(x_BCHW), groups, bank_KOIhw.shape[1:], window
+    B, G, (O, I, h, w), (stride, padding, dilation) = x_BCHW.shape[0], groups, bank_KOIhw.shape[1:], window
     height, width = _out_size(x_BCHW, bank_KOIhw, window)
     kernels = _mixed(bank_KOIhw, alpha_BK, static_OIhw, spatial_Bhw).reshape(B * G, O // G, I * h * w)
     if (h, w) == (1, 1):  # the patches of a 1x1 kernel are x itself
@@ -192,7 +194,7 @@ def _scale(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, static_OIhw: Te
 
 
 def _outputs(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, static_OIhw: Tensor | None, _: None, window: Window, groups: int) -> Tensor:
-    B, G, (K, O, I, h, w) = len(x_BCHW), groups, bank_KOIhw.shape
+    B, G, (K, O, I, h, w) = x_BCHW.shape[0], groups, bank_KOIhw.shape
     kernels = bank_KOIhw.view(K, G, O // G, I, h, w).transpose(0, 1).reshape(G * K * (O // G), I, h, w) if G > 1 else bank_KOIhw.flatten(0, 1)
     y = F.conv2d(x_BCHW, kernels, None, *window, groups)
     height, width = y.shape[2:]

@@ -195,8 +195,10 @@ def test_damaged_files_are_refused():
 @pytest.mark.parametrize("expand", [False, True])
 def test_the_compact_model_exports(expand):
     model, images = network().eval(), torch.randn(2, 3, 9, 9)
-    exported = torch.export.export(compact(model, expand), (images,))
-    torch.testing.assert_close(exported.module()(images), model(images))
+    batch = torch.export.Dim("batch", min=1, max=512)
+    exported = torch.export.export(compact(model, expand), (images,), dynamic_shapes=({0: batch},)).module()
+    for other in (images, images[:1], torch.cat([images] * 3)):  # any number of them
+        torch.testing.assert_close(exported(other), model(other))
 
 
 def test_the_compact_model_trains():
