@@ -90,6 +90,10 @@ class Config:
 
     def check(self) -> None:
         """ValueError for settings that cannot be, before anything is loaded."""
+        for name, least in {"data.block_size": 2, "data.batch_size": 1, "data.validation_tokens": 1, "sample_tokens": 0, "model.balance_weight": 0,
+                            "model.z_loss_weight": 0}.items():
+            if attrgetter(name)(self) < least:
+                raise ValueError(f"{name}={attrgetter(name)(self)} must be at least {least}")
         if self.steps() < 1:
             raise ValueError(f"tokens={self.tokens} is less than one step of {self.tokens_per_step()} tokens")
         if self.model.start == "scratch" and (self.model.score_scale == "measured" or self.model.reinit):

@@ -186,6 +186,11 @@ def _ask_hub(source: TextSource, question: Callable, *args: str) -> list[str]:
     try:
         return list(question(resolve(source.path), *args, revision=source.revision))
     except (FileNotFoundError, ConnectionError, ValueError) as error:
+        if (place := Path(resolve(source.path))).is_dir():
+            empty = [str(file.relative_to(place)) for file in sorted(place.rglob("*")) if file.is_file() and not file.stat().st_size]
+            more = f"; without a byte: {', '.join(empty[:5])}" if empty else ""
+            what = "/".join(map(str, args)) or "the folder"
+            raise ValueError(f"{place}: {what} cannot be read as a data set ({type(error).__name__}: {error}){more}") from error
         looked = "a folder" + (", a copy below $DYN_DATA" if os.environ.get("DYN_DATA") else " (DYN_DATA, a folder of local copies, is not set)")
         raise ValueError(f"path={source.path!r}: no data set; looked for {looked} and on the hub ({type(error).__name__}: {error})") from error
 

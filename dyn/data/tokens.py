@@ -285,7 +285,7 @@ def _build(store: Store, index: dict, source: TextSource, encode: Callable[[list
     limits = {"train": source.max_tokens, "validation": source.max_validation_tokens}
     for stream in streams(source):
         writers = {target: _Writer(store, index, *target, limits[target[1]], (lambda line: None) if terminal else log) for target in stream.targets}
-        if all(w.part["done"] for w in writers.values()):
+        if all(w.part["done"] and w.part["shards"] for w in writers.values()):
             continue
         chunk: list[tuple[_Writer, str]] = []
         characters = 0

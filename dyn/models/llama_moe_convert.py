@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -135,7 +136,7 @@ def from_dense(
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
-    """Configuration of a dense decoder in a folder or on the hub. ValueError for a folder that is none, or a family that does not fit."""
+    """Configuration of a dense decoder in a folder or on the hub. ValueError for a folder that is none, damaged weights, or a family that does not fit."""
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path} is no model folder: it has no config.json")
     try:
@@ -143,7 +144,18 @@ def read_config(path: str | Path) -> PretrainedConfig:
     except OSError as error:
         raise ValueError(f"{path} is no model that transformers can load: {str(error).splitlines()[0]}") from error
     check_family(config)
+    check_weights(path)
     return config
+
+
+def check_weights(path: str | Path, repair: str = "fetch or save it anew") -> None:
+    """Raise ValueError for a safetensors file of a folder that is cut short or damaged at its head, found without reading the weights; `repair`: what to do."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} is damaged or cut short ({error}); {repair}") from error
 
 
 def load_dense(path: str | Path, **changes) -> PreTrainedModel:

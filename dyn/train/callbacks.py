@@ -173,7 +173,7 @@ class Throughput(Callback):
 
     def __init__(self, dtype: torch.dtype, log_every: int = 1, peak: float | None = None) -> None:
         self.dtype, self.log_every = dtype, log_every
-        self.peak, self.note = peak, "given" if peak else "not measured"
+        self.peak, self.note = peak, "rate given as trainer.peak_flops" if peak else "not measured"
         self.active, self.unit = 0, "tokens"
         self.rate = self.mfu = math.nan  # newest
         self._units = self._steps = self._all_units = self._all_steps = 0

@@ -59,6 +59,7 @@ def plan_pretraining(cfg: Any) -> dict[str, Any]:
         train_only(net, Gate)
     counts = count_parameters(net)
     per_token = flops_per_token(net, cfg.data.block_size)
+    passes = 2 if cfg.model.train == "gates" else 3  # gradients of activations cost a forward pass, those of weights another
     steps, tokens_per_step = cfg.steps(), cfg.tokens_per_step()
     world = cfg.trainer.devices * cfg.trainer.num_nodes
     sharded = cfg.trainer.strategy == "fsdp2" or (cfg.trainer.strategy == "auto" and cfg.trainer.num_nodes > 1)
@@ -67,6 +68,6 @@ def plan_pretraining(cfg: Any) -> dict[str, Any]:
     return {
         "parameters": {"total": counts["total"], "activated (without gates)": counts["active"], "gates": counts["gate"]},
         "training": {"tokens a step": tokens_per_step, "steps": steps, "tokens": steps * tokens_per_step, "devices": world},
-        "FLOPs": {"forward, a token": per_token, "training, in all": 3 * per_token * steps * tokens_per_step},
+        "FLOPs": {"forward, a token": per_token, "training, in all": passes * per_token * steps * tokens_per_step},
         "memory, GiB a device (estimate)": {k: round(v, 2) for k, v in memory.items()},
     }

@@ -29,7 +29,7 @@ from dyn.data.teacher import fingerprint
 from dyn.data.tiny import tiny_corpus, tiny_tokenizer
 from dyn.data.tokens import Tokens, shard
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, prune_dense
-from dyn.models.llama_moe_convert import fresh, load_dense, read_config
+from dyn.models.llama_moe_convert import check_weights, fresh, load_dense, read_config
 from dyn.models.packaged import PACKAGED, cache_folder, dense_config, packaged
 from dyn.nn.experts import Gate
 from dyn.nn.surgery import count_parameters, flops_per_token, train_only
@@ -225,6 +225,7 @@ def _build(cfg: Any, run: Any, kind: str, source: Any, corpus: Corpus) -> nn.Mod
         run.log(f"converted by {model.construction if kind == 'moe' else 'prune_dense'} in {seconds:.0f} s, {tokens:,} calibration tokens")
 
     env.once(folder, convert, world(cfg.trainer)[0])
+    check_weights(folder, f"delete {folder} to convert again")
     if kind == "prune":
         return _pretrained(folder, attention_dropout=model.attention_dropout)
     return LlamaMoeForCausalLM.from_pretrained(folder, attention_dropout=model.attention_dropout, dtype=torch.float32)
@@ -385,7 +386,7 @@ def _numbers(cfg: Any, run: Any, before: dict, result: dict, control: dict | Non
                   "controls": [] if control or cfg.model.kind == "dense" else ["dense, same tokens"], "same": list(SAME),
                   "not_tested": [] if metrics["train/tokens"] >= PAPER_TOKENS else [
                       f"the paper's findings are not tested at this scale: {metrics['train/tokens']:,} training tokens, its shortest comparison has 5 billion"],
-                  "speed": f"MFU counts activated parameters against the {speed['peak_flops_from']}"}
+                  "about": [f"MFU counts activated parameters against the {speed['peak_flops_from']}"]}
     if result.get("export"):
         run.log(f"exported to {run.folder / result['export']} (import dyn.models; AutoModelForCausalLM.from_pretrained)")
     return metrics

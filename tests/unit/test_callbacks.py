@@ -109,7 +109,7 @@ def test_throughput_counts_steps_and_pauses(monkeypatch):
     meter, batch = Throughput(torch.float32, log_every=2, peak=1e6), {"input_ids": torch.zeros(2, 5)}
     meter.on_fit_start(trainer, module)
     meter.on_train_start(trainer, module)
-    assert meter.summary() == {"peak_flops": 1e6, "peak_flops_from": "given", "active_parameters": 1000}
+    assert meter.summary() == {"peak_flops": 1e6, "peak_flops_from": "rate given as trainer.peak_flops", "active_parameters": 1000}
     for micro in range(10):  # five steps of 2 seconds; the first only starts the clock
         clock.now += 1.0
         if micro % 2:
@@ -126,7 +126,7 @@ def test_throughput_counts_steps_and_pauses(monkeypatch):
         assert metrics == pytest.approx({"speed/tokens_per_second": rate, "speed/mfu": 6 * 1000 * rate / 3e6, "speed/step_seconds": 2.0})
     summary = meter.summary()
     assert summary == pytest.approx({"tokens_per_second": rate, "steps_per_second": 0.5, "mfu": lines[0][1]["speed/mfu"]}
-                                    | {"peak_flops": 1e6, "peak_flops_from": "given", "active_parameters": 1000})
+                                    | {"peak_flops": 1e6, "peak_flops_from": "rate given as trainer.peak_flops", "active_parameters": 1000})
 
 
 def test_peaks_say_where_they_come_from(monkeypatch):

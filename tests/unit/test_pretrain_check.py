@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from dyn import config
 from dyn.data.tiny import tiny_corpus, tiny_documents, tiny_tokenizer
+from dyn.models.llama_moe_convert import load_dense
 from dyn.train import convert, pretrain
 from dyn.train.plan import plan_pretraining
 
@@ -87,6 +88,17 @@ def test_a_folder_that_is_no_model(tmp_path):
 def corpus(cfg, tmp_path, documents=40, validation=True):
     cfg.data.text.path, cfg.data.cache = tiny_corpus(tmp_path / "text", documents=documents, validation=validation), str(tmp_path / "tokens")
     return pretrain.load_corpus(cfg, types.SimpleNamespace(log=lambda _: None), tmp_path / "model", tiny_tokenizer())
+
+
+def test_weights_that_are_cut_short_are_named_before_text_is_read(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=259)).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    for size in (1000, 20000, 0):
+        with file.open("r+b") as cut:
+            cut.truncate(size)
+        for read in (lambda: pretrain.find_source(settings(source=str(tmp_path / "model")), None), lambda: load_dense(tmp_path / "model")):
+            with pytest.raises(ValueError, match=r"model.safetensors is damaged or cut short .*; fetch or save it anew"):
+                read()
 
 
 def test_corpus_domains_weights_and_filters(tmp_path):
@@ -183,6 +195,9 @@ def test_every_sweep_row_is_the_network_that_its_name_says(sweep, profile, monke
 
 
 @pytest.mark.parametrize(("word", "instead"), [("trainer.max_steps=5", "set tokens"), ("trainer.seed=5", "set seed"), ("tokens=3", "less than one step"),
+                                               ("data.batch_size=0", "data.batch_size=0 must be at least 1"),
+                                               ("data.block_size=1", "must be at least 2"), ("sample_tokens=-1", "must be at least 0"),
+                                               ("model.balance_weight=-1", "must be at least 0"),
                                                ("model.kind=dense", "twice")])
 def test_settings_that_would_be_ignored_or_cannot_be(word, instead):
     with pytest.raises(ValueError, match=instead):

@@ -328,8 +328,30 @@ def test_an_edit_of_equal_length_makes_new_shards(tokenizer, tmp_path):
 
 def test_nothing_at_the_path(tokenizer, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty.*no data set; looked for"):
+    with pytest.raises(ValueError, match=r"empty: the folder cannot be read as a data set"):
         shard(_source(str(tmp_path / "empty")), tokenizer, str(tmp_path), log=_quiet)
+    with pytest.raises(ValueError, match=r"no data set; looked for"):
+        shard(_source(str(tmp_path / "none")), tokenizer, str(tmp_path), log=_quiet)
+
+
+def test_a_file_without_a_byte_is_named(tokenizer, tmp_path):
+    head = ["---", "configs:"]
+    for domain, text in {"alpha": json.dumps({"text": "one"}), "beta": ""}.items():
+        (tmp_path / "data" / domain).mkdir(parents=True)
+        (tmp_path / "data" / domain / "train.jsonl").write_text(text)
+        head += [f"- config_name: {domain}", f"  data_files: {domain}/*.jsonl"]
+    (tmp_path / "data" / "README.md").write_text("\n".join([*head, "---", ""]))
+    with pytest.raises(ValueError, match=r"cannot be read as a data set .*; without a byte: beta/train.jsonl"):
+        shard(_source(str(tmp_path / "data")), tokenizer, str(tmp_path / "cache"), log=_quiet)
+
+
+def test_a_domain_without_documents_is_named_every_time(tokenizer, tmp_path):
+    """Also where the first attempt has left an index."""
+    (tmp_path / "data" / "beta").mkdir(parents=True)
+    (tmp_path / "data" / "beta" / "train.jsonl").write_text(json.dumps({"text": " "}))
+    for _ in range(4):
+        with pytest.raises(ValueError, match=r"the domain '.*' has no train documents"):
+            shard(_source(str(tmp_path / "data")), tokenizer, str(tmp_path / "cache"), log=_quiet)
 
 
 def test_local_copies_come_before_the_hub(corpus, tmp_path, monkeypatch):
