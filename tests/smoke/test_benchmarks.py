@@ -26,7 +26,8 @@ def test_every_part_runs_and_reports(tmp_path):
         assert {"loop over experts", "LLaMA-MoE's own", "transformers eager", "dense N"} <= table["rows"].keys()
         assert {"Liger-Kernel", "moe-ops", "ScatterMoE", "SonicMoE"} <= table["missing"].keys()
     assert {f"dyn {name}" for name in route._BACKENDS} <= results["routing"]["tables"][0]["rows"].keys()
-    assert [table["name"].split(",")[0] for table in results["steps"]["tables"]] == ["training", "prefill", "decode", "prefill", "decode"]
+    assert [table["name"].split(",")[0] for table in results["steps"]["tables"]] == [
+        "training", "prefill", "decode", "prefill", "decode", "training by a loop"]
     trained = {name: row["trained"] for name, row in results["adapters"]["tables"][1]["rows"].items()}
     assert trained["masked, r=64, keep 0.2"] == trained["flat, r=64, keep 0.2"] < trained["2:4 mask, r=64"] < trained["dense, r=64"]
     assert trained["units, 13 of r=64"] == trained["dense, r=13"]
