@@ -36,7 +36,7 @@ def route(
         score: "softmax" over the experts, or "sigmoid" of each logit.
         bias_E: added to the scores for the choice alone, not for the weights (DeepSeek-V3's balancing). No gradient.
         backend: "eager", "triton" (one kernel, on a CUDA device or in Triton's interpreter; not for float64), or "auto":
-            "triton" on CUDA for `_MANY` logits or more where it can run, else "eager".
+            "triton" on CUDA for 2**20 logits or more where it can run, else "eager".
 
     Returns idx_TK (int64) and weight_TK (float32; float64 for float64 logits, so that exact tests stay exact), with
     gradients from the weights to the logits. Where scores tie, "triton" takes the lowest id. Elsewhere torch.topk

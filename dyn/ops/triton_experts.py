@@ -36,7 +36,7 @@ def experts_triton(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK:
     if x_TD.dtype not in DTYPES:
         raise ValueError(f"backend='triton' of experts takes {', '.join(map(str, DTYPES))}; got {x_TD.dtype}")
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gate_up_E2FD, down_EDF, weight_TK))
-    if not trained and not _is_empty(idx_TK, down_EDF) and is_few(idx_TK.numel(), gate_up_E2FD, down_EDF):
+    if not trained and not _is_empty(idx_TK, down_EDF) and is_few(idx_TK.numel(), down_EDF):
         return few_experts(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK)
     return _forward(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, trained and not recompute)[0]
 

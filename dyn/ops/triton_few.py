@@ -21,10 +21,10 @@ _REREAD = 1 << 28  # bytes of weights that slots with the same expert may read a
 _ROWS, _COLUMNS = 8, 512  # of a weight that a program holds: enough bytes on their way to fill the memory's latency, enough programs to fill the device
 
 
-def is_few(num_slots: int, gate_up_E2FD: Tensor, down_EDF: Tensor) -> bool:
+def is_few(num_slots: int, down_EDF: Tensor) -> bool:
     """Whether the slots are so few, or the experts so small, that reading a slot's weights by itself costs less than an order of the rows."""
-    expert_bytes = (gate_up_E2FD[0].numel() + down_EDF[0].numel()) * down_EDF.element_size()
-    return num_slots <= 2 * len(down_EDF) or num_slots * expert_bytes <= _REREAD
+    E, D, F = down_EDF.shape
+    return num_slots <= 2 * E or num_slots * 3 * D * F * down_EDF.element_size() <= _REREAD
 
 
 @torch.library.custom_op("dyn::few_experts_triton", mutates_args=())

@@ -75,10 +75,9 @@ def test_few_tokens_without_gradients(shape, routing, dtype, monkeypatch):
 
 
 def test_how_many_are_few():
-    small, large = (torch.empty(8, 2 * 192, 576, device="meta"), torch.empty(8, 576, 192, device="meta")), (
-        torch.empty(8, 2 * 14336, 4096, device="meta"), torch.empty(8, 4096, 14336, device="meta"))
-    assert [triton_few.is_few(n, *small) for n in (16, 200, 202, 4096)] == [True, True, True, False]
-    assert [triton_few.is_few(n, *large) for n in (16, 17)] == [True, False]
+    small, large = torch.empty(8, 576, 192, device="meta"), torch.empty(8, 4096, 14336, device="meta")
+    assert [triton_few.is_few(n, small) for n in (16, 200, 202, 4096)] == [True, True, True, False]
+    assert [triton_few.is_few(n, large) for n in (16, 17)] == [True, False]
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
