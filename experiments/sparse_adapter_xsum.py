@@ -43,8 +43,8 @@ class Config:
         check_adapter_run(self)
 
 
-# What the authors launched: MAM, the prefix left as it is, half of the rest pruned in five rounds (here all before training, there once an epoch)
-AUTHORS = SparseConfig(kind="mam", r=512, keep=0.5, rounds=5, flags={"length": 30, "scale": 4.0, "init": "lora"})
+# What the authors launched: MAM, the prefix left as it is, half of the rest pruned in five rounds, one an epoch
+AUTHORS = SparseConfig(kind="mam", r=512, keep=0.5, rounds=5, by_epoch=True, flags={"length": 30, "scale": 4.0, "init": "lora"})
 SNIP, FULL = SparseConfig(r=512), SparseConfig(kind="none", lr=3e-5)  # usual where a whole network is trained
 TEST: dict[str, Any] = dict(data__splits=["test"], data__validation_limit=None)  # what published numbers are of: 11,334 pairs
 SWEEPS: dict[str, list[dict[str, Any]]] = {

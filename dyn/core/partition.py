@@ -44,7 +44,7 @@ def kept_count(total: int, keep: Keep, rounding: Rounding = "nearest") -> int:
 
 
 def keep_masks(scores: Mapping[str, Tensor], keep: Keep = 0.6, scope: Scope = "global", seed: int = 0, rounding: Rounding = "nearest",
-               shuffle: Literal["within_tensor"] | None = None) -> dict[str, Tensor]:
+               shuffle: Literal["within_tensor"] | None = None, among: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The best-scored positions under a budget: a bool tensor for each score, exactly as many True as the budget says.
 
     Args:
@@ -54,6 +54,7 @@ def keep_masks(scores: Mapping[str, Tensor], keep: Keep = 0.6, scope: Scope = "g
             it, eps such that the total is the budget (Erdos-Renyi(-kernel) allocation of sparse training).
         seed: of the permutation that decides between equal scores, and of `shuffle`.
         shuffle: "within_tensor" permutes every mask inside its tensor afterwards: the control that tells a criterion from its layer ratios.
+        among: masks of the positions that `shuffle` may take, with all that are kept; None: every one.
 
     Raises:
         ValueError: no scores, NaN among them, an unknown scope or shuffle, a budget out of range, a count as the budget of scope="local".
@@ -80,8 +81,15 @@ def keep_masks(scores: Mapping[str, Tensor], keep: Keep = 0.6, scope: Scope = "g
             counts = erdos_renyi_counts({name: s.shape for name, s in scores.items()}, keep, rounding)
         masks = {name: _best(s.detach().flatten(), counts[name], generator).view(s.shape) for name, s in scores.items()}
     if shuffle:
-        masks = {name: m.flatten()[torch.randperm(m.numel(), generator=generator).to(m.device)].view(m.shape) for name, m in masks.items()}
+        masks = {name: _permuted(m, None if among is None else among[name], generator) for name, m in masks.items()}
     return masks
+
+
+def _permuted(mask: Tensor, among: Tensor | None, generator: torch.Generator) -> Tensor:
+    places_M = (torch.ones_like(mask) if among is None else among).flatten().nonzero().squeeze(1)
+    flat_N = mask.flatten()
+    drawn_M = flat_N[places_M[torch.randperm(len(places_M), generator=generator).to(mask.device)]]
+    return torch.zeros_like(flat_N).index_put_((places_M,), drawn_M).view(mask.shape)
 
 
 def _best(score_N: Tensor, count: int, generator: torch.Generator) -> Tensor:

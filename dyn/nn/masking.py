@@ -83,7 +83,8 @@ def prune(model: nn.Module, batches: Iterable[Any] | None = None, loss_fn: Loss 
         rounds, schedule: score and prune in so many rounds, keep^(t/n) or linearly after round t.
         monotone: what is out stays out; False ranks all positions in every round.
         samples: read batches until they have so many examples (by the length of their first tensor); None: all.
-        shuffle: "within_tensor" permutes every mask inside its tensor: the control that tells a criterion from its layer ratios.
+        shuffle: "within_tensor" permutes every mask inside its tensor, among positions that were left: the control that tells a criterion from its layer
+            ratios.
         rescale: divide what survives in each tensor by the square root of its kept share, so that pruning does not shrink what the adapter adds at the start
             (section 7.12).
         seed: of random scores, ties, stand-ins and the shuffle.
@@ -145,7 +146,8 @@ def prune(model: nn.Module, batches: Iterable[Any] | None = None, loss_fn: Loss 
                 found = partition_in_rounds(rank, start, keep=share, rounds=rounds, schedule=schedule, scope=scope, seed=draws,
                                             monotone=monotone, informative=method if method in DATA_DRIVEN else None, apply=apply)
     if shuffle and form != "2:4":
-        found = keep_masks({key: m.float() for key, m in found.items()}, sum(int(m.sum()) for m in found.values()), seed=draws, shuffle=shuffle)
+        found = keep_masks({key: m.float() for key, m in found.items()}, sum(int(m.sum()) for m in found.values()), seed=draws, shuffle=shuffle,
+                           among=None if units else start)
     _agree(found)
     if units:
         narrow(model, units, found)

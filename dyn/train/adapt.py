@@ -30,10 +30,11 @@ from dyn.data.loader import EvaluationLoader, ResumableLoader
 from dyn.nn.adapter import adapter_parameters, attach, fusion_penalty, head_parameters, load_adapter, save_adapter
 from dyn.nn.masking import masks, set_masks
 from dyn.train import sentences
+from dyn.train.annealing import Rounds
 from dyn.train.fit import Trained, scoring, train_task
 from dyn.train.plan import GIB
 from dyn.train.settings import TrainerConfig
-from dyn.train.sparse import SparseConfig, sparsify
+from dyn.train.sparse import SparseConfig, mask_facts, prune_again, round_steps, sparsify
 from dyn.train.supervised import Supervised
 from dyn.train.trainer import check_world, on_gpu, own_device, world
 
@@ -102,13 +103,18 @@ def _key(sparse: SparseConfig) -> str:
 
 def _network(cfg: Any, run: Any, job: Job, sparse: SparseConfig, *, quiet: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """The network as its training begins, and the facts of `sparsify`; scores look at other batches than the training's first."""
-    net, count = job.build(), len(job.data.train)
-    size, enough = min(cfg.batch_size, count), sparse.samples < count
-    batches = lambda: ResumableLoader(job.data.train, batch_size=size, seed=cfg.seed + 1, drop_last=enough,  # noqa: E731
-                                      num_batches=math.ceil(sparse.samples / size) if enough else None)
-    facts = sparsify(net, sparse, batches, job.loss, seed=cfg.seed, device=own_device(cfg.trainer),
+    net = job.build()
+    facts = sparsify(net, sparse, functools.partial(_scored, cfg, job, sparse), job.loss, seed=cfg.seed, device=own_device(cfg.trainer),
                      log=(lambda _: None) if quiet else run.log)
     return net, facts
+
+
+def _scored(cfg: Any, job: Job, sparse: SparseConfig) -> ResumableLoader:
+    """Batches that scores look at."""
+    count = len(job.data.train)
+    size, enough = min(cfg.batch_size, count), sparse.samples < count
+    return ResumableLoader(job.data.train, batch_size=size, seed=cfg.seed + 1, drop_last=enough,
+                           num_batches=math.ceil(sparse.samples / size) if enough else None)
 
 
 def _fused(cfg: Any, run: Any, job: Job, sparse: SparseConfig, members: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -168,7 +174,17 @@ def _train(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig, rate: 
     trainer = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_every=min(cfg.trainer.val_every, steps))
     task = job.task(net, parts, dataclasses.replace(cfg.optim, lr=rate), trainer)
     label = f"{name}-lr{rate:g}" if cfg.rates else name
-    trained = train_task(task, train, validation, run=run, name=label)
+    facts, callbacks = dict(facts), []
+    if sparse.by_epoch:
+        def prune_on(number: int, optimizer: torch.optim.Optimizer) -> float:
+            found = prune_again(net, sparse, number, functools.partial(_scored, cfg, job, sparse), job.loss, optimizer, seed=cfg.seed,
+                                device=own_device(cfg.trainer))
+            run.log(f"{name}: round {number + 1} of {sparse.rounds}, {found['kept']:,} of {found['weights']:,} adapter weights are left")
+            return found["keep"]
+
+        callbacks = [Rounds(round_steps(sparse.rounds, steps, sentences.epoch_steps(cfg, len(job.data.train))), prune_on)]
+    trained = train_task(task, train, validation, run=run, name=label, callbacks=callbacks)
+    facts |= mask_facts(trained.net, sparse) if sparse.by_epoch else {}
     sets = [f"val/{split}/" for split in job.data.validation] if len(parts) > 1 else ["val/"]
     scores = {key: statistics.fmean(trained.metrics[f"{split}{key}"] for split in sets) for key in (*job.scores, "loss")
               if f"{sets[0]}{key}" in trained.metrics}

@@ -1,9 +1,10 @@
-"""What a training changes by schedule or mends after each step: temperatures of attention over kernels (and what became of it), masks of pruned weights."""
+"""What a training changes by schedule or mends after each step: temperatures of attention over kernels (and what became of it), masks of
+pruned weights."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -69,6 +70,27 @@ class AttentionEntropy(Callback):
             self.layers = attention_entropy(pl_module.net, self.images.to(pl_module.device))
         for logger in trainer.loggers if self.layers else ():
             logger.log_metrics({"attention/entropy": statistics.fmean(self.layers.values())}, trainer.global_step)
+
+
+class Rounds(Callback):
+    """Prunes further before given optimiser steps. Masks are part of a checkpoint, so that a resumed training goes on with the right ones.
+
+    Args:
+        steps: before which, from 0; the first is round 1.
+        apply: (round, optimiser) -> kept share, which is logged as train/keep.
+    """
+
+    def __init__(self, steps: Sequence[int], apply: Callable[[int, torch.optim.Optimizer], float]) -> None:
+        self.rounds, self.apply = {step: number for number, step in enumerate(steps, 1)}, apply
+        self._done: int | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """At the first micro-batch of a step."""
+        step = trainer.global_step
+        if step != self._done and step in self.rounds:
+            self._done, keep = step, self.apply(self.rounds[step], trainer.optimizers[0])
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/keep": keep}, step)
 
 
 class KeepMask(Callback):

@@ -80,7 +80,12 @@ def loaders(cfg: Any, data: Any, steps: int) -> tuple[ResumableLoader, dict[str,
 
 def full_steps(cfg: Any, examples: int) -> int:
     """Optimiser steps in the epochs."""
-    return max(1, math.floor(cfg.epochs * (examples // (cfg.batch_size * cfg.trainer.world_size)) / cfg.trainer.accumulate))
+    return max(1, math.floor(cfg.epochs * epoch_steps(cfg, examples)))
+
+
+def epoch_steps(cfg: Any, examples: int) -> float:
+    """Optimiser steps in an epoch."""
+    return examples // (cfg.batch_size * cfg.trainer.world_size) / cfg.trainer.accumulate
 
 
 def fitting_steps(cfg: Any, run: Any, wanted: Mapping[str, int], nets: Iterable[Callable[[], nn.Module]], data: Any,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dyn.core.rounds import kept_counts
 from dyn.core.saliency import Loss
 from dyn.nn.adapter import adapter_parameters, attach, head_parameters
 from dyn.nn.adapter_sites import adapter_modules
-from dyn.nn.masking import large_sparse, mask_hash, masks, prune
+from dyn.nn.masking import large_sparse, mask_hash, masks, prune, set_masks
 from dyn.train.settings import check_trainings, seeded_rows
 
 RATES, WHOLE_RATES = [1e-4, 3e-4, 1e-3, 3e-3], [1e-5, 3e-5, 1e-4]  # of adapters, from BERT-base to MiniLM, and of full fine-tuning
@@ -35,6 +37,7 @@ class SparseConfig:
     shuffle: bool = False  # each mask inside its tensor: the control that tells a criterion from its layer ratios
     samples: int = 320  # training examples that scores look at
     rounds: int = 1
+    by_epoch: bool = False  # the first round before the training, each other at the start of the next epoch, in place of all before the training
     rescale: bool = False  # density-corrected start (section 7.12)
     prefix: bool = False  # prune prefixes too
     fuse: bool = False  # AdapterFusion (section 1.6): then, on every task of the run, a fusion over the adapters that were trained on all of them
@@ -58,6 +61,9 @@ class SparseConfig:
             raise ValueError(f"kind=prefix, keep={self.keep}: a prefix is all that there is to prune; set prefix=true, or keep=1")
         if self.form == "2:4" and not self.dense() and (self.rounds > 1 or "erdos_renyi" in (self.method, self.scope)):
             raise ValueError(f"form=2:4 keeps two of every four at once; rounds={self.rounds}, method={self.method}, scope={self.scope} do not go with it")
+        if self.by_epoch and (self.rounds < 2 or self.form != "mask" or self.rescale or "erdos_renyi" in (self.method, self.scope)):
+            raise ValueError(f"by_epoch=true spreads rounds=2 or more of form=mask over a training, without rescale and erdos_renyi; got rounds={self.rounds}, "
+                             f"form={self.form}, rescale={self.rescale}, method={self.method}, scope={self.scope}")
         if self.method == "erdos_renyi" and self.scope == "local":
             raise ValueError("method=erdos_renyi is an allocation over tensors, which scope=local excludes")
         if self.fuse and self.kind not in ("houlsby", "pfeiffer", "parallel"):
@@ -83,7 +89,8 @@ class SparseConfig:
             made.append(f"{self.method.replace('_', '-')} {share}")
             usual = SparseConfig()
             scope = self.scope.replace("_", "-")
-            made += [text for text, wanted in ((scope, scope != "global"), (f"{self.rounds} rounds", self.rounds > 1), ("shuffled", self.shuffle),
+            rounds = f"{self.rounds} rounds{' by epoch' * self.by_epoch}"
+            made += [text for text, wanted in ((scope, scope != "global"), (rounds, self.rounds > 1), ("shuffled", self.shuffle),
                                                ("rescaled", self.rescale), ("prefix too", self.prefix), (self.form, self.form in ("unit", "2:4")),
                                                (f"{self.samples} samples", self.samples != usual.samples)) if wanted]
         made += [f"{key} {value}" for key, value in sorted(self.flags.items())] + (["official"] if self.official else []) + (["fused"] if self.fuse else [])
@@ -115,7 +122,8 @@ class SparseConfig:
 
     def plain(self) -> SparseConfig:
         """The dense adapter of the same r."""
-        return dataclasses.replace(self, factor=1, keep=1.0, shuffle=False, rescale=False, scope="global", rounds=1, prefix=False, form="mask")
+        return dataclasses.replace(self, factor=1, keep=1.0, shuffle=False, rescale=False, scope="global", rounds=1, by_epoch=False, prefix=False,
+                                   form="mask")
 
     def made_flags(self) -> dict[str, Any]:
         """Flags as attached: a prefix of mam that pruning spares is as long as r says, however wide the bottlenecks beside it, so that budgets are equal."""
@@ -150,7 +158,7 @@ def check_adapter_run(cfg: Any) -> None:
 
 def sparsify(net: nn.Module, cfg: SparseConfig, batches: Callable[[], Iterable[Mapping[str, Tensor]]], loss_fn: Loss, *, seed: int = 0,
              device: str | torch.device = "cpu", log: Callable[[str], None] = print) -> dict[str, Any]:
-    """Attach the adapter and prune it, in place; kind "none" leaves the network as it is, all of it trained.
+    """Attach the adapter and prune it, in place; kind "none" leaves the network as it is, all of it trained. With `by_epoch` this is the first round.
 
     What was drawn and kept follows from the network, the seed and the batches, so that it is found again when a run is resumed.
 
@@ -178,24 +186,70 @@ def sparsify(net: nn.Module, cfg: SparseConfig, batches: Callable[[], Iterable[M
                 "seconds": 0.0}
     attach(net, cfg.kind, cfg.r if cfg.keep is not None else large_sparse(cfg.r, cfg.factor).r, cfg.name, official=cfg.official, seed=seed, **cfg.made_flags())
     before = {key: p.numel() for key, p in adapter_parameters(net, cfg.name).items()}
-    matrices = [f"{path}.{key}" for path, module in adapter_modules(net).items() if module.adapter_name == cfg.name
-                and (module.kind not in ("prefix", "fusion") or cfg.prefix) for key in module.prunable]
     if not cfg.dense():
         net.to(device)
         try:
-            prune(net, _moved(batches, device), loss_fn, cfg.method, cfg.share(), cfg.scope, cfg.form, name=cfg.name, prefix=cfg.prefix, rounds=cfg.rounds,
-                  samples=cfg.samples, shuffle="within_tensor" if cfg.shuffle else None, rescale=cfg.rescale, seed=seed)
+            _prune(net, cfg, 0, batches, loss_fn, seed, device)
         finally:
             net.cpu()
-    found = {key: mask for key, mask in masks(net).items() if key in before}
-    after = {key: int(found[key].sum()) if key in found else p.numel() for key, p in adapter_parameters(net, cfg.name).items()}
+    facts = mask_facts(net, cfg, before) | {"seconds": time.monotonic() - began}
+    log(f"{cfg.what()}: {facts['kept']:,} of {facts['weights']:,} adapter weights train, {facts['trained_parameters']:,} parameters in all, found in "
+        f"{facts['seconds']:.1f} s")
+    return facts
+
+
+def round_steps(rounds: int, steps: int, epoch: float) -> list[int]:
+    """Before which optimiser steps the later rounds of `by_epoch` come: one an epoch (of so many steps), closer where the training ends too early for that.
+
+    Raises:
+        ValueError: more rounds than steps.
+    """
+    if steps < rounds:
+        raise ValueError(f"by_epoch=true: rounds={rounds} do not fit into a training of {steps} steps")
+    return [math.floor(number * max(1, min(epoch, steps / rounds))) for number in range(1, rounds)]
+
+
+def prune_again(net: nn.Module, cfg: SparseConfig, number: int, batches: Callable[[], Iterable[Mapping[str, Tensor]]], loss_fn: Loss,
+                optimizer: torch.optim.Optimizer, *, seed: int = 0, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Round `number` (from 1) of an adapter that `sparsify` began with `by_epoch`, in place on the device where the net is: score it as it is trained by now,
+    prune, and clear the moments of what went. Other arguments as there. Returns `mask_facts`."""
+    _prune(net, cfg, number, batches, loss_fn, seed, device)
+    set_masks(net, _own_masks(net, cfg), optimizer=optimizer)
+    return mask_facts(net, cfg)
+
+
+def mask_facts(net: nn.Module, cfg: SparseConfig, before: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """The facts of `sparsify` about an adapter as it is. before: sizes of its parameters as they were attached; None: under masks, which do not change them."""
+    now = adapter_parameters(net, cfg.name)
+    before = before or {key: p.numel() for key, p in now.items()}
+    matrices, found = _matrices(net, cfg), _own_masks(net, cfg)
+    after = {key: int(found[key].sum()) if key in found else p.numel() for key, p in now.items()}
     weights, kept = (sum(counts[key] for key in matrices) for counts in (before, after))
     head = sum(p.numel() for p in head_parameters(net, cfg.name).values())
-    facts = {"weights": weights, "kept": kept, "keep": kept / weights if weights else 1.0, "trained_parameters": sum(after.values()) + head,
-             "adapter_parameters": sum(after.values()), "head_parameters": head, "density": {key: after[key] / before[key] for key in matrices},
-             "mask": mask_hash(found) if found else "", "seconds": time.monotonic() - began}
-    log(f"{cfg.what()}: {kept:,} of {weights:,} adapter weights train, {facts['trained_parameters']:,} parameters in all, found in {facts['seconds']:.1f} s")
-    return facts
+    return {"weights": weights, "kept": kept, "keep": kept / weights if weights else 1.0, "trained_parameters": sum(after.values()) + head,
+            "adapter_parameters": sum(after.values()), "head_parameters": head, "density": {key: after[key] / before[key] for key in matrices},
+            "mask": mask_hash(found) if found else ""}
+
+
+def _prune(net: nn.Module, cfg: SparseConfig, number: int, batches: Callable[[], Iterable[Mapping[str, Tensor]]], loss_fn: Loss, seed: int,
+           device: str | torch.device) -> None:
+    """All rounds, or of those by epoch the one of this number."""
+    keep, rounds = cfg.share(), cfg.rounds
+    if cfg.by_epoch:
+        weights = sum(net.get_parameter(key).numel() for key in _matrices(net, cfg))
+        keep, rounds = Fraction(kept_counts(weights, keep, rounds)[number], weights), 1
+    prune(net, _moved(batches, device), loss_fn, cfg.method, keep, cfg.scope, cfg.form, name=cfg.name, prefix=cfg.prefix, rounds=rounds,
+          samples=cfg.samples, shuffle="within_tensor" if cfg.shuffle else None, rescale=cfg.rescale, seed=seed)
+
+
+def _matrices(net: nn.Module, cfg: SparseConfig) -> list[str]:
+    """Keys of what pruning takes."""
+    return [f"{path}.{key}" for path, module in adapter_modules(net).items() if module.adapter_name == cfg.name
+            and (module.kind not in ("prefix", "fusion") or cfg.prefix) for key in module.prunable]
+
+
+def _own_masks(net: nn.Module, cfg: SparseConfig) -> dict[str, Tensor]:
+    return {key: mask for key, mask in masks(net).items() if key in adapter_parameters(net, cfg.name)}
 
 
 class _moved:

@@ -13,10 +13,11 @@ def last(folder: Path) -> dict:
     return torch.load(max((folder / "checkpoints").glob("*/*.ckpt")), weights_only=True)
 
 
-@pytest.mark.parametrize(("experiment", "form", "early", "late"), [("sparse_adapter_squad", "mask", 2, 6), ("sparse_adapter_xsum", "flat", 1, 5)])
-def test_sigkill(server, experiment, form, early, late):
+@pytest.mark.parametrize(("experiment", "more", "early", "late"), [
+    ("sparse_adapter_squad", {"sparse.rounds": 3, "sparse.by_epoch": "true"}, 2, 6), ("sparse_adapter_xsum", {"sparse.form": "flat"}, 1, 5)])
+def test_sigkill(server, experiment, more, early, late):
     server.experiment = experiment
-    settings = {"experiment": experiment, "beside": "[]", "sparse.form": form}
+    settings = {"experiment": experiment, "beside": "[]"} | more
     names = {f"{experiment}-{when}": step for when, step in (("whole", None), ("early", early), ("late", late))}
     pids = {name: server.start(name, **settings, **({} if step is None else {"HOLD": step})) for name, step in names.items()}
     for name, step in names.items():

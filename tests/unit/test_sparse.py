@@ -7,7 +7,7 @@ import torch
 
 from dyn.nn.adapter import adapter_parameters
 from dyn.nn.masking import masks
-from dyn.train.sparse import SparseConfig, sparsify
+from dyn.train.sparse import SparseConfig, prune_again, round_steps, sparsify
 
 silent = dict(log=lambda _: None)
 
@@ -41,6 +41,8 @@ def loss(model, batch):
     (dict(kind="mam", r=512, flags={"length": 30}, prefix=True, scope="local", rounds=5), "mam 512, snip 0.6, local, 5 rounds, prefix too, length 30",
      ["full fine-tuning", "mam 512, length 30", "mam 307, length 30", "mam 512, random 0.6, local, 5 rounds, prefix too, length 30",
       "mam 512, snip 0.6, local, 5 rounds, shuffled, prefix too, length 30"]),
+    (dict(rounds=5, by_epoch=True, keep=0.5), "houlsby 64, snip 0.5, 5 rounds by epoch",
+     ["full fine-tuning", "houlsby 64", "houlsby 32", "houlsby 64, random 0.5, 5 rounds by epoch", "houlsby 64, snip 0.5, 5 rounds by epoch, shuffled"]),
     (dict(kind="pfeiffer", fuse=True, method="random"), "pfeiffer 64, random 0.6, fused",
      ["full fine-tuning", "pfeiffer 64, random 0.6", "pfeiffer 64, fused"]),
 ])
@@ -57,6 +59,8 @@ def test_rows_have_names_and_controls(changes, words, controls):
     (dict(form="2:4", keep=0.5, rounds=3), "two of every four at once; rounds=3"),
     (dict(form="2:4", keep=0.5, method="erdos_renyi"), "method=erdos_renyi, scope=global do not go with it"),
     (dict(method="erdos_renyi", scope="local"), "which scope=local excludes"),
+    (dict(by_epoch=True), "by_epoch=true spreads rounds=2 or more of form=mask .* got rounds=1"), (dict(by_epoch=True, rounds=2, form="flat"), "form=flat"),
+    (dict(by_epoch=True, rounds=2, method="erdos_renyi"), "method=erdos_renyi"), (dict(by_epoch=True, rounds=2, rescale=True), "rescale=True"),
     (dict(r=0), "r=0 must be at least 1"), (dict(samples=0), "samples=0 must be at least 1"),
 ])
 def test_settings_that_exclude_each_other(changes, message):
@@ -113,6 +117,39 @@ def test_masks_follow_from_the_seed_and_the_data_alone():
     asked = []
     sparsify(net(), dataclasses.replace(cfg, method="random"), lambda: asked.append(1) or batches(), loss, **silent)
     assert not asked
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_rounds_by_epoch_score_what_is_trained_by_then(shuffle):
+    """Budgets are those of rounds before the training (p^(e/n)); what is out stays out, at zero with its moments, and scores are of the trained weights."""
+    cfg = SparseConfig(r=8, keep=0.5, rounds=3, by_epoch=True, shuffle=shuffle, samples=8)
+    model = net()
+    facts = [sparsify(model, cfg, batches, loss, **silent)]
+    before = {key: mask.clone() for key, mask in masks(model).items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for number in (1, 2):
+        for batch in batches():
+            loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights = {key: p.detach().clone() for key, p in adapter_parameters(model).items()}
+        facts.append(prune_again(model, cfg, number, batches, loss, optimizer))
+        for key, mask in masks(model).items():
+            p = model.get_parameter(key)
+            assert not (mask & ~before[key]).any() and torch.equal(p, weights[key].where(mask, 0))
+            assert all(not value[~mask].any() and value[mask].any() for value in optimizer.state[p].values() if value.shape == p.shape)
+        before = {key: mask.clone() for key, mask in masks(model).items()}
+    assert [f["kept"] for f in facts] == [round(1024 * 0.5 ** (t / 3)) for t in (1, 2, 3)]
+    untrained = net()
+    sparsify(untrained, dataclasses.replace(cfg, by_epoch=False), batches, loss, **silent)
+    assert any(not torch.equal(mask, before[key]) for key, mask in masks(untrained).items())
+    assert prune_again(model, cfg, 2, batches, loss, optimizer)["mask"] == facts[-1]["mask"]  # as a resume that meets the round's step again
+
+
+def test_rounds_come_one_an_epoch_or_closer():
+    assert round_steps(5, 1000, 100.0) == [100, 200, 300, 400] and round_steps(5, 12, 100.0) == [2, 4, 7, 9] and round_steps(3, 9, 0.5) == [1, 2]
+    with pytest.raises(ValueError, match="rounds=5 do not fit into a training of 4 steps"):
+        round_steps(5, 4, 1.0)
 
 
 def test_prefixes_are_counted_where_they_are_pruned():
