@@ -62,7 +62,7 @@ def plan_pretraining(cfg: Any) -> dict[str, Any]:
     passes = 2 if cfg.model.train == "gates" else 3  # gradients of activations cost a forward pass, those of weights another
     steps, tokens_per_step = cfg.steps(), cfg.tokens_per_step()
     world = cfg.trainer.devices * cfg.trainer.num_nodes
-    sharded = cfg.trainer.strategy == "fsdp2" or (cfg.trainer.strategy == "auto" and cfg.trainer.num_nodes > 1)
+    sharded = cfg.trainer.kind == "fsdp2"
     memory = memory_per_device(net, batch_size=cfg.data.batch_size, block_size=cfg.data.block_size, shards=world if sharded else 1,
                                bf16=cfg.trainer.precision != "32-true", checkpointing=cfg.trainer.gradient_checkpointing)
     return {

@@ -49,6 +49,11 @@ class TrainerConfig:
         return self.devices * self.num_nodes
 
     @property
+    def kind(self) -> str:
+        """The strategy that is meant: single, ddp or fsdp2."""
+        return self.strategy if self.strategy != "auto" else "single" if self.world_size == 1 else "ddp" if self.num_nodes == 1 else "fsdp2"
+
+    @property
     def dtype(self) -> torch.dtype:
         """That matrix products run in."""
         return torch.float32 if self.precision == "32-true" else torch.bfloat16
@@ -139,7 +144,7 @@ def check_trainings(cfg: Any, **least: int) -> None:
             raise ValueError(f"trainer.{name}={getattr(cfg.trainer, name)} would be ignored by this experiment; set {instead}")
     if cfg.minutes is not None and cfg.trainer.world_size > 1:
         raise ValueError(f"minutes={cfg.minutes} is for one device; give epochs for {cfg.trainer.world_size}")
-    if cfg.trainer.strategy == "fsdp2" or (cfg.trainer.strategy == "auto" and cfg.trainer.num_nodes > 1):
+    if cfg.trainer.kind == "fsdp2":
         raise ValueError("these networks fit a device: set trainer.strategy=ddp")
 
 

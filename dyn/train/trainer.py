@@ -149,17 +149,16 @@ def _machine(cfg: TrainerConfig) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     if cfg.accelerator == "gpu" and not cuda:
         raise ValueError("trainer.accelerator=gpu: torch finds no GPU here; allowed: auto, cpu")
-    kind = cfg.strategy if cfg.strategy != "auto" else "single" if cfg.world_size == 1 else "ddp" if cfg.num_nodes == 1 else "fsdp2"
     strategy: Any = "auto"
-    if kind == "ddp":
+    if cfg.kind == "ddp":
         strategy = DDPStrategy()
-    elif kind == "fsdp2":
+    elif cfg.kind == "fsdp2":
         strategy = ModelParallelStrategy(data_parallel_size=cfg.world_size, tensor_parallel_size=1, save_distributed_checkpoint=False)
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # our signal handlers see to it
     return dict(accelerator="gpu" if cuda and cfg.accelerator != "cpu" else "cpu", devices=cfg.devices, num_nodes=cfg.num_nodes, strategy=strategy,
-                precision="bf16-mixed" if cfg.precision == "bf16-mixed" and kind != "fsdp2" else "32-true", plugins=plugins, num_sanity_val_steps=0,
+                precision="bf16-mixed" if cfg.precision == "bf16-mixed" and cfg.kind != "fsdp2" else "32-true", plugins=plugins, num_sanity_val_steps=0,
                 use_distributed_sampler=False, enable_model_summary=False, inference_mode=False)
 
 
