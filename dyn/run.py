@@ -181,7 +181,8 @@ def _resume(experiment: ModuleType, name: str, path: Path, runs: Path, options: 
     foreign = folder is not None and read_json(folder / "stages.json")["what"]["experiment"] != name
     if folder is None or foreign or ended_well(folder):
         why = f"resume={asked}: no run folder" if folder is None else f"resume={asked}: not a run of {name}" if foreign else f"{folder} has finished"
-        raise ValueError(f"{why}; unfinished: {', '.join(map(str, unfinished(runs / name))) or 'none'}")
+        newest = unfinished(runs / name)[:-6:-1]
+        raise ValueError(f"{why}; unfinished{', newest first' if newest[1:] else ''}: {', '.join(map(str, newest)) or 'none'}")
     state = read_json(folder / "stages.json")["what"]
     if options.get("profile", state["profile"]) == state["profile"]:
         given = config.read(experiment.Config, folder / "config.yaml", words)

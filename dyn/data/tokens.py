@@ -110,6 +110,7 @@ def tokenizer_hash(tokenizer) -> str:
 
 def shard(source: TextSource, tokenizer, folder: str, *, keep: Mapping[str, Filter | Callable[[str, str], bool]] | Sequence[str] | None = None,
           bos: bool | str = True, eos: bool | str = False, shard_tokens: int = 1 << 26, cache: str | None = None,
+          accept: Callable[[list[str]], object] = lambda domains: None,
           log: Callable[[str], None] = print) -> dict[str, dict[str, Tokens]]:
     """Domain -> split -> Tokens of a source: opened when they are in the cache, else made.
 
@@ -125,6 +126,7 @@ def shard(source: TextSource, tokenizer, folder: str, *, keep: Mapping[str, Filt
         bos, eos: put this token before, after each document: the tokenizer's own (True), another by its text ("<|endoftext|>"), or none (False).
         shard_tokens: a shard is closed with the document that fills it so far.
         cache: where copies of remote shards are kept; None: dyn/tokens in the user's cache folder.
+        accept: called with the names of the source's domains before any of its text is read; raises where they do not fit what is meant to be done with them.
         log: gets plain lines of progress where there is no terminal for a bar.
 
     Raises:
@@ -142,7 +144,7 @@ def shard(source: TextSource, tokenizer, folder: str, *, keep: Mapping[str, Filt
             index = store.index() or {**plan, "complete": False, "vocab_size": len(tokenizer), "domains": {}}
             if not index["complete"]:
                 with parallel_tokenizer():
-                    _build(store, index, source, lambda texts: _encode(tokenizer, texts, begin, end, index["vocab_size"]), filters, log)
+                    _build(store, index, source, lambda texts: _encode(tokenizer, texts, begin, end, index["vocab_size"]), filters, accept, log)
     return load(store.address, tokenizer, cache=cache)
 
 
@@ -280,10 +282,12 @@ class _Writer:
 
 
 def _build(store: Store, index: dict, source: TextSource, encode: Callable[[list[str]], list[np.ndarray]], filters: dict[str, Filter | Callable],
-           log: Callable[[str], None]) -> None:
+           accept: Callable[[list[str]], object], log: Callable[[str], None]) -> None:
+    parts = streams(source)
+    accept(list(dict.fromkeys(domain for stream in parts for domain, _ in stream.targets)))
     terminal = sys.stderr.isatty()
     limits = {"train": source.max_tokens, "validation": source.max_validation_tokens}
-    for stream in streams(source):
+    for stream in parts:
         writers = {target: _Writer(store, index, *target, limits[target[1]], (lambda line: None) if terminal else log) for target in stream.targets}
         if all(w.part["done"] and w.part["shards"] for w in writers.values()):
             continue

@@ -162,7 +162,7 @@ class JsonlLogger(Logger):
 class Throughput(Callback):
     """Units a second (tokens, examples: `Task.unit`), over all devices; logged as speed/... every `log_every` steps.
 
-    For tokens also model FLOPs utilisation, 6 x activated parameters x tokens/s / peak: an example's cost is not told by its net's parameters alone.
+    For tokens also model FLOPs utilisation (`dyn.train.speed.mfu`): an example's cost is not told by its net's parameters alone.
     The first step of a process, validations and checkpoints do not count. `summary()` has the means.
 
     Args:
@@ -174,7 +174,7 @@ class Throughput(Callback):
     def __init__(self, dtype: torch.dtype, log_every: int = 1, peak: float | None = None) -> None:
         self.dtype, self.log_every = dtype, log_every
         self.peak, self.note = peak, "rate given as trainer.peak_flops" if peak else "not measured"
-        self.active, self.unit = 0, "tokens"
+        self.active, self.trained, self.unit = 0, 0, "tokens"
         self.rate = self.mfu = math.nan  # newest
         self._units = self._steps = self._all_units = self._all_steps = 0
         self._seconds = self._all_seconds = self._paused = 0.0
@@ -182,7 +182,7 @@ class Throughput(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count parameters, also for a training that is resumed behind its last step."""
-        self.active, self.unit = pl_module.active_parameters, pl_module.unit
+        self.active, self.trained, self.unit = pl_module.active_parameters, pl_module.trained_parameters, pl_module.unit
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Know the peak."""
@@ -221,7 +221,7 @@ class Throughput(Callback):
         self._all_units, self._all_steps, self._all_seconds = self._all_units + units, self._all_steps + self._steps, self._all_seconds + self._seconds
         metrics = {f"speed/{self.unit}_per_second": self.rate, "speed/step_seconds": self._seconds / self._steps}
         if self.unit == "tokens":
-            self.mfu = mfu(self.active, self.rate, self.peak * trainer.world_size)
+            self.mfu = mfu(self.active, self.rate, self.peak * trainer.world_size, self.trained)
             metrics["speed/mfu"] = shown["mfu"] = self.mfu
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)

@@ -123,19 +123,23 @@ def load_corpus(cfg: Any, run: Any, source: Any, tokenizer: Any) -> Corpus:
         ValueError: a domain without training or held-out documents, or with fewer held-out tokens than a block; weights for other domains.
     """
     data = cfg.data
-    tokens = shard(data.text, tokenizer, data.cache or str(cache_folder() / "tokens"), keep=_filters(cfg, source, tokenizer), bos=data.bos, log=run.log)
+
+    def weigh(domains: list[str]) -> dict[str, float]:
+        shares = domain_weights(data.weights, [data.stand_for.get(d, d) for d in domains])
+        return {d: shares[data.stand_for.get(d, d)] for d in domains}
+
+    tokens = shard(data.text, tokenizer, data.cache or str(cache_folder() / "tokens"), keep=_filters(cfg, source, tokenizer), bos=data.bos, accept=weigh,
+                   log=run.log)
     missing = [f"{d} has no {split} documents" for d in tokens for split in ("train", "validation") if split not in tokens[d]]
     if missing:
         raise ValueError(f"data.text.path={data.text.path}: {'; '.join(missing)}")
-    names = [data.stand_for.get(d, d) for d in tokens]
-    shares = domain_weights(data.weights, names)
     short = [f"{d} has {t['validation'].num_tokens}" for d, t in tokens.items() if t["validation"].num_tokens < data.block_size]
     if short:
         raise ValueError(f"held-out tokens of {', '.join(short)}: fewer than one block, data.block_size={data.block_size}")
     validation = {d: validation_batches(tokens[d]["validation"], data.block_size, data.batch_size, data.validation_tokens, domain=i,
                                         mask_documents=data.mask_documents) for i, d in enumerate(tokens)}
     run.log(f"text {data.text.path}: " + ", ".join(f"{d} {t['train'].num_tokens:,}" for d, t in tokens.items()) + " training tokens")
-    return Corpus({d: t["train"] for d, t in tokens.items()}, validation, {d: shares[n] for d, n in zip(tokens, names, strict=True)})
+    return Corpus({d: t["train"] for d, t in tokens.items()}, validation, weigh(list(tokens)))
 
 
 def _filters(cfg: Any, source: Any, tokenizer: Any) -> dict[str, Any]:

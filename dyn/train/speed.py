@@ -60,9 +60,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return rate, f"measured rate of {str(dtype).removeprefix('torch.')} matrix products on this CPU, {torch.get_num_threads()} threads"
 
 
-def mfu(active_parameters: int, tokens_per_second: float, peak: float) -> float:
-    """Model FLOPs utilisation, 6 P R / peak, with P the parameters that a token passes through, not all that are stored (section 4.6, fact 32)."""
-    return 6 * active_parameters * tokens_per_second / peak
+def mfu(active_parameters: int, tokens_per_second: float, peak: float, trained: int | None = None) -> float:
+    """Model FLOPs utilisation, 6 P R / peak, with P the parameters that a token passes through, not all that are stored (section 4.6, fact 32). Of these 6 a
+    frozen parameter takes 4, since its own gradient is not computed; `trained` says how many of the P are not frozen (None: all)."""
+    return (4 * active_parameters + 2 * (active_parameters if trained is None else trained)) * tokens_per_second / peak
 
 
 def seconds_per_micro_batch(net: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype, trials: int = 3) -> float:

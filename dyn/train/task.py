@@ -46,7 +46,7 @@ class Task(LightningModule):
         self._build = None if isinstance(net, nn.Module) else net
         self.optim, self.domains, self.cfg = optim, list(sets), cfg
         self.val_losses: dict[str, float] = {}
-        self.active_parameters = 0
+        self.active_parameters = self.trained_parameters = 0  # that a unit passes through, and those of them that train
         self._sums: dict[str, Tensor] = {}
         self._micro = 0
         self._configured = False
@@ -86,7 +86,8 @@ class Task(LightningModule):
         self._configured = True
         self.net = self._build() if self.net is None else self.net
         self.net.train()
-        self.active_parameters = count_parameters(self.net)["active"]
+        counts = count_parameters(self.net)
+        self.active_parameters, self.trained_parameters = counts["active"], min(counts["active"], counts["trainable"])
         if self.cfg.gradient_checkpointing:
             # transformers has renamed it: the old name warns in newer releases
             enable = getattr(self.net, "activation_checkpointing_enable", None) or self.net.gradient_checkpointing_enable

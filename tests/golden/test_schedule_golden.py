@@ -37,3 +37,4 @@ def test_utilisation_counts_what_is_activated():
     total, activated = (mfu(count, 1000.0, 312e12) for count in (6_742_618_112, 3_494_129_664))
     assert total / activated == pytest.approx(1.93, abs=0.001)
     assert activated == pytest.approx(6 * 3_494_129_664 * 1000 / 312e12)
+    assert mfu(1000, 10.0, 1.0, trained=100) == 10 * (6 * 100 + 4 * 900)  # frozen weights pass gradients on and have none

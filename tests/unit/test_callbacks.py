@@ -104,7 +104,7 @@ def test_throughput_counts_steps_and_pauses(monkeypatch):
     lines = []
     trainer = fake_trainer(accumulate_grad_batches=2, world_size=3, loggers=[types.SimpleNamespace(log_metrics=lambda m, s: lines.append((s, m)))],
                            checkpoint_callback=types.SimpleNamespace(seconds=0.0))
-    module = types.SimpleNamespace(active_parameters=1000, device=torch.device("cpu"), log_dict=lambda *_, **__: None, unit="tokens",
+    module = types.SimpleNamespace(active_parameters=1000, trained_parameters=1000, device=torch.device("cpu"), log_dict=lambda *_, **__: None, unit="tokens",
                                    amount=lambda batch: batch["input_ids"].numel())
     meter, batch = Throughput(torch.float32, log_every=2, peak=1e6), {"input_ids": torch.zeros(2, 5)}
     meter.on_fit_start(trainer, module)

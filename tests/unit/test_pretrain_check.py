@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from dyn import config
+from dyn.data import tokens
 from dyn.data.tiny import tiny_corpus, tiny_documents, tiny_tokenizer
 from dyn.models.llama_moe_convert import load_dense
 from dyn.train import convert, pretrain
@@ -111,6 +112,14 @@ def test_corpus_domains_weights_and_filters(tmp_path):
         corpus(cfg, tmp_path)
     cfg.data.filters = ["adverts"]
     with pytest.raises(ValueError, match=r"data\.filters=adverts"):
+        corpus(cfg, tmp_path)
+
+
+def test_weights_of_other_domains_are_refused_before_text_is_read(tmp_path, monkeypatch):
+    cfg = settings()
+    cfg.data.weights = {"red": 1.0, "green": 1.0, "purple": 1.0}
+    monkeypatch.setattr(tokens, "_encode", lambda *_: pytest.fail("text was tokenised"))
+    with pytest.raises(ValueError, match="domain weights name 'purple', which is no domain here"):
         corpus(cfg, tmp_path)
 
 
