@@ -172,6 +172,6 @@ def main(cfg: Config, run: Any) -> dict[str, Any]:
 
 def plan(cfg: Config) -> dict[str, Any]:
     """What the run would be, from shapes alone."""
-    from dyn.train.convert import plan_conversion
+    from dyn.train.plan import plan_conversion
 
     return plan_conversion(cfg)

@@ -1,7 +1,7 @@
 """Conversion without training, from a dense checkpoint to a report: the stages of experiments/llama_moe_convert.py.
 
-Every stage's numbers are remembered in the run folder, so that a resumed run goes on where it stopped; a network that it needs again is read from the
-exported folder, or converted again.
+Every stage's numbers are remembered in the run folder, so that a resumed run goes on where it stopped; what was converted, and before a distillation what is to
+be distilled, lies in folders of its own until the run has ended.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from dyn.data.store import Store
 from dyn.models import llama_moe
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, layer_budgets
 from dyn.models.llama_moe_align import align
-from dyn.models.llama_moe_calibrate import SAMPLE, active_neurons
+from dyn.models.llama_moe_calibrate import active_neurons
 from dyn.models.llama_moe_construct import METHODS
-from dyn.models.llama_moe_convert import fresh, load_dense, moe_config, read_config
+from dyn.models.llama_moe_convert import load_dense, moe_config, read_config
 from dyn.models.llama_moe_diagnose import domain_losses, ideal_routing, layer_contributions, neuron_oracle, routing_statistics
-from dyn.models.packaged import cache_folder, dense_config
+from dyn.models.packaged import cache_folder
 from dyn.nn.surgery import count_parameters, flops_per_token
 from dyn.train.calibration import draw_calibration
 from dyn.train.distill import parent_hash
@@ -43,7 +43,8 @@ from dyn.train.speed import interleaved
 PAPER_SIZE = 6_000_000_000  # parameters of the smallest model of the training-free papers (LLaMA-2-7B)
 SAME = ("model.source", "dtype", "matmul_precision", "leave_out", "calibration_tokens", "calibration_length", "texts", "data.text", "data.bos", "data.weights",
         "data.block_size", "data.validation_tokens")  # what a row and its control share
-MADE = "conversion.json"  # in an exported folder: tokens that were read, seconds that it took
+EXPORT, CLOSED = "export", "closed_form"  # what was converted; the same before its distillation, until that is done
+MADE = "conversion.json"  # in these folders: tokens that were read, seconds that it took
 PATIENCE = 15.0  # seconds between lines of progress
 
 HeldOut = dict[str, list[Tensor]]  # domain -> batches of ids [B, L]
@@ -74,6 +75,8 @@ def convert(cfg: Any, run: Any) -> dict[str, Any]:
     own = cfg.model.kind in ("moe", "prune")  # networks of their own
     speed = run.stage("timing", lambda: relative_time(nets.converted, nets.dense, next(iter(held_out.values()))[0], cfg.timing_rounds)) if own else {}
     found = run.stage("diagnose", lambda: _diagnose(cfg, run, nets, held_out)) if own and cfg.diagnose else {}
+    if not cfg.export:
+        shutil.rmtree(run.folder / EXPORT, ignore_errors=True)
     _draw(cfg, run, dense["losses"], losses, found)
     return _numbers(cfg, run, dense, made, losses, speed, found)
 
@@ -150,28 +153,42 @@ class _Networks:
 
     @cached_property
     def converted(self) -> nn.Module:
-        kind, folder = self.cfg.model.kind, self.run.folder / "export"
+        kind, passes = self.cfg.model.kind, self.cfg.model.align_passes
         if kind in ("dense", "oracle"):
             return self.dense
+        make = self._mixture if kind == "moe" else self._pruned
+        if not passes or (self.run.folder / EXPORT).is_dir():
+            return self._kept(EXPORT, make)
+        net, say = self._kept(CLOSED, make), _progress(self.run, "distillation: steps")
+
+        def distilled() -> nn.Module:
+            align(net, self.dense, self.batches, passes=passes, rate=self.cfg.model.align_rate, seed=self.cfg.seed, on_step=say)
+            return net
+
+        self._kept(EXPORT, distilled)
+        shutil.rmtree(self.run.folder / CLOSED, ignore_errors=True)
+        return net
+
+    def _kept(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
+        """A network from its folder in the run's, or made and kept there."""
+        folder = self.run.folder / name
         if folder.is_dir():
             self.made = json.loads((folder / MADE).read_text())
-            return (LlamaMoeForCausalLM.from_pretrained(folder, dtype="auto") if kind == "moe" else load_dense(folder)).to(self.device).eval()
+            net = LlamaMoeForCausalLM.from_pretrained(folder, dtype="auto") if self.cfg.model.kind == "moe" else load_dense(folder)
+            return net.to(self.device).eval()
         began = time.monotonic()
-        net = (self._mixture if kind == "moe" else self._pruned)().eval()
-        if self.cfg.model.align_passes:
-            say = _progress(self.run, "distillation: steps")
-            align(net, self.dense, self._read(), passes=self.cfg.model.align_passes, rate=self.cfg.model.align_rate, seed=self.cfg.seed, on_step=say)
+        net = make().eval()
         if self.device == "cuda":
             torch.cuda.synchronize()
-        self.made["seconds"] = time.monotonic() - began
-        self.run.log(f"{self.cfg.model.what()}: {self.made['seconds']:.1f} s, {self.made['tokens']:,} calibration tokens")
-        if self.cfg.export:
-            part = folder.with_name("export.part")
-            shutil.rmtree(part, ignore_errors=True)
-            net.save_pretrained(part)
-            self.tokenizer.save_pretrained(part)
-            (part / MADE).write_text(json.dumps(self.made))
-            part.replace(folder)
+        self.made["seconds"] += time.monotonic() - began
+        self.run.log(f"{self.cfg.model.what()}{', before the distillation' * (name == CLOSED)}: {self.made['seconds']:.1f} s, {self.made['tokens']:,} "
+                     "calibration tokens")
+        part = folder.with_name(f"{name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        net.save_pretrained(part)
+        self.tokenizer.save_pretrained(part)
+        (part / MADE).write_text(json.dumps(self.made))
+        part.replace(folder)
         return net
 
     def _mixture(self) -> nn.Module:
@@ -197,10 +214,18 @@ class _Networks:
             return model.num_experts_per_tok
         fitted, measured = budget_text(self._read())
         say, layers = _progress(self.run, "budgets: layers"), self.dense.config.num_hidden_layers
-        ks = layer_budgets(self.dense, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok, batches=fitted, held_out=measured,
-                           construction=construction, seed=self.cfg.seed, on_layer=lambda _, layer: say(layer + 1, layers))
-        self.run.log(f"neurons by layer, in {model.num_experts}ths: " + ", ".join(map(str, ks)))
-        return ks
+
+        def measure() -> dict[str, Any]:
+            began = time.monotonic()
+            ks = layer_budgets(self.dense, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok, batches=fitted, held_out=measured,
+                               construction=construction, seed=self.cfg.seed, on_layer=lambda _, layer: say(layer + 1, layers))
+            return {"ks": ks, "seconds": time.monotonic() - began}
+
+        asked = time.monotonic()
+        found = self.run.stage("budgets", measure)
+        self.made["seconds"] += found["seconds"] - (time.monotonic() - asked)  # of a start before this one
+        self.run.log(f"neurons by layer, in {model.num_experts}ths: " + ", ".join(map(str, found["ks"])))
+        return found["ks"]
 
     def _read(self) -> list[Tensor]:
         self.made["tokens"] = sum(batch.numel() for batch in self.batches)
@@ -233,7 +258,7 @@ class _Networks:
         """Held-out losses of the row's network, written into the card of an exported mixture too."""
         with self.measured() as net:
             losses = domain_losses(net, held_out)
-        folder = self.run.folder / "export"
+        folder = self.run.folder / EXPORT
         if self.cfg.model.kind == "moe" and folder.is_dir() and net.construction is not None:
             net.construction.details |= {"results": {f"held-out loss, {d} (dense: {dense[d]:.4f})": round(v, 4) for d, v in losses.items()}}
             net.construction.save(folder)
@@ -352,31 +377,3 @@ def _numbers(cfg: Any, run: Any, dense: dict, made: dict, losses: dict, speed: d
     if cfg.model.kind == "oracle":
         run.notes["oracle"] = "chooses neurons by activations that it has computed all: a ceiling, whose costs are the dense model's"
     return metrics
-
-
-def plan_conversion(cfg: Any) -> dict[str, Any]:
-    """What the run would be, from shapes alone. `cfg` is the Config of experiments/llama_moe_convert.py."""
-    model, config = cfg.model, dense_config(cfg.model.source)
-    if model.kind == "moe":
-        experts = moe_config(config, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
-                             num_shared_experts=model.num_shared_experts, score_scale=model.score_scale).num_experts  # the calibrated ones choose it
-    with torch.device("meta"):
-        dense = fresh(config)
-    layers, width, hidden = config.num_hidden_layers, config.intermediate_size, config.hidden_size
-    feed_forward = sum(p.numel() for layer in dense.model.layers for p in layer.mlp.parameters())
-    total, forward, idle = count_parameters(dense)["total"], flops_per_token(dense, cfg.data.block_size), round((1 - model.active()) * feed_forward)
-    gates = layers * experts * hidden if model.kind == "moe" else 0
-    saved = 0 if model.kind in ("dense", "oracle") else idle  # an oracle computes all before it chooses
-    bytes_each, tokens = getattr(torch, cfg.dtype).itemsize, cfg.calibration_tokens // cfg.calibration_length * cfg.calibration_length
-    memory = {"dense and converted weights": bytes_each * (2 if model.kind in ("moe", "prune") else 1) * total,
-              "hidden states, two streams": 2 * tokens * hidden * bytes_each, "a layer's products of activations": 4 * width**2,
-              "a layer's sample of activations": 4 * min(tokens, SAMPLE) * width}
-    memory |= {"gradients and moments of distillation": 12 * (total - (saved if model.kind == "prune" else 0))} if model.align_passes else {}
-    return {
-        "parameters": {"total": total + gates - (saved if model.kind == "prune" else 0), "activated (without gates)": total - saved, "gates": gates},
-        "active fraction of the feed-forward": float(model.active()),
-        "FLOPs": {"forward, a token": forward - 2 * saved + 2 * gates, "of the dense model": forward},
-        "calibration": {"tokens": tokens, "sequences": tokens // cfg.calibration_length,
-                        "FLOPs (rough: 3 dense passes, 4 more a pass of distillation)": (3 + 4 * model.align_passes) * forward * tokens},
-        "memory, GiB (estimate)": {k: round(v / (1 << 30), 2) for k, v in (memory | {"total": sum(memory.values())}).items()},
-    }

@@ -1,4 +1,5 @@
-"""What a pre-training run would be, from shapes alone: parameters, FLOPs, tokens, steps, memory. Nothing is downloaded where the configuration is embedded."""
+"""What a pre-training or a conversion would be, from shapes alone: parameters, FLOPs, tokens, steps, memory. Nothing is downloaded where the configuration is
+embedded."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dyn.models.llama_moe_calibrate import SAMPLE
 from dyn.models.llama_moe_convert import fresh, moe_config
 from dyn.models.llama_moe_prune import kept_neurons
 from dyn.models.packaged import dense_config
@@ -70,4 +72,32 @@ def plan_pretraining(cfg: Any) -> dict[str, Any]:
         "training": {"tokens a step": tokens_per_step, "steps": steps, "tokens": steps * tokens_per_step, "devices": world},
         "FLOPs": {"forward, a token": per_token, "training, in all": passes * per_token * steps * tokens_per_step},
         "memory, GiB a device (estimate)": {k: round(v, 2) for k, v in memory.items()},
+    }
+
+
+def plan_conversion(cfg: Any) -> dict[str, Any]:
+    """What the run would be, from shapes alone. `cfg` is the Config of experiments/llama_moe_convert.py."""
+    model, config = cfg.model, dense_config(cfg.model.source)
+    if model.kind == "moe":
+        experts = moe_config(config, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
+                             num_shared_experts=model.num_shared_experts, score_scale=model.score_scale).num_experts  # the calibrated ones choose it
+    with torch.device("meta"):
+        dense = fresh(config)
+    layers, width, hidden = config.num_hidden_layers, config.intermediate_size, config.hidden_size
+    feed_forward = sum(p.numel() for layer in dense.model.layers for p in layer.mlp.parameters())
+    total, forward, idle = count_parameters(dense)["total"], flops_per_token(dense, cfg.data.block_size), round((1 - model.active()) * feed_forward)
+    gates = layers * experts * hidden if model.kind == "moe" else 0
+    saved = 0 if model.kind in ("dense", "oracle") else idle  # an oracle computes all before it chooses
+    bytes_each, tokens = getattr(torch, cfg.dtype).itemsize, cfg.calibration_tokens // cfg.calibration_length * cfg.calibration_length
+    memory = {"dense and converted weights": bytes_each * (2 if model.kind in ("moe", "prune") else 1) * total,
+              "hidden states, two streams": 2 * tokens * hidden * bytes_each, "a layer's products of activations": 4 * width**2,
+              "a layer's sample of activations": 4 * min(tokens, SAMPLE) * width}
+    memory |= {"gradients and moments of distillation": 12 * (total - (saved if model.kind == "prune" else 0))} if model.align_passes else {}
+    return {
+        "parameters": {"total": total + gates - (saved if model.kind == "prune" else 0), "activated (without gates)": total - saved, "gates": gates},
+        "active fraction of the feed-forward": float(model.active()),
+        "FLOPs": {"forward, a token": forward - 2 * saved + 2 * gates, "of the dense model": forward},
+        "calibration": {"tokens": tokens, "sequences": tokens // cfg.calibration_length,
+                        "FLOPs (rough: 3 dense passes, 4 more a pass of distillation)": (3 + 4 * model.align_passes) * forward * tokens},
+        "memory, GiB (estimate)": {k: round(v / GIB, 2) for k, v in (memory | {"total": sum(memory.values())}).items()},
     }

@@ -19,7 +19,8 @@ from dyn.data.sources import JoinedText, read_joined
 from dyn.data.tiny import tiny_tokenizer, tiny_tokens
 from dyn.models import llama_moe
 from dyn.models.llama_moe_construct import METHODS
-from dyn.models.llama_moe_convert import moe_config
+from dyn.models.llama_moe_convert import fresh, moe_config
+from dyn.models.packaged import dense_config
 from dyn.nn.surgery import count_parameters, flops_per_token
 from dyn.runfolder import Run, create
 from dyn.train import convert
@@ -121,13 +122,13 @@ def test_plan_agrees_with_the_network():
                    "model.num_shared_experts=0")
     plan = EXPERIMENT.plan(cfg)
     with torch.device("meta"):
-        net = convert.fresh(moe_config(convert.dense_config(cfg.model.source), "random", num_experts=4, num_experts_per_tok=1))
+        net = fresh(moe_config(dense_config(cfg.model.source), "random", num_experts=4, num_experts_per_tok=1))
     counts = count_parameters(net)
     assert plan["parameters"] == {"total": counts["total"], "activated (without gates)": counts["active"], "gates": counts["gate"]}
     assert plan["FLOPs"]["forward, a token"] == flops_per_token(net, cfg.data.block_size)
     fitted = ("model.construction=calibrated", *PLAIN[:2], "model.num_experts=32", "model.num_experts_per_tok=16")
     with torch.device("meta"):  # which chooses how many experts it has
-        net = convert.fresh(moe_config(convert.dense_config(cfg.model.source), "calibrated", num_experts=32, num_experts_per_tok=16))
+        net = fresh(moe_config(dense_config(cfg.model.source), "calibrated", num_experts=32, num_experts_per_tok=16))
     assert EXPERIMENT.plan(settings("model.source=meta-llama/Llama-2-7b-hf", *fitted))["parameters"]["gates"] == count_parameters(net)["gate"]
     pruned = EXPERIMENT.plan(settings("model.kind=prune", "model.num_shared_experts=null", "model.score_scale=null", "model.num_experts=4",
                                       "model.num_experts_per_tok=1", "model.source=meta-llama/Llama-2-7b-hf"))
@@ -316,6 +317,38 @@ def test_what_a_conversion_cost_is_not_forgotten(tmp_path, monkeypatch):
     assert metrics["calibration tokens"] > 0 and metrics["calibration seconds"] > 0
 
 
+@pytest.mark.parametrize("kind", ["moe", "prune"])
+def test_budgets_and_closed_form_outlive_a_distillation_that_was_stopped(kind, tmp_path, monkeypatch):
+    words = (f"model.kind={kind}", "model.construction=calibrated", "model.num_experts_per_tok=2", "model.budgets=true", "model.align_passes=1",
+             "diagnose=false", *PLAIN)
+    run = run_of(settings(*words), tmp_path / "whole")
+    whole = convert.convert(settings(*words), run)
+    run._lock.close()
+    cut = run_of(settings(*words), tmp_path / "cut")
+    for stopped, done in (("align", ()), ("domain_losses", ("layer_budgets", "from_dense", "align"))):
+        with monkeypatch.context() as patch:
+            patch.setattr(convert, stopped, lambda net, *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            for name in done[:-1]:
+                patch.setattr(convert, name, None)
+            with pytest.raises(KeyboardInterrupt):
+                if stopped == "domain_losses":  # the dense model's are known by now
+                    patch.setattr(convert, "_dense_losses", None)
+                convert.convert(settings(*words), cut)
+        assert (cut.folder / convert.CLOSED).is_dir() == (stopped == "align") and (cut.folder / convert.EXPORT).is_dir() != (stopped == "align")
+        cut._lock.close()
+        cut = Run.open(cut.folder)
+    with monkeypatch.context() as patch:
+        for name in ("layer_budgets", "from_dense", "align"):
+            patch.setattr(convert, name, None)
+        patch.setattr(llama_moe, "prune_dense", None)
+        found = convert.convert(settings(*words), cut)
+    cut._lock.close()
+    for name in whole.keys() - {"calibration seconds", "time a token / dense", "speed/tokens_per_second"}:
+        assert found[name] == whole[name], name
+    ours, theirs = (load_file(r.folder / "export" / "model.safetensors") for r in (run, cut))
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
 @pytest.mark.parametrize("words", [("model.kind=dense", *PLAIN), ("model.kind=oracle", "model.num_experts_per_tok=2", *PLAIN)])
 def test_rows_without_a_network_of_their_own(words, tmp_path):
     run = run_of(settings(*words), tmp_path)
@@ -397,7 +430,7 @@ def test_dense_losses_are_measured_once_for_the_same_model_and_text(tmp_path, mo
     dense = LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     for seed, place in enumerate(("one", "two")):
         torch.manual_seed(seed)
-        convert.fresh(dense).save_pretrained(tmp_path / place)
+        fresh(dense).save_pretrained(tmp_path / place)
     assert [measured(tmp_path / "one") for _ in range(2)] == [1.0, 1.0]
     assert measured(tmp_path / "one", ids=1) == 2.0 and measured(tmp_path / "one", "dtype=bfloat16") == 3.0 and measured(tmp_path / "two") == 4.0
     assert measured(tmp_path / "one") == 1.0 and len(seen) == 4
@@ -410,7 +443,7 @@ def test_hub_rows_are_planned_without_a_hub(name, parameters):
     """Sizes that the models' owners publish."""
     entries = [entry for entry in EXPERIMENT.SWEEPS["hub"] if entry["model.source"] == name]
     with torch.device("meta"):
-        assert sum(p.numel() for p in convert.fresh(convert.dense_config(name)).parameters()) == parameters
+        assert sum(p.numel() for p in fresh(dense_config(name)).parameters()) == parameters
     moe, pruned = (EXPERIMENT.plan(settings(profile="small", row=entry)) for entry in entries)
     assert pruned["parameters"]["total"] == pruned["parameters"]["activated (without gates)"] == moe["parameters"]["activated (without gates)"]
     assert moe["active fraction of the feed-forward"] == 0.5
