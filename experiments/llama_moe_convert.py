@@ -28,7 +28,7 @@ class ModelConfig:
     score_scale: str | float | None = None
     budgets: bool = False  # num_experts_per_tok in the mean, by layer from measured divergences; prune by the same measurement of its own layers
     align_passes: int = 0  # over the calibration text, distilling the dense model's predictions into what was converted in closed form; prune alike
-    align_rate: float = 5e-5  # of Adam
+    align_rate: float = 1e-4  # of Adam
 
     def active(self) -> Fraction:
         """Share of the feed-forward's neurons that a token passes through."""

@@ -92,7 +92,7 @@ def plan_conversion(cfg: Any) -> dict[str, Any]:
     memory = {"dense and converted weights": bytes_each * (2 if model.kind in ("moe", "prune") else 1) * total,
               "hidden states, two streams": 2 * tokens * hidden * bytes_each, "a layer's products of activations": 4 * width**2,
               "a layer's sample of activations": 4 * min(tokens, SAMPLE) * width}
-    memory |= {"gradients and moments of distillation": 12 * (total - (saved if model.kind == "prune" else 0))} if model.align_passes else {}
+    memory |= {"gradients, moments and mean of distillation": 16 * (total - (saved if model.kind == "prune" else 0))} if model.align_passes else {}
     return {
         "parameters": {"total": total + gates - (saved if model.kind == "prune" else 0), "activated (without gates)": total - saved, "gates": gates},
         "active fraction of the feed-forward": float(model.active()),

@@ -60,6 +60,14 @@ def test_the_seed_decides_and_no_pass_changes_nothing(dense, batches):
     assert torch.equal(start, converted(dense, batches, "prune").model.layers[0].mlp.down_proj.weight)
 
 
+def test_weights_end_as_the_mean_over_the_second_half_of_the_steps(dense, batches):
+    net, seen = converted(dense, batches, "prune"), []
+    weight = net.model.layers[1].mlp.down_proj.weight
+    align(net, dense, batches, passes=5, rate=1e-3, on_step=lambda *_: seen.append(weight.detach().clone()))
+    assert len(seen) == 5 and not torch.equal(weight, seen[-1])
+    torch.testing.assert_close(weight, torch.stack(seen[2:]).mean(0))
+
+
 def test_zeros_that_fill_narrow_layers_up_stay(dense, batches):
     net = prune_dense(dense, [0.5, 0.25, 0.5], batches=batches)
     align(net, dense, batches, passes=2, rate=1e-3)
