@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
@@ -123,7 +123,8 @@ def prune(model: nn.Module, batches: Iterable[Any] | None = None, loss_fn: Loss 
         raise ValueError(f"keep={keep}: {sum(int(m.sum()) for m in start.values())} of {total} positions are left, and pruned ones do not come back")
     found = start
     if share < 1:
-        with _stand_ins(chosen, None if method in ("random", "erdos_renyi") else draws) as values:
+        gone = {key for key, mask in there.items() if not mask.any()}
+        with _stand_ins(chosen, None if method in ("random", "erdos_renyi") else draws, gone) as values:
             take = _scorer(model, chosen, batches, loss_fn, method, seed, values if not monotone else None,
                            flow or (_blocks_alone(model, chosen) if params is None and method == "synflow" else None))
 
@@ -242,15 +243,15 @@ def _length(batch: Any) -> int:
 
 
 @contextmanager
-def _stand_ins(chosen: Mapping[str, nn.Parameter], seed: int | None) -> Iterator[dict[str, Tensor]]:
-    """Values to score by key: the weights, and where all of a tensor is zero random ones (seed None: zero). The parameters hold them meanwhile, and their own
-    memory afterwards."""
+def _stand_ins(chosen: Mapping[str, nn.Parameter], seed: int | None, gone: Collection[str] = ()) -> Iterator[dict[str, Tensor]]:
+    """Values to score by key: the weights, and where all of a tensor is zero random ones (seed None, or pruned whole: zero). The parameters hold them
+    meanwhile, and their own memory afterwards."""
     own = {key: p.data for key, p in chosen.items()}
     generator = torch.Generator().manual_seed(seed or 0)
     values, drawn = {}, []
     for key, data in own.items():
         values[key] = data
-        if seed is not None and not data.any():
+        if seed is not None and key not in gone and not data.any():
             values[key] = (torch.randn(data.shape, generator=generator) * STD).to(data)
             drawn.append(key)
     if drawn:

@@ -31,7 +31,7 @@ from dyn.nn.adapter import adapter_parameters, attach, fusion_penalty, head_para
 from dyn.nn.masking import masks, set_masks
 from dyn.train import sentences
 from dyn.train.annealing import Rounds
-from dyn.train.fit import Trained, scoring, train_task
+from dyn.train.fit import Trained, scoring, train_task, warnings_in
 from dyn.train.plan import GIB
 from dyn.train.settings import TrainerConfig
 from dyn.train.sparse import SparseConfig, mask_facts, prune_again, round_steps, sparsify
@@ -72,6 +72,9 @@ def train_adapters(cfg: Any, run: Any, jobs: Mapping[str, Job]) -> dict[str, Any
     members = {name: _key(sparse.members()) for name, sparse in networks.items() if sparse.fuse}
     networks = {_key(sparse.members()): sparse.members() for sparse in networks.values()} | networks
     steps = run.stage("steps", lambda: _steps(cfg, run, jobs, networks.values()))
+    for task, job in jobs.items():
+        for sparse in networks.values():
+            _rounds(cfg, job, sparse, steps[task])  # refuses too many before anything is trained
     results: dict[str, dict[str, Any]] = {task: {} for task in jobs}
     for name, sparse in networks.items():
         for task, job in jobs.items():
@@ -109,6 +112,11 @@ def _network(cfg: Any, run: Any, job: Job, sparse: SparseConfig, *, quiet: bool 
     return net, facts
 
 
+def _rounds(cfg: Any, job: Job, sparse: SparseConfig, steps: int) -> list[int]:
+    """Before which steps rounds of pruning come."""
+    return round_steps(sparse.rounds, steps, sentences.epoch_steps(cfg, len(job.data.train))) if sparse.by_epoch else []
+
+
 def _scored(cfg: Any, job: Job, sparse: SparseConfig) -> ResumableLoader:
     """Batches that scores look at."""
     count = len(job.data.train)
@@ -121,7 +129,9 @@ def _fused(cfg: Any, run: Any, job: Job, sparse: SparseConfig, members: Mapping[
     """A network with the adapters of all tasks, frozen, and a fusion over them, whose penalty joins the loss (section 1.6). Facts of pruning are a member's."""
     net, began = job.build(), time.monotonic()
     for task, found in members.items():
-        load_adapter(net, run.folder / "adapters" / found["label"], task, head=False)
+        folder = run.folder / "adapters" / found["label"]
+        env.once(folder, lambda _: None, world(cfg.trainer)[0])  # rank 0 has written it, or is about to
+        load_adapter(net, folder, task, head=False)
     attach(net, "fusion", name=sparse.name, head=not sparse.official, seed=cfg.seed, members=list(members))
 
     def penalise(module: nn.Module, _: Any, output: Any) -> None:
@@ -174,17 +184,19 @@ def _train(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig, rate: 
     trainer = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_every=min(cfg.trainer.val_every, steps))
     task = job.task(net, parts, dataclasses.replace(cfg.optim, lr=rate), trainer)
     label = f"{name}-lr{rate:g}" if cfg.rates else name
-    facts, callbacks = dict(facts), []
-    if sparse.by_epoch:
+    callbacks = []
+    if sparse.by_epoch and not sparse.fuse:
         def prune_on(number: int, optimizer: torch.optim.Optimizer) -> float:
-            found = prune_again(net, sparse, number, functools.partial(_scored, cfg, job, sparse), job.loss, optimizer, seed=cfg.seed,
-                                device=own_device(cfg.trainer))
+            with warnings_in(run):
+                found = prune_again(net, sparse, number, functools.partial(_scored, cfg, job, sparse), job.loss, optimizer, seed=cfg.seed,
+                                    device=own_device(cfg.trainer))
             run.log(f"{name}: round {number + 1} of {sparse.rounds}, {found['kept']:,} of {found['weights']:,} adapter weights are left")
             return found["keep"]
 
-        callbacks = [Rounds(round_steps(sparse.rounds, steps, sentences.epoch_steps(cfg, len(job.data.train))), prune_on)]
+        callbacks = [Rounds(_rounds(cfg, job, sparse, steps), prune_on)]
     trained = train_task(task, train, validation, run=run, name=label, callbacks=callbacks)
-    facts |= mask_facts(trained.net, sparse) if sparse.by_epoch else {}
+    for rounds in callbacks:
+        facts = facts | mask_facts(trained.net, sparse) | {"seconds": facts["seconds"] + rounds.seconds}
     sets = [f"val/{split}/" for split in job.data.validation] if len(parts) > 1 else ["val/"]
     scores = {key: statistics.fmean(trained.metrics[f"{split}{key}"] for split in sets) for key in (*job.scores, "loss")
               if f"{sets[0]}{key}" in trained.metrics}

@@ -4,6 +4,7 @@ pruned weights."""
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from dyn.nn.surgery import attention_entropy
+from dyn.train.callbacks import Throughput
 
 
 class Temperature(Callback):
@@ -83,12 +85,16 @@ class Rounds(Callback):
     def __init__(self, steps: Sequence[int], apply: Callable[[int, torch.optim.Optimizer], float]) -> None:
         self.rounds, self.apply = {step: number for number, step in enumerate(steps, 1)}, apply
         self._done: int | None = None
+        self.seconds = 0.0  # that rounds took
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """At the first micro-batch of a step."""
         step = trainer.global_step
         if step != self._done and step in self.rounds:
+            began = time.monotonic()
             self._done, keep = step, self.apply(self.rounds[step], trainer.optimizers[0])
+            self.seconds += (took := time.monotonic() - began)
+            next(c for c in trainer.callbacks if isinstance(c, Throughput)).skip(took)
             for logger in trainer.loggers:
                 logger.log_metrics({"train/keep": keep}, step)
 

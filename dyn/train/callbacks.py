@@ -196,8 +196,12 @@ class Throughput(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start it again."""
+        self.skip(time.monotonic() - self._paused)
+
+    def skip(self, seconds: float) -> None:
+        """Leave so many seconds out, that went into something else than training."""
         if self._mark is not None:
-            self._mark += time.monotonic() - self._paused
+            self._mark += seconds
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count; log."""

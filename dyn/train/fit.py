@@ -18,6 +18,7 @@ from torch import nn
 
 from dyn import env
 from dyn.core.saliency import one_process
+from dyn.nn.masked import apply_masks
 from dyn.nn.surgery import count_parameters
 from dyn.train.callbacks import Throughput
 from dyn.train.classify import Classifier
@@ -43,16 +44,22 @@ class Trained(NamedTuple):
 
 
 @contextmanager
-def scoring(run: Any) -> Iterator[None]:
-    """For pruning and mode partition within `env.once`: this process scores by itself while the others wait, and what is warned of goes into the run's log."""
+def warnings_in(run: Any) -> Iterator[None]:
+    """What pruning and mode partition warn of goes into the run's log."""
     handler, logger = logging.Handler(logging.WARNING), logging.getLogger("dyn.nn")
     handler.emit = lambda record: run.log(f"warning: {record.getMessage()}")
     logger.addHandler(handler)
     try:
-        with one_process():
-            yield
+        yield
     finally:
         logger.removeHandler(handler)
+
+
+@contextmanager
+def scoring(run: Any) -> Iterator[None]:
+    """The same for what is done within `env.once`: this process scores by itself while the others wait."""
+    with warnings_in(run), one_process():
+        yield
 
 
 def train_classifier(net: nn.Module | Callable[[], nn.Module], train: Any, validation: Mapping[str, Iterable], *, run: Any, name: str = "",
@@ -87,6 +94,7 @@ def train_task(task: Supervised, train: Any, validation: Mapping[str, Iterable],
     fit(made, task, train, validation)
     for key, average in task.averages().items():
         _tensor(task.net, key).data.copy_(average)
+    apply_masks(task.net)  # an average remembers what was pruned while it was taken
     speed = next(c for c in made.callbacks if isinstance(c, Throughput)).summary()
     cost = {f"{key}_parameters": count for key, count in count_parameters(task.net).items()}
     cost |= {key: speed[key] for key in ("steps_per_second", f"{task.unit}_per_second") if key in speed}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dyn.core.rounds import kept_counts
 from dyn.core.saliency import Loss
 from dyn.nn.adapter import adapter_parameters, attach, head_parameters
+from dyn.nn.adapter_build import FLAGS
 from dyn.nn.adapter_sites import adapter_modules
 from dyn.nn.masking import large_sparse, mask_hash, masks, prune, set_masks
 from dyn.train.settings import check_trainings, seeded_rows
@@ -68,8 +69,15 @@ class SparseConfig:
             raise ValueError("method=erdos_renyi is an allocation over tensors, which scope=local excludes")
         if self.fuse and self.kind not in ("houlsby", "pfeiffer", "parallel"):
             raise ValueError(f"fuse=true, kind={self.kind}: a fusion is over bottleneck adapters; allowed: houlsby, pfeiffer, parallel")
-        if self.dense() and self.shuffle:
-            raise ValueError("shuffle=true permutes a mask, and there is none: everything is kept")
+        if self.dense() and (self.shuffle or self.by_epoch):
+            raise ValueError(f"{'shuffle=true permutes' if self.shuffle else 'by_epoch=true finds'} a mask, and there is none: everything is kept")
+        wide = self.r * self.factor
+        if self.form == "2:4" and not self.dense() and wide % 4:
+            raise ValueError(f"form=2:4 takes groups of four along the bottleneck, and 4 does not divide r={wide}")
+        if self.form == "unit" and self.prefix:
+            raise ValueError("form=unit takes units out of bottlenecks; prefix=true names a prefix, which has none")
+        if self.kind != "none" and (unknown := self.flags.keys() - FLAGS[self.kind].keys() - {"layers"}):
+            raise ValueError(f"flags: {self.kind} has no flag {min(unknown)!r}; it has {', '.join(FLAGS[self.kind])}")
 
     def share(self) -> Fraction:
         """The share of the adapter's weights that trains."""
@@ -132,7 +140,7 @@ class SparseConfig:
 
 def with_controls(*rows: SparseConfig) -> list[SparseConfig]:
     """Rows, each with the dense adapter of its r, its twin, random masks, and its own shuffled."""
-    return [made for row in rows for made in (dataclasses.replace(row, keep=1.0, factor=1), row.twin(), row, dataclasses.replace(row, method="random"),
+    return [made for row in rows for made in (row.plain(), row.twin(), row, dataclasses.replace(row, method="random"),
                                               dataclasses.replace(row, shuffle=True))]
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dyn.core.partition import erdos_renyi_counts, kept_count
+from dyn.core.partition import erdos_renyi_counts, keep_masks, kept_count
 from dyn.core.saliency import score
 from dyn.nn.adapter_modules import Bottleneck, LoRA, Prefix
 from dyn.nn.count import count_parameters
@@ -162,6 +162,9 @@ def test_fact_23_a_square_bottleneck():
     down[:10], up[:, :5] = True, True
     set_masks(model, {"0.down.weight": down, "0.up.weight": up})
     assert model[0].down.weight.count_nonzero() == 7680 and model[0].up.weight.count_nonzero() == 3840 and not model[0].up.weight[:, 5:].any()
+    scores = {key: p.detach().abs() for key, p in houlsby(r=768, blocks=1).named_parameters() if key.endswith("weight")}
+    ours, wanted = masks(prune(houlsby(r=768, blocks=1), None, None, "magnitude")), keep_masks(scores)
+    assert ours.keys() == wanted.keys() and all(torch.equal(mask, wanted[key]) for key, mask in ours.items())
 
 
 @pytest.mark.parametrize(("r", "blocks", "size"), [(64, 24, 2_654_208), (128, 24, 5_308_416)])

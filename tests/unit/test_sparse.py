@@ -7,7 +7,7 @@ import torch
 
 from dyn.nn.adapter import adapter_parameters
 from dyn.nn.masking import masks
-from dyn.train.sparse import SparseConfig, prune_again, round_steps, sparsify
+from dyn.train.sparse import SparseConfig, prune_again, round_steps, sparsify, with_controls
 
 silent = dict(log=lambda _: None)
 
@@ -61,6 +61,9 @@ def test_rows_have_names_and_controls(changes, words, controls):
     (dict(method="erdos_renyi", scope="local"), "which scope=local excludes"),
     (dict(by_epoch=True), "by_epoch=true spreads rounds=2 or more of form=mask .* got rounds=1"), (dict(by_epoch=True, rounds=2, form="flat"), "form=flat"),
     (dict(by_epoch=True, rounds=2, method="erdos_renyi"), "method=erdos_renyi"), (dict(by_epoch=True, rounds=2, rescale=True), "rescale=True"),
+    (dict(by_epoch=True, rounds=2, keep=1.0), "by_epoch=true finds a mask, and there is none"),
+    (dict(by_epoch=True, rounds=2, kind="none"), "by_epoch=true finds a mask"), (dict(form="2:4", keep=0.5, r=6), "4 does not divide r=6"),
+    (dict(form="unit", kind="mam", prefix=True), "form=unit takes units out of bottlenecks"), (dict(flags={"alfa": 1}), "houlsby has no flag 'alfa'"),
     (dict(r=0), "r=0 must be at least 1"), (dict(samples=0), "samples=0 must be at least 1"),
 ])
 def test_settings_that_exclude_each_other(changes, message):
@@ -144,6 +147,13 @@ def test_rounds_by_epoch_score_what_is_trained_by_then(shuffle):
     sparsify(untrained, dataclasses.replace(cfg, by_epoch=False), batches, loss, **silent)
     assert any(not torch.equal(mask, before[key]) for key, mask in masks(untrained).items())
     assert prune_again(model, cfg, 2, batches, loss, optimizer)["mask"] == facts[-1]["mask"]  # as a resume that meets the round's step again
+
+
+def test_controls_of_rounds_by_epoch():
+    dense, twin, row, *masked = with_controls(SparseConfig(rounds=5, by_epoch=True, prefix=True, form="mask"))
+    assert not any(one.by_epoch for one in (dense, twin)) and all(one.by_epoch for one in (row, *masked))
+    for one in (dense, twin, row, *masked):
+        one.check()
 
 
 def test_rounds_come_one_an_epoch_or_closer():

@@ -12,6 +12,7 @@ import torch
 
 from dyn import config
 from dyn.nn.adapter import adapter_parameters, head_parameters
+from dyn.nn.masked import masks
 from dyn.run import main
 from dyn.train import adapt
 from dyn.train.fit import train_task
@@ -56,15 +57,16 @@ def test_every_pruned_row_has_its_controls(sweep):
 
 def test_a_fusion_trains_itself_over_the_adapters_of_all_tasks(tmp_path, monkeypatch):
     """The members are the run's own, pruned and frozen, the penalty is in the loss, and without export no adapter stays."""
-    trained, started, name = {}, {}, "pfeiffer-4-snip-0.5-16-samples"
+    trained, started, name = {}, {}, "pfeiffer-4-snip-0.5-2-rounds-by-epoch-16-samples"
 
-    def watched(task, *args, run, name):
+    def watched(task, *args, run, name, **more):
         started[name] = {key: p.detach().clone() for key, p in task.net.named_parameters()}
-        trained[name] = train_task(task, *args, run=run, name=name)
+        trained[name] = train_task(task, *args, run=run, name=name, **more)
         return trained[name]
 
     monkeypatch.setattr(adapt, "train_task", watched)
-    words = ["sparse.kind=pfeiffer", "sparse.fuse=true", "sparse.keep=0.5", "tasks=[mrpc,stsb]", "beside=[]", "rates=[]", "epochs=1", "export=false"]
+    words = ["sparse.kind=pfeiffer", "sparse.fuse=true", "sparse.keep=0.5", "sparse.rounds=2", "sparse.by_epoch=true",
+             "tasks=[mrpc,stsb]", "beside=[]", "rates=[]", "epochs=1", "export=false"]
     assert main(["sparse_adapter_glue", "profile=smoke", f"runs={tmp_path}", *words]) == 0
     [path] = (tmp_path / "sparse_adapter_glue").glob("*/result.json")
     result, folder = json.loads(path.read_text()), path.parent
@@ -81,6 +83,24 @@ def test_a_fusion_trains_itself_over_the_adapters_of_all_tasks(tmp_path, monkeyp
     assert {"train/aux_loss" in row for row in rows if row.get("stage", "").endswith("fused") and "train/loss" in row} == {True}
     assert result["cost"]["trained_parameters"] == result["cost"]["adapter_parameters"] + result["cost"]["head_parameters"] > 0
     assert {"score", f"{name}/score"} <= set(result["metrics"])
+    assert result["metrics"]["keep"] == result["metrics"][f"{name}/keep"] == 0.5 and result["cost"]["mask"] == ""
+    assert [row["train/keep"] for row in rows if "train/keep" in row] == [0.5, 0.5]
+
+
+def test_what_was_pruned_meanwhile_is_zero_in_an_average_of_weights_too(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(adapt, "train_task", lambda *args, **more: trained.append(train_task(*args, **more)) or trained[-1])
+    words = ["sparse.rounds=3", "sparse.by_epoch=true", "beside=[]", "rates=[]", "classify.ema=0.9", "tasks=[mrpc]"]
+    assert main(["sparse_adapter_glue", "profile=smoke", f"runs={tmp_path}", *words]) == 0
+    [path] = (tmp_path / "sparse_adapter_glue").glob("*/result.json")
+    found = masks(trained[0].net)
+    assert json.loads(path.read_text())["cost"]["kept"] == sum(int(mask.sum()) for mask in found.values()) == 614
+    assert not any(trained[0].net.get_parameter(key)[~mask].any() for key, mask in found.items())
+
+
+def test_too_many_rounds_are_refused_before_anything_is_trained(tmp_path, capsys):
+    assert main(["sparse_adapter_glue", "profile=smoke", f"runs={tmp_path}", "sparse.rounds=500", "sparse.by_epoch=true", "tasks=[mrpc]"]) == 1
+    assert "rounds=500 do not fit into a training of" in capsys.readouterr().err and not list(tmp_path.glob("*/*/checkpoints"))
 
 
 def test_the_mean_leaves_wnli_out():
