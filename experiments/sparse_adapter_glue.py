@@ -70,7 +70,7 @@ AUTHORS: list[tuple[str, str, SparseConfig, dict[str, Any]]] = [
 SWEEPS: dict[str, list[dict[str, Any]]] = {
     "scores": adapter_rows(FULL, *(made for m in ("snip", "magnitude", "grasp", "synflow") for made in with_controls(SparseConfig(method=m))),
                            SparseConfig(method="erdos_renyi"), seeds=5, choose=True),  # Table 1
-    "keep": adapter_rows(FULL, *(made for share in (0.8, 0.6, 0.4, 0.2, 0.1) for made in with_controls(SparseConfig(kind="pfeiffer", keep=share))),
+    "keep": adapter_rows(FULL, *(made for tenth in range(1, 10) for made in with_controls(SparseConfig(kind="pfeiffer", keep=tenth / 10))),
                          seeds=5, choose=True),
     "large_sparse": adapter_rows(FULL, *(made for k in (2, 3, 4) for made in with_controls(SparseConfig(factor=k, keep=None))),
                                  *(SparseConfig(r=64 * k, keep=1.0) for k in (2, 3, 4)), seeds=5, choose=True),  # Table 3

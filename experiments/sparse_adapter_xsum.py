@@ -53,7 +53,7 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "scores": adapter_rows(FULL, *(SparseConfig(r=512, method=m, shuffle=s) for m in ("magnitude", "snip", "grasp", "synflow") for s in (False, True)),
                            *(SparseConfig(r=512, method=m) for m in ("random", "erdos_renyi")), SparseConfig(r=512, keep=1.0), SNIP.twin(), seeds=1,
                            choose=True),
-    "keep": adapter_rows(FULL, *(made for keep in (0.8, 0.6, 0.4, 0.2) for made in with_controls(SparseConfig(r=512, keep=keep))), seeds=1, choose=True),
+    "keep": adapter_rows(FULL, *(made for tenth in range(1, 10) for made in with_controls(SparseConfig(r=512, keep=tenth / 10))), seeds=1, choose=True),
     "large_sparse": adapter_rows(FULL, *(made for k in (2, 3, 4) for made in with_controls(SparseConfig(r=128, factor=k, keep=None))), seeds=1, choose=True),
 }
 
