@@ -267,6 +267,8 @@ def _widen(hint: Any, value: Any) -> Any:
         return float(value)
     if isinstance(value, list) and list[float] in options and list[int] not in options:
         return [_widen(float, inner) for inner in value]
+    if isinstance(value, dict) and dict[str, float] in options and dict[str, int] not in options:
+        return {key: _widen(float, inner) for key, inner in value.items()}
     return value
 
 

@@ -16,9 +16,12 @@ Rows = Sequence[Mapping[str, float]]
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; an empty list where there is none."""
+    """The rows of a metrics.jsonl; an empty list where there is none. ValueError naming the file when a line of it is broken."""
     path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+    except ValueError as error:
+        raise ValueError(f"{path}: a line is damaged or cut short: {error}") from error
 
 
 def loss_curves(path: str | Path, runs: Mapping[str, Rows], domains: Sequence[str], *, level: Mapping[str, float] | None = None) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 
 from dyn import config, report
 from dyn.env import follow, keep_freed_memory, rank, world_size
-from dyn.runfolder import Cancelled, Interrupted, Run, create, ended_well, read_json, unfinished
+from dyn.runfolder import Cancelled, Interrupted, Run, create, ended_well, read_json, refused, unfinished
 
 __all__ = ["Cancelled", "Run", "main"]
 
@@ -174,15 +174,16 @@ def _dry(experiment: ModuleType, name: str, cfgs: list[tuple[str, Any]]) -> int:
 def _resume(experiment: ModuleType, name: str, path: Path, runs: Path, options: Mapping[str, str], words: list[str]) -> Path:
     """The folder to go on with. Its config.yaml rules; what the command line says otherwise is refused, key by key."""
     asked = options["resume"]
-    if asked == "last" and not unfinished(runs / name):
+    newest = [folder for folder in unfinished(runs / name) if not refused(folder)][-1:]
+    if asked == "last" and not newest:
         raise ValueError(f"resume=last: no unfinished run in {runs / name}")
-    choices = unfinished(runs / name)[-1:] if asked == "last" else [Path(asked), runs / name / asked]
+    choices = newest if asked == "last" else [Path(asked), runs / name / asked]
     folder = next((choice for choice in choices if (choice / "stages.json").is_file()), None)
     foreign = folder is not None and read_json(folder / "stages.json")["what"]["experiment"] != name
     if folder is None or foreign or ended_well(folder):
         why = f"resume={asked}: no run folder" if folder is None else f"resume={asked}: not a run of {name}" if foreign else f"{folder} has finished"
-        newest = unfinished(runs / name)[:-6:-1]
-        raise ValueError(f"{why}; unfinished{', newest first' if newest[1:] else ''}: {', '.join(map(str, newest)) or 'none'}")
+        found = unfinished(runs / name)[:-6:-1]
+        raise ValueError(f"{why}; unfinished{', newest first' if found[1:] else ''}: {', '.join(map(str, found)) or 'none'}")
     state = read_json(folder / "stages.json")["what"]
     if options.get("profile", state["profile"]) == state["profile"]:
         given = config.read(experiment.Config, folder / "config.yaml", words)

@@ -251,6 +251,15 @@ def unfinished(parent: Path) -> list[Path]:
     return sorted(path.parent for path in parent.glob("*/stages.json") if not ended_well(path.parent))
 
 
+def refused(folder: Path) -> bool:
+    """Whether a run ended by an error before anything was done that a resume could go on from: settings that were refused, mostly."""
+    try:
+        failed = read_json(folder / "result.json")["status"] == "failed"
+        return failed and not read_json(folder / "stages.json")["stages"] and not any(folder.glob("checkpoints/**/*.ckpt"))
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
 def ended_well(folder: Path) -> bool:
     """Whether a run has a good result; a file that cannot be read as one (empty, foreign) is none."""
     try:

@@ -52,7 +52,7 @@ class DataConfig:
     bos: bool | str = True  # before every document: the tokenizer's BOS, none, or this token
     weights: str | dict[str, float] = "sheared_llama"  # uniform | llama | sheared_llama | a weight for each domain
     stand_for: dict[str, str] = field(default_factory=dict)  # domain here -> domain of the paper, so that its tables of weights apply to another corpus
-    dynamic: Literal["none", "a", "b"] = "none"  # rule of section 4.3, after every validation
+    dynamic: Literal["none", "a", "b"] = "none"  # rule of section 4.3, after every validation, which then come every trainer.val_every / 2 steps
     anchored: bool = False  # dynamic weights start from the initial ones each time
     block_size: int = 4096
     batch_size: int = 8  # sequences a device and micro-batch
@@ -90,10 +90,15 @@ class Config:
 
     def check(self) -> None:
         """ValueError for settings that cannot be, before anything is loaded."""
-        for name, least in {"data.block_size": 2, "data.batch_size": 1, "data.validation_tokens": 1, "sample_tokens": 0, "model.balance_weight": 0,
-                            "model.z_loss_weight": 0}.items():
+        for name, least in {"data.block_size": 2, "data.batch_size": 1, "data.validation_tokens": 1, "sample_tokens": 0, "seed": 0, "model.balance_weight": 0,
+                            "model.z_loss_weight": 0, "model.reinit": 0, "model.attention_dropout": 0}.items():
             if attrgetter(name)(self) < least:
                 raise ValueError(f"{name}={attrgetter(name)(self)} must be at least {least}")
+        if not self.model.attention_dropout < 1 or not self.model.reinit <= 1 or (self.model.reinit and self.model.construction != "copy"):
+            raise ValueError(f"model.attention_dropout={self.model.attention_dropout} must lie in [0, 1); model.reinit={self.model.reinit} in [0, 1], and is 0 "
+                             f"unless model.construction=copy, got {self.model.construction}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes={self.minutes} must be above 0, or null for no limit")
         if self.steps() < 1:
             raise ValueError(f"tokens={self.tokens} is less than one step of {self.tokens_per_step()} tokens")
         if self.model.start == "scratch" and (self.model.score_scale == "measured" or self.model.reinit):

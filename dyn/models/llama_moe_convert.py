@@ -163,7 +163,7 @@ def load_dense(path: str | Path, **changes) -> PreTrainedModel:
     read_config(path)
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True, **changes)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: weights of other shapes than the configuration says
         raise ValueError(f"{path} is no model that transformers can load: {str(error).splitlines()[0]}") from error
 
 

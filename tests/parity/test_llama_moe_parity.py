@@ -91,6 +91,19 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(grads[0][name], grads[1][name], msg=name)
 
 
+def test_the_loss_has_every_layers_losses_times_their_weights():
+    moe = from_dense(tiny(), num_experts=4, num_experts_per_tok=2).train()
+    moe.config.balance_weight, moe.config.z_loss_weight = 0.3, 0.07
+    seen, hooks = [], [layer.mlp.gate.register_forward_hook(lambda _, __, routed: seen.append(routed)) for layer in moe.model.layers]
+    output = moe(input_ids=IDS, labels=IDS)
+    for hook in hooks:
+        hook.remove()
+    wanted = sum(0.3 * routed.balance_loss + 0.07 * routed.z_loss for routed in seen)
+    assert len(seen) == 3 and all(routed.z_loss > 0 for routed in seen)
+    torch.testing.assert_close(output.aux_loss, wanted.to(output.aux_loss.dtype))
+    torch.testing.assert_close(output.loss, output.lm_loss + wanted)
+
+
 def test_padding_is_not_in_the_statistics():
     moe = from_dense(tiny(), num_experts=4, num_experts_per_tok=2).eval()
     mask = torch.ones_like(IDS)

@@ -190,6 +190,39 @@ def test_rows_that_start_alike_convert_once(tmp_path, monkeypatch):
     assert lines[4].startswith("converted as in third") and lines[5].startswith("converted by kmeans")
 
 
+@pytest.mark.parametrize(("name", "harm"), [("model.safetensors", lambda b: b[:1000]), (pretrain.MADE, lambda b: b[:-3]), (pretrain.MADE, lambda b: b"{}")])
+def test_a_damaged_conversion_of_another_run_is_not_taken(tmp_path, name, harm):
+    cfg, lines = settings(num_experts=4, num_experts_per_tok=2), []
+    text = corpus(cfg, tmp_path)
+    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=259)).save_pretrained(tmp_path / "dense")
+    for run in ("first", "second"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        pretrain._build(cfg, types.SimpleNamespace(folder=tmp_path / "runs" / run, log=lines.append), "moe", tmp_path / "dense", text)
+        file = tmp_path / "runs" / run / "converted" / name
+        file.write_bytes(harm(file.read_bytes()))
+    assert [line.startswith("converted by random") for line in lines] == [True, True]
+
+
+def test_dynamic_weights_change_twice_as_often_as_static_ones_are_validated():
+    """Section 4.3: 170 steps (2.5 B tokens); section 4.4: 340."""
+    assert [pretrain._val_every(config.load(EXPERIMENT.Config, "llama_moe_cpt", "paper", [f"data.dynamic={rule}"], root=ROOT))
+            for rule in ("none", "a", "b")] == [340, 170, 170]
+
+
+def test_whole_numbers_are_weights():
+    cfg = config.load(EXPERIMENT.Config, "llama_moe_cpt", "smoke", ["data.weights={red: 1, green: 0, blue: 0.5}"], root=ROOT)
+    assert cfg.data.weights == {"red": 1.0, "green": 0.0, "blue": 0.5}
+
+
+@pytest.mark.parametrize("words", [[], ["data.mask_documents=true", "data.block_size=32"]])
+def test_settings_reach_what_they_are_for(tmp_path, words):
+    cfg = config.load(EXPERIMENT.Config, "llama_moe_cpt", "smoke", ["model.balance_weight=0.5", "model.z_loss_weight=0.25", *words], root=ROOT)
+    text = corpus(cfg, tmp_path)
+    assert pretrain._loader(cfg, text, 2, 0, 1).mask_documents == bool(words)
+    net = pretrain._convert(cfg, LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=259)), pretrain.calibration_batches(cfg, text))
+    assert (net.config.balance_weight, net.config.z_loss_weight) == (0.5, 0.25)
+
+
 @pytest.mark.parametrize("sweep", EXPERIMENT.SWEEPS)
 @pytest.mark.parametrize("profile", ["demo", "small"])
 def test_every_sweep_row_is_the_network_that_its_name_says(sweep, profile, monkeypatch):
@@ -206,7 +239,9 @@ def test_every_sweep_row_is_the_network_that_its_name_says(sweep, profile, monke
 @pytest.mark.parametrize(("word", "instead"), [("trainer.max_steps=5", "set tokens"), ("trainer.seed=5", "set seed"), ("tokens=3", "less than one step"),
                                                ("data.batch_size=0", "data.batch_size=0 must be at least 1"),
                                                ("data.block_size=1", "must be at least 2"), ("sample_tokens=-1", "must be at least 0"),
-                                               ("model.balance_weight=-1", "must be at least 0"),
+                                               ("model.balance_weight=-1", "must be at least 0"), ("seed=-1", "seed=-1 must be at least 0"),
+                                               ("model.reinit=0.5", "is 0 unless model.construction=copy"), ("minutes=0", "minutes=0.0 must be above 0"),
+                                               ("model.attention_dropout=2", r"attention_dropout=2.0 must lie in \[0, 1\)"),
                                                ("model.kind=dense", "twice")])
 def test_settings_that_would_be_ignored_or_cannot_be(word, instead):
     with pytest.raises(ValueError, match=instead):

@@ -219,6 +219,16 @@ def test_resume_takes_the_newest_unfinished_and_lists_the_others(fake, capsys):
     assert result(newest)["starts"] == 2
 
 
+def test_resume_last_passes_over_runs_that_were_refused_at_once(fake, capsys):
+    main(["fake", "mode=value"])
+    [stopped] = folders()
+    source = (fake / "experiments" / "fake.py").read_text()
+    (fake / "experiments" / "fake.py").write_text(source.replace("    count = run.stage", "    raise ValueError('no such thing')\n    count = run.stage"))
+    main(["fake", "mode=bug"])
+    (fake / "experiments" / "fake.py").write_text(source)
+    assert main(["fake", "resume=last"]) == 1 and result(stopped)["starts"] == 2
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}"])
 def test_a_result_that_cannot_be_read_has_not_ended_well(fake, capsys, text):
     main(["fake", "mode=value"])

@@ -125,6 +125,14 @@ def test_the_dense_control_runs_on_the_same_task(tmp_path):
     assert "train/lm_loss" not in rows(tmp_path, "train/loss")[0] and [row["step"] for row in rows(tmp_path, "val/loss")] == [0, 3]
 
 
+def test_gradients_are_clipped_to_a_norm_over_all_of_them(tmp_path):
+    """One step of SGD-like size: Adam's first moments are the clipped gradients times 1 - beta."""
+    task, _, _ = train(tmp_path, dense(), config(max_steps=1), optim=OptimConfig(warmup_steps=0, clip=1e-3))
+    moments = [state["exp_avg"].double() for state in task.trainer.optimizers[0].state.values()]
+    norm = math.sqrt(sum(m.square().sum().item() for m in moments)) / (1 - task.trainer.optimizers[0].param_groups[0]["betas"][0])
+    assert rows(tmp_path, "train/grad_norm")[0]["train/grad_norm"] > 1e-3 and norm == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_accumulation_is_one_larger_batch(tmp_path):
     class Whole:
         """The same sequences, two micro-batches at a time."""
