@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dynamic_conv", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="ResNet-18 alone, fewer rounds")
     parser.add_argument("--tiny", action="store_true", help="a narrow ResNet-10 on 32x32, for tests")
-    parser.add_argument("--only", help="cases of this network alone")
+    parser.add_argument("--only", help="cases of this network alone (resnet50), or of this and this size (resnet50-224)")
     parser.add_argument("--layers", action="store_true", help="time every distinct layer too")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--rounds", type=int, help="default 11, quick 5, tiny 2")
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> dict:
         parser.error("--cpu-time would leave out the device's time")
     if args.threads:
         torch.set_num_threads(args.threads)
-    cases = [c for c in (TINY if args.tiny else QUICK if args.quick else CUDA if device == "cuda" else CPU) if args.only in (None, c.name)]
+    cases = [c for c in (TINY if args.tiny else QUICK if args.quick else CUDA if device == "cuda" else CPU) if args.only in (None, c.name, f"{c.name}-{c.size}")]
     if not cases:
         parser.error(f"--only {args.only} is none of the networks")
     clock, env = begin(device, args.cpu_time)
