@@ -199,7 +199,8 @@ def main(argv: list[str] | None = None) -> dict:
         parser.error("--cpu-time would leave out the device's time")
     if args.threads:
         torch.set_num_threads(args.threads)
-    cases = [c for c in (TINY if args.tiny else QUICK if args.quick else CUDA if device == "cuda" else CPU) if args.only in (None, c.name, f"{c.name}-{c.size}")]
+    known = TINY if args.tiny else QUICK if args.quick else CUDA if device == "cuda" else CPU
+    cases = [c for c in known if args.only in (None, c.name, f"{c.name}-{c.size}")]
     if not cases:
         parser.error(f"--only {args.only} is none of the networks")
     clock, env = begin(device, args.cpu_time)

@@ -41,8 +41,8 @@ from dyn.train.pretrain import Corpus, find_source, load_corpus, load_tokenizer
 from dyn.train.speed import interleaved
 
 PAPER_SIZE = 6_000_000_000  # parameters of the smallest model of the training-free papers (LLaMA-2-7B)
-SAME = ("model.source", "dtype", "matmul_precision", "leave_out", "calibration_tokens", "calibration_length", "texts", "data.text", "data.bos", "data.weights",
-        "data.block_size", "data.validation_tokens")  # what a row and its control share
+SAME = ("model.source", "model.align_passes", "model.align_rate", "dtype", "matmul_precision", "leave_out", "calibration_tokens", "calibration_length", "texts",
+        "data.text", "data.bos", "data.weights", "data.block_size", "data.validation_tokens")  # what a row and its control share
 EXPORT, CLOSED = "export", "closed_form"  # what was converted; the same before its distillation, until that is done
 MADE = "conversion.json"  # in these folders: tokens that were read, seconds that it took
 PATIENCE = 15.0  # seconds between lines of progress
