@@ -88,6 +88,10 @@ class Config:
         """Full optimiser steps in the token budget."""
         return self.tokens // self.tokens_per_step()
 
+    def val_every(self) -> int:
+        """Steps between validations. Dynamic weights change after each, and twice as often as static ones are validated (section 4.3: 170 and 340)."""
+        return self.trainer.val_every if self.data.dynamic == "none" else -(-self.trainer.val_every // 2)
+
     def check(self) -> None:
         """ValueError for settings that cannot be, before anything is loaded."""
         for name, least in {"data.block_size": 2, "data.batch_size": 1, "data.validation_tokens": 1, "sample_tokens": 0, "seed": 0, "model.balance_weight": 0,

@@ -11,7 +11,6 @@ import gc
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -183,7 +182,7 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
         train_only(net, Gate)
     counts, flops = count_parameters(net), flops_per_token(net, cfg.data.block_size)
     before = _samples(cfg, net, tokenizer) if kind != "dense" or cfg.model.start == "scratch" else dense["samples"]
-    config = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_first=True, val_every=min(_val_every(cfg), math.ceil(steps / 2)))
+    config = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_first=True, val_every=min(cfg.val_every(), math.ceil(steps / 2)))
     optim = dataclasses.replace(cfg.optim, warmup_steps=min(cfg.optim.warmup_steps, steps // 4))
     load = ExpertLoad()
     mixing = [Remix(loader, dense["losses"], rule=cfg.data.dynamic, anchor=corpus.weights if cfg.data.anchored else None)] if cfg.data.dynamic != "none" else []
@@ -205,12 +204,6 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
     return result
 
 
-def _val_every(cfg: Any) -> int:
-    """Steps between validations. Dynamic weights change after each, and twice as often as static ones are validated (section 4.3: 170 and 340)."""
-    every = cfg.trainer.val_every
-    return every if cfg.data.dynamic == "none" else math.ceil(every / 2)
-
-
 def _build(cfg: Any, run: Any, kind: str, source: Any, corpus: Corpus) -> nn.Module:
     """The network to train, in float32 (its computing copies are bf16). A converted model is kept in the run folder, for resumes and for the user."""
     model = cfg.model
@@ -224,7 +217,7 @@ def _build(cfg: Any, run: Any, kind: str, source: Any, corpus: Corpus) -> nn.Mod
     def convert(part: Path) -> None:
         key = _conversion(cfg, source, corpus)
         if twin := next((f.parent for f in run.folder.parent.glob(f"*/converted/{MADE}") if _is_whole(f, key)), None):
-            shutil.copytree(twin, part, copy_function=_link)
+            shutil.copytree(twin, part, copy_function=env.link)
             run.log(f"converted as in {twin.parent.name}: the same settings, source and text")
             return
         began, batches = time.monotonic(), calibration_batches(cfg, corpus)
@@ -259,14 +252,6 @@ def _is_whole(made: Path, key: str) -> bool:
         return json.loads(made.read_text())["key"] == key
     except (OSError, ValueError, TypeError, KeyError):
         return False
-
-
-def _link(old: str, new: str) -> None:
-    """The same file by another name (nobody writes into a model's files), or a copy where the disk knows no such thing."""
-    try:
-        os.link(old, new)
-    except OSError:
-        shutil.copyfile(old, new)
 
 
 def _calibration_length(cfg: Any) -> int:

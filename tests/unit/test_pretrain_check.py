@@ -205,7 +205,7 @@ def test_a_damaged_conversion_of_another_run_is_not_taken(tmp_path, name, harm):
 
 def test_dynamic_weights_change_twice_as_often_as_static_ones_are_validated():
     """Section 4.3: 170 steps (2.5 B tokens); section 4.4: 340."""
-    assert [pretrain._val_every(config.load(EXPERIMENT.Config, "llama_moe_cpt", "paper", [f"data.dynamic={rule}"], root=ROOT))
+    assert [config.load(EXPERIMENT.Config, "llama_moe_cpt", "paper", [f"data.dynamic={rule}"], root=ROOT).val_every()
             for rule in ("none", "a", "b")] == [340, 170, 170]
 
 
