@@ -174,10 +174,11 @@ def _dry(experiment: ModuleType, name: str, cfgs: list[tuple[str, Any]]) -> int:
 def _resume(experiment: ModuleType, name: str, path: Path, runs: Path, options: Mapping[str, str], words: list[str]) -> Path:
     """The folder to go on with. Its config.yaml rules; what the command line says otherwise is refused, key by key."""
     asked = options["resume"]
-    newest = [folder for folder in unfinished(runs / name) if not refused(folder)][-1:]
-    if asked == "last" and not newest:
-        raise ValueError(f"resume=last: no unfinished run in {runs / name}")
-    choices = newest if asked == "last" else [Path(asked), runs / name / asked]
+    choices = [Path(asked), runs / name / asked]
+    if asked == "last":
+        choices = [folder for folder in unfinished(runs / name) if not refused(folder)][-1:]
+        if not choices:
+            raise ValueError(f"resume=last: no unfinished run in {runs / name}")
     folder = next((choice for choice in choices if (choice / "stages.json").is_file()), None)
     foreign = folder is not None and read_json(folder / "stages.json")["what"]["experiment"] != name
     if folder is None or foreign or ended_well(folder):

@@ -184,7 +184,7 @@ def _train(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig, rate: 
     trainer = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_every=min(cfg.trainer.val_every, steps))
     task = job.task(net, parts, dataclasses.replace(cfg.optim, lr=rate), trainer)
     label = f"{name}-lr{rate:g}" if cfg.rates else name
-    callbacks = []
+    rounds = None
     if sparse.by_epoch and not sparse.fuse:
         def prune_on(number: int, optimizer: torch.optim.Optimizer) -> float:
             with warnings_in(run):
@@ -193,9 +193,9 @@ def _train(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig, rate: 
             run.log(f"{name}: round {number + 1} of {sparse.rounds}, {found['kept']:,} of {found['weights']:,} adapter weights are left")
             return found["keep"]
 
-        callbacks = [Rounds(_rounds(cfg, job, sparse, steps), prune_on)]
-    trained = train_task(task, train, validation, run=run, name=label, callbacks=callbacks)
-    for rounds in callbacks:
+        rounds = Rounds(_rounds(cfg, job, sparse, steps), prune_on)
+    trained = train_task(task, train, validation, run=run, name=label, callbacks=[rounds] if rounds else [])
+    if rounds:
         facts = facts | mask_facts(trained.net, sparse) | {"seconds": facts["seconds"] + rounds.seconds}
     sets = [f"val/{split}/" for split in job.data.validation] if len(parts) > 1 else ["val/"]
     scores = {key: statistics.fmean(trained.metrics[f"{split}{key}"] for split in sets) for key in (*job.scores, "loss")

@@ -1,4 +1,4 @@
-"""What a training changes by schedule or mends after each step: temperatures of attention over kernels (and what became of it), masks of
+"""What a training changes by schedule or mends after each step: temperatures of attention over kernels (and what became of it), rounds of pruning, masks of
 pruned weights."""
 
 from __future__ import annotations

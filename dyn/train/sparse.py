@@ -257,7 +257,8 @@ def _matrices(net: nn.Module, cfg: SparseConfig) -> list[str]:
 
 
 def _own_masks(net: nn.Module, cfg: SparseConfig) -> dict[str, Tensor]:
-    return {key: mask for key, mask in masks(net).items() if key in adapter_parameters(net, cfg.name)}
+    own = adapter_parameters(net, cfg.name)
+    return {key: mask for key, mask in masks(net).items() if key in own}
 
 
 class _moved:
