@@ -29,8 +29,9 @@ class ModelConfig:
     num_shared_experts: int | None = None
     moe_intermediate_size: int | None = None
     overlap: bool = False
-    gate: Literal["linear", "mlp", "switch", "uniform", "random"] = "mlp"  # section 2.1
+    gate: str = "mlp"  # section 2.1: a name of dyn.nn.experts.GATES
     gate_noise: bool = True  # section 2.2
+    capacity_factor: float | None = None  # of top-1 gates, in training (section 2.5)
     balance: Literal["importance_load", "switch", "bias", "none"] = "importance_load"
     balance_weight: float = 0.01
     z_loss_weight: float = 0.0
@@ -127,8 +128,8 @@ class Config:
 def row(name: str, **changes: Any) -> dict[str, Any]:
     """A sweep row: the paper's network with `changes`, whatever the profile has; `model__gate=...` means the key model.gate."""
     model = ModelConfig()
-    kept = ("kind", "start", "train", "num_experts", "num_experts_per_tok", "construction", "moe_intermediate_size", "overlap", "gate", "gate_noise", "balance",
-            "balance_weight", "z_loss_weight", "score_scale", "reinit")
+    kept = ("kind", "start", "train", "num_experts", "num_experts_per_tok", "construction", "moe_intermediate_size", "overlap", "gate", "gate_noise",
+            "capacity_factor", "balance", "balance_weight", "z_loss_weight", "score_scale", "reinit")
     base = {f"model.{key}": getattr(model, key) for key in kept} | {"model.num_shared_experts": None, "dense_control": False}
     return {"row": name} | base | {key.replace("__", "."): value for key, value in changes.items()}
 
@@ -168,7 +169,8 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
              row("linear, no noise", model__gate="linear", model__gate_noise=False), row("switch loss", model__balance="switch"),
              row("selection bias", model__balance="bias"), row("no balance loss", model__balance="none"), row("balance weight 0.1", model__balance_weight=0.1),
              row("z-loss", model__z_loss_weight=0.001), row("random gate", model__gate="random", model__gate_noise=False, model__balance="none"),
-             row("switch, top-1", model__gate="switch", model__balance="switch", model__num_experts_per_tok=1)],
+             *(row(f"switch, top-1{words}", model__gate="switch", model__balance="switch", model__num_experts_per_tok=1, model__capacity_factor=factor)
+               for words, factor in (("", None), (", capacity 1.25", 1.25)))],
     "scale": [*(row(s, model__score_scale=s) for s in ("n_over_k", "n", "k", "sqrt_kn", "learnable", "measured")), row("1", model__score_scale=1.0)],
     "experts": [row("4 of 16"), row("2 of 16", model__num_experts_per_tok=2), row("2 of 8", model__num_experts=8, model__num_experts_per_tok=2)],  # section 3
     "controls": [row("4 of 16"), row("dense, same tokens", model__kind="dense"), row("4 of 16 from scratch", model__start="scratch")],  # Figure 7

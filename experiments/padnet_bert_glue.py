@@ -27,7 +27,7 @@ class ModelConfig:
     num_experts_per_tok: int = 2
     where: Literal["both", "out", "int"] = "both"  # the first code had `out` (section 2.3)
     noise: float = 0.0  # on the copies, relative to the weights' deviation; 0: the start computes what the pre-trained encoder does
-    gate: Literal["linear", "mlp", "random"] = "linear"  # random: experts by chance, a control
+    gate: str = "linear"  # of dyn.nn.experts.GATES, with scores that sum to one; random: experts by chance, a control
     gate_noise: bool = True
     gate_std: float = 0.0  # section 2.2: gates start at zero, and only noise tells tokens apart
     balance_weight: float = 0.01

@@ -28,7 +28,7 @@ from transformers.models.roberta.modeling_roberta import RobertaConfig, RobertaL
 from transformers.utils import ModelOutput
 
 from dyn.nn.bank import CompactBank
-from dyn.nn.experts import Choice, Gate, GateKind, check_gate
+from dyn.nn.experts import GATES, Choice, Gate, check_gate
 from dyn.nn.linear_experts import LinearExperts
 
 Where = Literal["both", "out", "int"]  # both linears of the feed-forward, the one back to the hidden size, the one out of it
@@ -94,7 +94,7 @@ CONFIGS = {c.model_type: c for c in (MoeBertConfig, MoeRobertaConfig, MoeAlbertC
 
 
 def make_moe(model: PreTrainedModel, num_experts: int = 8, num_experts_per_tok: int = 2, where: Where = "both", *, noise: float = 0.0,
-             gate: GateKind = "linear", gate_noise: bool = True, gate_std: float = 0.02, balance_weight: float = 0.01) -> PreTrainedModel:
+             gate: str = "linear", gate_noise: bool = True, gate_std: float = 0.02, balance_weight: float = 0.01) -> PreTrainedModel:
     """Replace the feed-forward linears of every Transformer layer by mixtures of experts, in place; returns the model (section 2).
 
     Each of them becomes E copies of itself behind a gate of its own, which chooses k for every token; without `noise` the model computes what it did. In ALBERT
@@ -123,8 +123,8 @@ def make_moe(model: PreTrainedModel, num_experts: int = 8, num_experts_per_tok: 
         raise ValueError(f"make_moe: {type(model).__name__} is a decoder (config.is_decoder=True); encoders are supported")
     if where not in get_args(Where):
         raise ValueError(f"where={where!r} is unknown; allowed: {', '.join(get_args(Where))}")
-    gate_noise = gate_noise and gate in ("linear", "mlp")
-    check_gate(num_experts, num_experts_per_tok, gate, gate_noise, "importance_load", "make_moe")
+    gate_noise = gate_noise and gate in GATES and GATES[gate].noise is not None
+    check_gate(num_experts, num_experts_per_tok, gate, gate_noise, "importance_load", where="make_moe")
     for name, value in {"noise": noise, "gate_std": gate_std, "balance_weight": balance_weight}.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"make_moe: {name}={value} must be at least 0, and finite")

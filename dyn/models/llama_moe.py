@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
 
-from dyn.nn.experts import Balance, Experts, Gate, GateKind, MoeFeedForward, check_gate
+from dyn.nn.experts import Balance, Experts, Gate, MoeFeedForward, check_gate
 from dyn.ops.experts import experts as experts_op
 
 PER_LAYER = ("num_experts_per_tok", "moe_intermediate_size", "num_shared_experts", "score_scale")  # a value, or a list of one a layer
@@ -38,8 +38,8 @@ class LlamaMoeConfig(LlamaConfig):
 
     num_experts: routed experts E. num_experts_per_tok: K. moe_intermediate_size: F. num_shared_experts: always-on experts of width F, added with
     weight 1. score_scale: c, multiplies the routed sum. These last four: one value, or a list of one a layer.
-    gate, gate_noise, noise_epsilon, balance, legacy_load: see `dyn.nn.experts.Gate`. balance_weight, z_loss_weight: weights of the two losses, summed
-    over layers (0.01 and 0 in the paper). bias_update_rate: step of balance="bias". learnable_scale: c becomes a parameter of each layer.
+    gate, gate_noise, noise_epsilon, balance, legacy_load, capacity_factor: see `dyn.nn.experts.Gate`. balance_weight, z_loss_weight: weights of the two
+    losses, summed over layers (0.01 and 0 in the paper). bias_update_rate: step of balance="bias". learnable_scale: c becomes a parameter of each layer.
     attention_output_bias: bias of o_proj (attention_bias is that of q, k, v). qk_norm: RMSNorm of queries and keys (Qwen3).
     sliding_window and layer_types: as in Mistral and Qwen. intermediate_size: width of the dense model that it came from.
     """
@@ -61,6 +61,7 @@ class LlamaMoeConfig(LlamaConfig):
     z_loss_weight: float = 0.0
     bias_update_rate: float = 1e-3
     legacy_load: bool = False
+    capacity_factor: float | int | None = None
     attention_output_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
@@ -78,7 +79,8 @@ class LlamaMoeConfig(LlamaConfig):
             if isinstance(value, list) and len(value) != self.num_hidden_layers:
                 raise ValueError(f"{name} has {len(value)} entries; one value or one for each of the {self.num_hidden_layers} layers is allowed")
         for layer in range(self.num_hidden_layers):
-            check_gate(self.num_experts, self.of_layer("num_experts_per_tok", layer), self.gate, self.gate_noise, self.balance, f"layer {layer}")
+            check_gate(self.num_experts, self.of_layer("num_experts_per_tok", layer), self.gate, self.gate_noise, self.balance, self.capacity_factor,
+                       f"layer {layer}")
             if self.of_layer("moe_intermediate_size", layer) < 1 or self.of_layer("num_shared_experts", layer) < 0:
                 raise ValueError(f"layer {layer}: moe_intermediate_size must be at least 1 and num_shared_experts at least 0, got "
                                  f"{self.of_layer('moe_intermediate_size', layer)} and {self.of_layer('num_shared_experts', layer)}")
@@ -152,7 +154,7 @@ class LlamaMoeDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = LlamaMoeAttention(config, layer_idx)
         gate = Gate(config.hidden_size, config.num_experts, config.of_layer("num_experts_per_tok", layer_idx), config.gate, noise=config.gate_noise,
-                    noise_epsilon=config.noise_epsilon, balance=config.balance, legacy_load=config.legacy_load)
+                    noise_epsilon=config.noise_epsilon, balance=config.balance, legacy_load=config.legacy_load, capacity_factor=config.capacity_factor)
         self.mlp = MoeFeedForward(gate, LlamaMoeExperts(config, layer_idx), shared_width=config.shared_width(layer_idx),
                                   score_scale=float(config.of_layer("score_scale", layer_idx)), learnable_scale=config.learnable_scale)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -338,5 +340,5 @@ from dyn.models.llama_moe_formats import to_qwen2_moe as to_qwen2_moe  # noqa: E
 from dyn.models.llama_moe_formats import write_card as write_card  # noqa: E402
 from dyn.models.llama_moe_prune import prune_dense as prune_dense  # noqa: E402
 
-__all__ = ["Balance", "Construction", "GateKind", "LlamaMoeConfig", "LlamaMoeForCausalLM", "LlamaMoeModel", "LlamaMoeOutput", "from_dense",
+__all__ = ["Balance", "Construction", "LlamaMoeConfig", "LlamaMoeForCausalLM", "LlamaMoeModel", "LlamaMoeOutput", "from_dense",
            "from_official", "layer_budgets", "prune_dense", "to_mixtral", "to_qwen2_moe", "write_card"]

@@ -21,7 +21,7 @@ from dyn.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM, ScaleMode
 from dyn.models.llama_moe_calibrate import MOST_EXPERTS, active_neurons, fit_layers, geometry
 from dyn.models.llama_moe_construct import METHODS, Construction, LayerSource, generator
 from dyn.models.llama_moe_measure import dense_ratios, install_measured_scales, layer_coactivations, layer_scores
-from dyn.nn.experts import Balance, GateKind, check_gate
+from dyn.nn.experts import Balance, check_gate
 
 KEPT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
         "max_position_embeddings", "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings",
@@ -39,8 +39,9 @@ def from_dense(
     num_shared_experts: int | list[int] | None = None,
     moe_intermediate_size: int | list[int] | None = None,
     overlap: bool = False,
-    gate: GateKind | None = None,
+    gate: str | None = None,
     gate_noise: bool = False,
+    capacity_factor: float | None = None,
     balance: Balance = "importance_load",
     score_scale: ScaleMode | float | list[float] | None = None,
     reinit: float = 0.0,
@@ -65,7 +66,7 @@ def from_dense(
         num_shared_experts: always-on experts of width F, with weight 1, outside the scale; None: 0, for sharing_inter 1.
         moe_intermediate_size: F; None: N / (E + shared), for copy N. sharing_inner, sharing_inter with overlap, and copy may take others.
         overlap: sharing_inter only: whether routed experts may share neurons among themselves.
-        gate, gate_noise, balance: see `dyn.nn.experts.Gate`; None is a linear gate with small random weights.
+        gate, gate_noise, capacity_factor, balance: see `dyn.nn.experts.Gate`; None is a linear gate with small random weights.
         score_scale: c: n_over_k (E/K, the paper's; the default), n (E), k (K), sqrt_kn, learnable (starts at E/K), measured (by layer, needs batches), a
             number, or a list of one number a layer. Section 2.3 says what each preserves. With a fitted gate K is the default.
         reinit: copy only: the share of each copy's neurons that is drawn anew.
@@ -82,7 +83,7 @@ def from_dense(
     name, license = _provenance(dense, license)
     config = moe_config(read_config(dense) if consume else dense.config, construction, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok,
                         num_shared_experts=num_shared_experts, moe_intermediate_size=moe_intermediate_size, overlap=overlap, gate=gate,
-                        gate_noise=gate_noise, balance=balance, score_scale=score_scale)
+                        gate_noise=gate_noise, capacity_factor=capacity_factor, balance=balance, score_scale=score_scale)
     check_causal(dense)
     if reinit and construction != "copy":
         raise ValueError(f"reinit={reinit} belongs to construction='copy', got {construction!r}")
@@ -189,7 +190,8 @@ def check_causal(dense: object) -> None:
 
 
 def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, num_experts_per_tok, num_shared_experts=None, moe_intermediate_size=None,
-               overlap: bool = False, gate: str | None = None, gate_noise: bool = False, balance: str = "importance_load", score_scale=None) -> LlamaMoeConfig:
+               overlap: bool = False, gate: str | None = None, gate_noise: bool = False, capacity_factor: float | None = None,
+               balance: str = "importance_load", score_scale=None) -> LlamaMoeConfig:
     """The configuration that `from_dense` (see there) gives a dense one, every size checked, in the plainest form (one number where all layers agree)."""
     check_family(dense)
     method = METHODS[_known(construction)]
@@ -205,7 +207,7 @@ def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, 
             raise ValueError(f"construction={construction!r} fits experts that weigh 1 each, score_scale='k'; got {scale!r}")
         if shared is None and width is None:
             for i, kk in enumerate(ks):
-                check_gate(E, kk, gate, gate_noise, balance, f"layer {i}")
+                check_gate(E, kk, gate, gate_noise, balance, capacity_factor, f"layer {i}")
             E, ks, width, shared = geometry(units, active_neurons(units, E, ks), max(MOST_EXPERTS, E))
         scale = "k"
     shared = (method.shared or 0) if shared is None else shared
@@ -224,7 +226,7 @@ def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, 
     widths = _per_layer("moe_intermediate_size", width, layers)
     free = not method.partition or (construction == "sharing_inter" and overlap)
     for i, (kk, f, s) in enumerate(zip(ks, widths, shareds, strict=True)):
-        check_gate(E, kk, gate, gate_noise, balance, f"layer {i}")
+        check_gate(E, kk, gate, gate_noise, balance, capacity_factor, f"layer {i}")
         if not 1 <= f <= units:
             raise ValueError(f"moe_intermediate_size={f} must lie in 1..{units} (intermediate_size), layer {i}")
         if not free and (E + s) * f != units:
@@ -245,7 +247,7 @@ def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, 
         **kept, head_dim=getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads, attention_bias=bias,
         attention_output_bias=bias and dense.model_type != "qwen2", qk_norm=dense.model_type == "qwen3", sliding_window=window, layer_types=kinds,
         num_experts=E, num_experts_per_tok=_plain(ks), moe_intermediate_size=_plain(widths), num_shared_experts=_plain(shareds), gate=gate,
-        gate_noise=gate_noise, balance=balance, score_scale=_plain(scales), learnable_scale=scale == "learnable")
+        gate_noise=gate_noise, capacity_factor=capacity_factor, balance=balance, score_scale=_plain(scales), learnable_scale=scale == "learnable")
 
 
 def _source(weights: list[Tensor], config: LlamaMoeConfig, i: int, overlap: bool, features: str, seed: int, scores: Tensor | None,

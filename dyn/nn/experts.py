@@ -6,8 +6,11 @@ Papers: Shazeer et al. 2017 (noisy top-k), Fedus et al. 2022 (switch), LLaMA-MoE
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -18,7 +21,6 @@ from dyn.core import routing
 from dyn.ops.experts import experts
 from dyn.ops.route import route
 
-GateKind = Literal["linear", "mlp", "switch", "uniform", "random"]
 Balance = Literal["importance_load", "switch", "bias", "none"]
 
 
@@ -32,7 +34,7 @@ class Routing(NamedTuple):
     z_loss: Tensor | None = None  # scalar, without its weight
     load_E: Tensor | None = None  # tokens that chose each expert, a hard count, no gradient
     importance_E: Tensor | None = None  # sum of the scores that each expert got, no gradient
-    dropped_mass: Tensor | None = None  # mean probability (softmax over all experts) outside the chosen ones
+    dropped_mass: Tensor | None = None  # mean probability (softmax over all experts) outside the chosen ones; all of a token's that is over the capacity
 
     def stats(self) -> tuple[Tensor, ...]:
         """(balance_loss, z_loss, load_E, importance_E, dropped_mass), the part that a layer hands up."""
@@ -47,6 +49,73 @@ class Choice(NamedTuple):
     clean_TE: Tensor | None = None
     noisy_TE: Tensor | None = None
     std_TE: Tensor | None = None  # of the noise
+
+
+@dataclass(frozen=True)
+class GateKind:
+    """One kind of gate; `GATES` has them by name. D hidden size, E experts, K experts a token, T tokens.
+
+    choose: (clean logits [T, E] and what choice goes by, with noise, or None for a kind without logits; x [T, D], E, K, selection bias [E] or None) ->
+        (ids [T, K] int64, scores [T, K]).
+    parts: (D, E) -> its parameters and modules by name; none for a kind that does not look at x.
+    logits: (gate, x [T, D] in the gate's arithmetic) -> clean logits [T, E]; None: no logits.
+    noise: of what distribution, where Gate(noise=True) wants it: "normal" of a learnt deviation, "gumbel", or None.
+    only_k: E -> the one K that fits, or None for any.
+    sums_to_one: whether the scores of a token do.
+    """
+
+    choose: Callable[[Tensor | None, Tensor | None, Tensor, int, int, Tensor | None], tuple[Tensor, Tensor]]
+    parts: Callable[[int, int], dict[str, nn.Module | nn.Parameter]] = lambda D, E: {}
+    logits: Callable[[Gate, Tensor], Tensor] | None = None
+    noise: Literal["normal", "gumbel"] | None = None
+    only_k: Callable[[int], int | None] = lambda E: None
+    sums_to_one: bool = True
+
+
+def _matrix(D: int, E: int) -> dict[str, nn.Module | nn.Parameter]:
+    return {"weight": nn.Parameter(torch.empty(E, D))}
+
+
+def _matrix_logits(gate: Gate, x_TD: Tensor) -> Tensor:
+    return F.linear(x_TD, _float(gate.weight, x_TD))
+
+
+def _network(D: int, E: int) -> dict[str, nn.Module | nn.Parameter]:
+    return {"network": nn.Sequential(nn.Linear(D, E, bias=False), nn.Tanh(), nn.Linear(E, E, bias=False))}
+
+
+def _network_logits(gate: Gate, x_TD: Tensor) -> Tensor:
+    return F.linear(torch.tanh(F.linear(x_TD, _float(gate.network[0].weight, x_TD))), _float(gate.network[2].weight, x_TD))
+
+
+def _top_k(clean_TE: Tensor, noisy_TE: Tensor, x_TD: Tensor, E: int, k: int, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    return route(noisy_TE, k, bias_E=bias_E)
+
+
+def _top_1_of_all(clean_TE: Tensor, noisy_TE: Tensor, x_TD: Tensor, E: int, k: int, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    idx_TK, _ = route(noisy_TE, k, bias_E=bias_E)
+    return idx_TK, clean_TE.softmax(-1).gather(-1, idx_TK)
+
+
+def _every(clean_TE: None, noisy_TE: None, x_TD: Tensor, E: int, k: int, bias_E: None) -> tuple[Tensor, Tensor]:
+    return torch.arange(E, device=x_TD.device).expand(len(x_TD), E), _equal(x_TD, k)
+
+
+def _by_chance(clean_TE: None, noisy_TE: None, x_TD: Tensor, E: int, k: int, bias_E: None) -> tuple[Tensor, Tensor]:
+    return torch.rand(len(x_TD), E, device=x_TD.device).topk(k, dim=-1).indices, _equal(x_TD, k)
+
+
+def _equal(x_TD: Tensor, k: int) -> Tensor:
+    return torch.full((len(x_TD), k), 1.0 / k, dtype=torch.promote_types(x_TD.dtype, torch.float32), device=x_TD.device)
+
+
+GATES = {
+    "linear": GateKind(_top_k, _matrix, _matrix_logits, "normal"),
+    "mlp": GateKind(_top_k, _network, _network_logits, "normal"),
+    "switch": GateKind(_top_1_of_all, _matrix, _matrix_logits, "gumbel", only_k=lambda E: 1, sums_to_one=False),
+    "uniform": GateKind(_every, only_k=lambda E: E),
+    "random": GateKind(_by_chance),
+}
 
 
 class Gate(nn.Module):
@@ -69,23 +138,24 @@ class Gate(nn.Module):
         balance: importance_load: CV^2(importance) + CV^2(load); switch: E * sum f_e P_e; bias: no loss, a selection bias that
             `update_bias` moves (DeepSeek-V3); none.
         legacy_load: the official code's load estimator (it compares the noise alone with the threshold), for parity only.
+        capacity_factor: K = 1 only: in training an expert takes floor(factor * T / E) of T tokens at most, drawn by chance; the others weigh 0 (section 2.5,
+            "switch-drop-token"). Evaluation drops none: what a token gets must not depend on its neighbours there. None: no limit.
 
     Raises:
-        ValueError: K over E, switch with K != 1, uniform with K != E, noise on a gate without logits, an unknown kind or balance.
+        ValueError: K over E, switch with K != 1, uniform with K != E, noise on a gate without logits, an unknown kind or balance, a capacity with K > 1.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int, kind: GateKind = "linear", *, noise: bool = False,
-                 noise_epsilon: float = 0.01, balance: Balance = "importance_load", legacy_load: bool = False) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int, kind: str = "linear", *, noise: bool = False,
+                 noise_epsilon: float = 0.01, balance: Balance = "importance_load", legacy_load: bool = False,
+                 capacity_factor: float | None = None) -> None:
         super().__init__()
-        check_gate(num_experts, num_experts_per_tok, kind, noise, balance)
+        check_gate(num_experts, num_experts_per_tok, kind, noise, balance, capacity_factor)
         self.num_experts, self.num_experts_per_tok, self.kind = num_experts, num_experts_per_tok, kind
-        self.noise_epsilon, self.balance, self.legacy_load = noise_epsilon, balance, legacy_load
+        self.noise_epsilon, self.balance, self.legacy_load, self.capacity_factor = noise_epsilon, balance, legacy_load, capacity_factor
         self.has_noise = noise
-        if kind in ("linear", "switch"):
-            self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        elif kind == "mlp":
-            self.network = nn.Sequential(nn.Linear(hidden_size, num_experts, bias=False), nn.Tanh(), nn.Linear(num_experts, num_experts, bias=False))
-        if noise and kind != "switch":
+        for name, part in GATES[kind].parts(hidden_size, num_experts).items():
+            setattr(self, name, part)
+        if noise and GATES[kind].noise == "normal":
             self.noise = nn.Linear(hidden_size, num_experts, bias=False)
         if balance == "bias":
             self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=torch.float32))
@@ -99,15 +169,15 @@ class Gate(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Clean logits [T, E] in float32 (float64 stays)."""
-        x_TD = _float(x_TD)
-        if self.kind == "mlp":
-            hidden = torch.tanh(F.linear(x_TD, _float(self.network[0].weight, x_TD)))
-            return F.linear(hidden, _float(self.network[2].weight, x_TD))
-        return F.linear(x_TD, _float(self.weight, x_TD))
+        return GATES[self.kind].logits(self, _float(x_TD))
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, stats: bool = True) -> Routing:
-        """Route x [T, D]; mask_T (bool, True = a real token) leaves padding out of the statistics."""
+        """Route x [T, D]; mask_T (bool, True = a real token) leaves padding out of the statistics, and behind real tokens where capacity is short."""
         choice = self.choose(x_TD)
+        if self.capacity_factor is not None and self.training:
+            most = routing.capacity(len(x_TD), self.num_experts, self.capacity_factor)
+            kept_T = routing.within_capacity(choice.idx_TK[:, 0], self.num_experts, most, mask_T)
+            choice = choice._replace(weight_TK=torch.where(kept_T[:, None], choice.weight_TK, 0))
         return self.statistics(choice, mask_T) if stats else Routing(choice.idx_TK, choice.weight_TK, choice.clean_TE)
 
     def choose(self, x_TD: Tensor) -> Choice:
@@ -116,25 +186,17 @@ class Gate(nn.Module):
             return self._choose(x_TD)
 
     def _choose(self, x_TD: Tensor) -> Choice:
-        k, E, T = self.num_experts_per_tok, self.num_experts, len(x_TD)
-        if self.kind in ("uniform", "random"):
-            if self.kind == "uniform":
-                idx_TK = torch.arange(E, device=x_TD.device).expand(T, E)
-            else:
-                idx_TK = torch.rand(T, E, device=x_TD.device).topk(k, dim=-1).indices
-            return Choice(idx_TK, torch.full((T, k), 1.0 / k, dtype=torch.promote_types(x_TD.dtype, torch.float32), device=x_TD.device))
-        clean_TE, std_TE = self.logits(x_TD), None
-        noisy_TE = clean_TE
+        kind, clean_TE, noisy_TE, std_TE = GATES[self.kind], None, None, None
+        if kind.logits is not None:
+            clean_TE = noisy_TE = self.logits(x_TD)
         if self.has_noise and self.training:
-            if self.kind == "switch":
+            if kind.noise == "gumbel":
                 noisy_TE = clean_TE - torch.empty_like(clean_TE).exponential_().log()
             else:
                 std_TE = F.softplus(F.linear(_float(x_TD), _float(self.noise.weight, clean_TE))) + self.noise_epsilon
                 noisy_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
         bias_E = self.selection_bias if self.balance == "bias" else None
-        idx_TK, weight_TK = route(noisy_TE, k, bias_E=bias_E)
-        if self.kind == "switch":
-            weight_TK = clean_TE.softmax(-1).gather(-1, idx_TK)
+        idx_TK, weight_TK = kind.choose(clean_TE, noisy_TE, x_TD, self.num_experts, self.num_experts_per_tok, bias_E)
         return Choice(idx_TK, weight_TK, clean_TE, noisy_TE, std_TE)
 
     def statistics(self, choice: Choice, mask_T: Tensor | None = None) -> Routing:
@@ -151,7 +213,7 @@ class Gate(nn.Module):
         balance = z = dropped = zero
         if clean_TE is not None:
             z = routing.z_loss(clean_TE, mask_T)
-            chosen_T = clean_TE.detach().softmax(-1).gather(-1, idx_TK).sum(-1)
+            chosen_T = (clean_TE.detach().softmax(-1).gather(-1, idx_TK) * (weight_TK.detach() != 0)).sum(-1)
             dropped = 1 - (chosen_T.mean() if mask_T is None else (chosen_T * mask_T).sum() / mask_T.sum().clamp(min=1))
             if self.balance == "importance_load":
                 load = load_E
@@ -237,21 +299,24 @@ class MoeFeedForward(nn.Module):
         return (y if self.shared_experts is None else y + self.shared_experts(x)), routed
 
 
-def check_gate(num_experts: int, k: int, kind: str, noise: bool, balance: str, where: str = "") -> None:
+def check_gate(num_experts: int, k: int, kind: str, noise: bool, balance: str, capacity_factor: float | None = None, where: str = "") -> None:
     """Raise ValueError when a gate of these settings cannot be; `where` (a layer, say) ends the message."""
     where = f" ({where})" if where else ""
-    if kind not in get_args(GateKind):
-        raise ValueError(f"gate={kind!r} is unknown{where}; allowed: {', '.join(get_args(GateKind))}")
+    if kind not in GATES:
+        near = difflib.get_close_matches(kind, GATES, 1)
+        raise ValueError(f"gate={kind!r} is unknown{where}; allowed: {', '.join(GATES)}" + (f"; did you mean {near[0]!r}?" if near else ""))
     if balance not in get_args(Balance):
         raise ValueError(f"balance={balance!r} is unknown{where}; allowed: {', '.join(get_args(Balance))}")
     if not 1 <= k <= num_experts:
         raise ValueError(f"num_experts_per_tok={k} must be between 1 and num_experts={num_experts}{where}")
-    if kind == "switch" and k != 1:
-        raise ValueError(f"gate='switch' needs num_experts_per_tok=1, got {k}{where}")
-    if kind == "uniform" and k != num_experts:
-        raise ValueError(f"gate='uniform' uses every expert: it needs num_experts_per_tok={num_experts}, got {k}{where}")
-    if kind in ("uniform", "random") and (noise or balance == "bias"):
+    if (only := GATES[kind].only_k(num_experts)) not in (None, k):
+        raise ValueError(f"gate={kind!r} needs num_experts_per_tok={only}, got {k} of {num_experts} experts{where}")
+    if (noise or balance == "bias") and GATES[kind].logits is None:
         raise ValueError(f"gate={kind!r} has no logits, so gate_noise and balance='bias' do not fit it{where}")
+    if noise and GATES[kind].noise is None:
+        raise ValueError(f"gate={kind!r} has no noise, so gate_noise=True does not fit it{where}")
+    if capacity_factor is not None and (k != 1 or not 0 < capacity_factor < math.inf):
+        raise ValueError(f"capacity_factor={capacity_factor} must be above 0, or None for no limit, and needs num_experts_per_tok=1, got {k}{where}")
 
 
 def _float(x: Tensor, like: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyn.nn.bank import Banked, CompactBank, PartialBank, normal
-from dyn.nn.experts import Balance, Choice, Gate, GateKind
+from dyn.nn.experts import GATES, Balance, Choice, Gate
 from dyn.ops.linear import partial_routed_linear, routed_linear, score_matrix
 
 
@@ -31,13 +31,13 @@ class LinearExperts(Banked):
         ValueError: what `Gate` refuses, and gate="switch", whose scores do not sum to one.
     """
 
-    def __init__(self, in_features: int, out_features: int, num_experts: int, num_experts_per_tok: int, bias: bool = True, *, gate: GateKind = "linear",
+    def __init__(self, in_features: int, out_features: int, num_experts: int, num_experts_per_tok: int, bias: bool = True, *, gate: str = "linear",
                  gate_noise: bool = True, noise_epsilon: float = 0.01, balance: Balance = "importance_load", gate_std: float = 0.02, form: str = "merged",
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        if gate == "switch":
-            raise ValueError("gate='switch' gives scores that do not sum to one, so copies of a linear would not be that linear; allowed: linear, mlp, "
-                             "uniform, random")
+        if gate in GATES and not GATES[gate].sums_to_one:
+            raise ValueError(f"gate={gate!r} gives scores that do not sum to one, so copies of a linear would not be that linear; allowed: "
+                             f"{', '.join(name for name, kind in GATES.items() if kind.sums_to_one)}")
         self.in_features, self.out_features, self.form, self.backend = in_features, out_features, form, "auto"
         self.sets_per_input = num_experts_per_tok
         self.gate = Gate(in_features, num_experts, num_experts_per_tok, gate, noise=gate_noise, noise_epsilon=noise_epsilon, balance=balance)

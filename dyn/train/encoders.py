@@ -27,6 +27,7 @@ from dyn.data.glue import DOCSTRINGS, EXAMPLES, NOT_IN_MEANS, TASKS, SentenceDat
 from dyn.models.encoder import make_moe, moe_layers
 from dyn.models.packaged import sentence_classifier
 from dyn.nn.bank import Banked
+from dyn.nn.experts import check_gate
 from dyn.nn.surgery import compact, count_parameters, dynamic_shares, macs_per_sentence, make_partial
 from dyn.train import sentences
 from dyn.train.fit import Trained, scoring, train_classifier
@@ -42,6 +43,7 @@ TOLERANCE = 0.01  # between the logits of a network and of its compact form, of 
 def train_encoders(cfg: Any, run: Any) -> dict[str, Any]:
     """Partition, train, compact, measure. Returns the metrics, fills `run.cost` and `run.notes`."""
     check_world(cfg.trainer)
+    check_gate(cfg.model.num_experts, cfg.model.num_experts_per_tok, cfg.model.gate, False, "importance_load", where="model.gate")
     data = {found.task: found for task in cfg.tasks for found in (sentences.open_task(cfg, run, cfg.model.source, task),)}  # the docstring task as itself
     for caveat in (warnings := sentences.caveats(cfg.model.source, data)):
         run.log(f"warning: {caveat}")

@@ -26,7 +26,7 @@ def shape(model: Any, dense: Any) -> Any:
         return dense
     config = moe_config(dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
                       num_shared_experts=model.num_shared_experts, moe_intermediate_size=model.moe_intermediate_size, overlap=model.overlap, gate=model.gate,
-                      gate_noise=model.gate_noise, balance=model.balance, score_scale=model.score_scale)
+                      gate_noise=model.gate_noise, capacity_factor=model.capacity_factor, balance=model.balance, score_scale=model.score_scale)
     config.balance_weight, config.z_loss_weight, config.attention_dropout = model.balance_weight, model.z_loss_weight, model.attention_dropout
     return config
 

@@ -156,6 +156,16 @@ def top_1(logits):
     return logits.argmax(-1, keepdim=True)
 
 
+@pytest.mark.parametrize(("E", "most"), [(16, 2560), (8, 5120)])
+def test_fact_23_switch_capacity(E, most):
+    T = 32_768
+    assert routing.capacity(T, E, 1.25) == most
+    g = torch.Generator().manual_seed(0)
+    chosen = torch.cat([torch.zeros(most + 7, dtype=torch.int64), torch.randint(1, E, (T - most - 7,), generator=g)])
+    kept = routing.within_capacity(chosen, E, most)
+    assert torch.equal(torch.bincount(chosen[kept], minlength=E), torch.bincount(chosen, minlength=E).clamp(max=most)) and not kept.all()
+
+
 @pytest.mark.parametrize("E", [8, 16])
 def test_fact_23_switch_loss(E):
     uniform = torch.zeros(64, E, dtype=torch.float64)

@@ -75,10 +75,11 @@ def test_generation_with_cache_equals_generation_without():
     torch.testing.assert_close(moe.generate(**arguments), moe.generate(**arguments, use_cache=False))
 
 
-def test_gradient_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("settings", [dict(num_experts_per_tok=2), dict(num_experts_per_tok=1, gate="switch", balance="switch", capacity_factor=0.5)])
+def test_gradient_checkpointing_changes_no_gradient(settings):
     grads = []
     for checkpointing in (False, True):
-        moe = from_dense(tiny(), num_experts=4, num_experts_per_tok=2, gate_noise=True, seed=2).train()
+        moe = from_dense(tiny(), num_experts=4, gate_noise=True, seed=2, **settings).train()
         if checkpointing:
             moe.gradient_checkpointing_enable()
         torch.manual_seed(5)  # same gate noise

@@ -1,16 +1,18 @@
 """Gate and MoeFeedForward: what each kind chooses, weighs and reports."""
 
+import math
+
 import pytest
 import torch
 
-from dyn.nn.experts import Experts, Gate, MoeFeedForward
+from dyn.nn.experts import GATES, Experts, Gate, GateKind, MoeFeedForward
 
 T, D, E, K = 64, 16, 6, 2
 
 
 def gate(kind="linear", **changes):
     torch.manual_seed(0)
-    k = {"switch": 1, "uniform": E}.get(kind, K)
+    k = (GATES[kind].only_k(E) if kind in GATES else None) or K
     return Gate(D, E, changes.pop("k", k), kind, **changes)
 
 
@@ -18,12 +20,12 @@ def x(dtype=torch.float32):
     return torch.randn(T, D, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp", "uniform", "random"])
-def test_weights_sum_to_one_and_are_float32(kind):
+@pytest.mark.parametrize("kind", GATES)
+def test_weights_are_float32_and_sum_to_one_where_the_kind_says_so(kind):
     for dtype in (torch.float32, torch.bfloat16):
         routed = gate(kind).to(dtype)(x(dtype))
         assert routed.weight_TK.dtype == torch.float32 and routed.idx_TK.dtype == torch.int64
-        torch.testing.assert_close(routed.weight_TK.sum(-1), torch.ones(T))
+        assert (routed.weight_TK.sum(-1) - 1).abs().lt(1e-6).all() == GATES[kind].sums_to_one
         assert (routed.idx_TK.sort(-1).values.diff(dim=-1) > 0).all(), "no expert twice"
         assert routed.load_E.sum() == T * routed.idx_TK.shape[1]
 
@@ -51,6 +53,34 @@ def test_switch_weighs_with_the_probability_among_all_experts():
     torch.testing.assert_close(one.weight_TK[:, 0], probabilities.max(-1).values)
     made.train()
     assert not torch.equal(made(x()).idx_TK, one.idx_TK), "Gumbel noise in training"
+
+
+def test_an_expert_takes_as_many_tokens_as_its_capacity_in_training_and_all_in_evaluation():
+    made, most = gate("switch", balance="switch", capacity_factor=0.5), int(0.5 * T / E)
+    free = made.eval()(x())
+    limited = made.train()(x())
+    kept = limited.weight_TK != 0
+    assert torch.equal(limited.idx_TK, free.idx_TK) and torch.equal(limited.weight_TK[kept], free.weight_TK[kept]) and (free.weight_TK != 0).all()
+    assert torch.equal(torch.bincount(limited.idx_TK[kept], minlength=E), free.load_E.clamp(max=most).long()) and free.load_E.max() > most
+    assert torch.equal(limited.load_E, free.load_E) and torch.equal(limited.balance_loss, free.balance_loss), "who was chosen, not who had room"
+    torch.testing.assert_close(limited.dropped_mass, 1 - limited.weight_TK.sum() / T)
+    assert not torch.equal(made(x()).weight_TK, limited.weight_TK), "drawn by chance"
+    block = MoeFeedForward(made, Experts(E, D, 8))
+    torch.manual_seed(5)
+    y, routed = block(x())
+    assert torch.equal((y != 0).any(-1), routed.weight_TK[:, 0] != 0), "nothing comes out for tokens without room"
+    mask = torch.arange(T) < 8  # few enough for every expert
+    assert (made(x(), mask).weight_TK[:most] != 0).all(), "padding takes no room from real tokens"
+
+
+def test_a_new_kind_is_an_entry_of_the_dict(monkeypatch):
+    def last_k(clean_TE, noisy_TE, x_TD, E, k, bias_E):
+        return torch.arange(E - k, E).expand(len(x_TD), k), torch.full((len(x_TD), k), 1 / k)
+
+    monkeypatch.setitem(GATES, "last", GateKind(last_k))
+    assert torch.equal(gate("last")(x()).idx_TK, torch.tensor([E - 2, E - 1]).expand(T, 2))
+    with pytest.raises(ValueError, match=r"allowed: .*last"):
+        gate("first")
 
 
 def test_noise_is_for_training_only_and_starts_at_one_deviation():
@@ -117,7 +147,8 @@ def test_scale_and_shared_experts():
 @pytest.mark.parametrize(("arguments", "words"), [
     (dict(kind="linear", k=7), "num_experts_per_tok=7"), (dict(kind="linear", k=0), "num_experts_per_tok=0"), (dict(kind="switch", k=2), "switch"),
     (dict(kind="uniform", k=2), "uniform"), (dict(kind="random", noise=True), "no logits"), (dict(kind="top"), "gate='top'"),
-    (dict(balance="equal"), "balance='equal'")])
+    (dict(balance="equal"), "balance='equal'"), (dict(kind="liner"), "did you mean 'linear'"), (dict(capacity_factor=1.0), "num_experts_per_tok=1, got 2"),
+    (dict(kind="switch", capacity_factor=0.0), "capacity_factor=0.0"), (dict(kind="switch", capacity_factor=math.nan), "capacity_factor=nan")])
 def test_refusals(arguments, words):
     with pytest.raises(ValueError, match=words):
         gate(**arguments)
