@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder of the reports")
     parser.add_argument("--rounds", type=int, help=f"of each table (default: {ROUNDS})")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--plain-malloc", action="store_true", help="leave freed memory to the C library, as programs do that do not ask otherwise")
     parser.add_argument("--cpu-time", action="store_true", help="the process's own time, not the wall's (CPU only)")
     parser.add_argument("--save", action="store_true", help="make the results the committed ones of this device")
     args = parser.parse_args(argv)
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--save needs all tables of a quick or full run")
     if args.threads:
         torch.set_num_threads(args.threads)
-    clock, env = begin(device, args.cpu_time)
+    clock, env = begin(device, args.cpu_time, keep=not args.plain_malloc)
     for part in parts:
         (args.out / f"{part}.json").unlink(missing_ok=True)  # of an earlier run, should this one fail before it writes its own
     for part, run in (("ops", lambda: ops.run(env, size, args.out, rounds, clock, args.only)),

@@ -45,8 +45,10 @@ class Change:
 
 
 def device_kind(env: dict) -> str:
-    """What must be equal for times to be comparable: the GPU, or the CPU model and the number of threads."""
-    return env["device"] if env["kind"] == "cuda" else f"{env['device']}, {env['threads']} threads"
+    """What must be equal for times to be comparable: the GPU, or the CPU model, the number of threads, and whose freed memory is."""
+    if env["kind"] == "cuda":
+        return env["device"]
+    return f"{env['device']}, {env['threads']} threads" + (", plain malloc" if env.get("freed memory") == "returned" else "")
 
 
 def ratios(result: dict) -> Iterator[tuple[tuple[str, str, str], dict[str, float], bool]]:

@@ -175,9 +175,9 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def begin(device: str, cpu_time: bool = False) -> tuple[Callable[[], float], dict]:
-    """For a command: let the process keep freed memory, all rows alike; its clock and its environment."""
-    kept = keep_freed_memory()
+def begin(device: str, cpu_time: bool = False, keep: bool = True) -> tuple[Callable[[], float], dict]:
+    """For a command: with `keep`, let the process keep freed memory, all rows alike; its clock and its environment."""
+    kept = keep and keep_freed_memory()
     return make_clock(device, cpu_time), environment(device, cpu_time) | {"freed memory": "kept" if kept else "returned"}
 
 
