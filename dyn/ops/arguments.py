@@ -9,7 +9,8 @@ import logging
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -18,6 +19,13 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if device == "meta" or not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:  # meta has no autocast state
         return tensors
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+
+
+def unobserved(*tensors: Tensor) -> bool:
+    """Whether nobody needs to see a call on CPU as one operation: no autograd, compilation, tracing, mode or subclass of tensors. Its computation may then run
+    without the custom operation around it, whose dispatch takes as long as the computation of a few tokens."""
+    return (not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None and all(t.is_cpu and type(t) in (Tensor, nn.Parameter) for t in tensors)
+            and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)))
 
 
 def given(tensors: Mapping[str, Tensor]) -> str:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyn.ops import triton_experts, triton_launch
-from dyn.ops.arguments import autocast, check_routed, given, pick, refuse_negative
+from dyn.ops.arguments import autocast, check_routed, given, pick, refuse_negative, unobserved
 from dyn.ops.linear import routed_linear as routed_linear
 from dyn.ops.rows import arrange, clear_skipped, gather_sum, outer_products, places, products, row_weights, rows_needed, scratch, segments, usable
 
@@ -94,11 +94,29 @@ def _eager(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor,
 def _torch(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, recompute: bool) -> Tensor:
     differentiable = (x_TD, gate_up_E2FD, down_EDF, weight_TK)
     keep = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
-    return _forward(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, keep)[0]
+    if not unobserved(*differentiable):
+        return _forward(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, keep)[0]
+    if len(x_TD) == 1:
+        return _one_token(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK)
+    return _run(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, keep)[0]
 
 
-@torch.library.custom_op("dyn::experts", mutates_args=())
-def _forward(
+def _one_token(x_1D: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_1K: Tensor, weight_1K: Tensor) -> Tensor:
+    """Decoding at batch 1: there is nothing to sort, and sorting would take as long as the products."""
+    ids = idx_1K[0].tolist()
+    refuse_negative("experts", idx_1K.new_tensor(min(ids)))
+    routed = [(slot, e) for slot, e in enumerate(ids) if e < len(down_EDF)]
+    gate_up_K2F, y_KD = (x_1D.new_zeros(len(ids), size) for size in (gate_up_E2FD.shape[1], x_1D.shape[1]))
+    for slot, e in routed:
+        torch.mm(x_1D, gate_up_E2FD[e].t(), out=gate_up_K2F[slot : slot + 1])
+    gate_KF, up_KF = gate_up_K2F.chunk(2, dim=-1)
+    act_KF = F.silu(gate_KF).mul_(up_KF)
+    for slot, e in routed:
+        torch.mm(act_KF[slot : slot + 1], down_EDF[e].t(), out=y_KD[slot : slot + 1])
+    return weight_1K.to(x_1D.dtype) @ y_KD
+
+
+def _run(
     x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y_TD, the pre-activations [S, 2F] in expert order (no rows unless `keep`), where each expert's rows end [E], and the slot of every row [S]."""
@@ -117,8 +135,7 @@ def _forward(
     return gather_sum(y_SD, slot_S, weight_TK.to(x_TD.dtype)), kept_S2F, ends_E, slot_S
 
 
-@torch.library.custom_op("dyn::experts_backward", mutates_args=())
-def _backward(
+def _run_backward(
     dy_TD: Tensor, x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor,
     kept_S2F: Tensor, ends_E: Tensor, slot_S: Tensor, need_x: bool, need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -162,6 +179,10 @@ def _backward(
     return dx_TD, dgate_up_E2FD, ddown_EDF, dweight_TK.to(weight_TK.dtype)
 
 
+_forward = torch.library.custom_op("dyn::experts", _run, mutates_args=())
+_backward = torch.library.custom_op("dyn::experts_backward", _run_backward, mutates_args=())
+
+
 @_forward.register_fake
 def _(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, keep):
     num_rows = rows_needed(idx_TK, down_EDF.shape[0])
@@ -187,7 +208,9 @@ def _differentiate(ctx, dy_TD, *_):
     if dy_TD is None:  # only the outputs without a gradient were used
         return (None,) * 6
     need_x, need_gate_up, need_down, *_ = ctx.needs_input_grad
-    dx, dgate_up, ddown, dweight = _backward(dy_TD, *ctx.saved_tensors, need_x, need_gate_up or need_down)
+    saved = ctx.saved_tensors  # once: checkpointing computes them again for each look
+    run = _run_backward if unobserved(dy_TD, *saved) else _backward
+    dx, dgate_up, ddown, dweight = run(dy_TD, *saved, need_x, need_gate_up or need_down)
     grads = (dx, dgate_up, ddown, None, dweight, None)
     return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyn.ops.arguments import autocast, check_devices, check_routed, given, pick, refuse_negative
+from dyn.ops.arguments import autocast, check_devices, check_routed, given, pick, refuse_negative, unobserved
 from dyn.ops.rows import arrange, clear_skipped, gather_sum, outer_products, places, products, row_weights, rows_needed, scratch, segments, usable
 
 _log = logging.getLogger(__name__)
@@ -153,14 +153,14 @@ def _eager(x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor, 
 
 
 def _torch(x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor, bias_EO: Tensor | None) -> Tensor:
-    y_TO = _forward(x_TI, weight_EOI, idx_TK, weight_TK)[0]
+    run = _run if unobserved(x_TI, weight_EOI, weight_TK) else _forward
+    y_TO = run(x_TI, weight_EOI, idx_TK, weight_TK)[0]
     if bias_EO is None:
         return y_TO
     return y_TO + score_matrix(idx_TK, weight_TK, bias_EO.shape[0]).to(x_TI.dtype) @ bias_EO
 
 
-@torch.library.custom_op("dyn::routed_linear", mutates_args=())
-def _forward(x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _run(x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y_TO without bias, where each expert's rows end [E], and the slot of every row [S]."""
     ends_E, slot_S = arrange("routed_linear", idx_TK, weight_EOI)
     ends = usable(ends_E, slot_S, weight_EOI)
@@ -172,8 +172,7 @@ def _forward(x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor
     return gather_sum(y_SO, slot_S, weight_TK.to(x_TI.dtype)), ends_E, slot_S
 
 
-@torch.library.custom_op("dyn::routed_linear_backward", mutates_args=())
-def _backward(
+def _run_backward(
     dy_TO: Tensor, x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor, ends_E: Tensor, slot_S: Tensor, need_x: bool,
     need_weight: bool, need_scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,6 +200,10 @@ def _backward(
     return dx_TI, dweight_EOI, dweight_TK.to(weight_TK.dtype)
 
 
+_forward = torch.library.custom_op("dyn::routed_linear", _run, mutates_args=())
+_backward = torch.library.custom_op("dyn::routed_linear_backward", _run_backward, mutates_args=())
+
+
 @_forward.register_fake
 def _(x_TI, weight_EOI, idx_TK, weight_TK):
     slot_S = idx_TK.new_empty(rows_needed(idx_TK, weight_EOI.shape[0]), dtype=torch.int64)
@@ -222,7 +225,9 @@ def _differentiate(ctx, dy_TO, *_):
     if dy_TO is None:
         return (None,) * 4
     need_x, need_weight, _, need_scores = ctx.needs_input_grad
-    dx, dweight, dscores = _backward(dy_TO, *ctx.saved_tensors, need_x, need_weight, need_scores)
+    saved = ctx.saved_tensors  # once: checkpointing computes them again for each look
+    run = _run_backward if unobserved(dy_TO, *saved) else _backward
+    dx, dweight, dscores = run(dy_TO, *saved, need_x, need_weight, need_scores)
     return dx if need_x else None, dweight if need_weight else None, None, dscores if need_scores else None
 
 

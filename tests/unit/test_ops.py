@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dyn.ops import experts as experts_module
@@ -229,6 +230,42 @@ def test_inference_keeps_nothing():
     assert not y.requires_grad and y.grad_fn is None
     with torch.inference_mode():
         experts(*problem())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("K", [1, 3])
+def test_one_token_without_gradients(dtype, K):
+    for ids in (None, 9, [7] * K):  # inside, some and all beyond the experts
+        args = problem(T=1, K=K, dtype=dtype, ids=ids if isinstance(ids, int) else None)
+        if isinstance(ids, list):
+            args[3] = torch.tensor([ids])
+        with torch.no_grad():
+            y = experts(*args, backend="torch")
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(y, experts(*args, backend="eager").detach(), rtol=tolerance, atol=tolerance)
+    with torch.no_grad(), pytest.raises(ValueError, match="idx holds -1"):
+        experts(*args[:3], torch.full((1, K), -1), args[4], backend="torch")
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("T", [1, 10])
+def test_who_watches_sees_one_operation(T):
+    args = problem(T=T)
+    with torch.no_grad():
+        alone = experts(*args, backend="torch")
+        with Seen() as seen:
+            watched = experts(*args, backend="torch")
+    assert any("dyn.experts" in op for op in seen.ops)
+    torch.testing.assert_close(watched, alone)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (4,), (1, 2), (0, 4)])
