@@ -20,7 +20,7 @@ help:   ## this list
 setup: $(STAMP)   ## make .venv and install what the lock files pin (nothing to do when they did not change)
 
 $(STAMP): requirements.lock models.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "python 3.11, 3.12 or 3.13 is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { echo "python 3.11 to 3.14 is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python && { test -x $(BIN)/uv || $(BIN)/python -m pip --version > /dev/null 2>&1; } || { rm -rf .venv; $(PYTHON) -m venv .venv; } || { rm -rf .venv; echo "python's venv module is needed (on Debian: apt install python3-venv)"; exit 1; }
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@echo "installing the pinned packages into .venv (some GB the first time)"

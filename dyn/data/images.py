@@ -5,6 +5,7 @@ B images a batch, N in all, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -323,8 +324,7 @@ def _class_folders(folder: Path, source: ImageSource) -> tuple[dict[str, FileIma
         if not files:
             raise ValueError(f"{folder / name}: no images ({', '.join(sorted(_PICTURES))}) in its class folders")
         paths = [file for file, _ in files]
-        splits[split] = FileImages(lambda i, paths=paths: paths[i].read_bytes(), lambda i, paths=paths: str(paths[i]), torch.tensor([i for _, i in files]),
-                                   *transforms)
+        splits[split] = FileImages(functools.partial(_bytes_of, paths), functools.partial(_name_of, paths), torch.tensor([i for _, i in files]), *transforms)
     return splits, classes, f"the image folder {folder.name}"
 
 
@@ -345,11 +345,26 @@ def _hub(source: ImageSource) -> tuple[dict[str, FileImages], list[str], str]:
     transforms, splits = _transforms(source), {}
     for split, name in (("train", "train"), ("validation", held)):
         rows = found[name].select_columns(pictures).cast_column(pictures[0], Image(decode=False))
-        splits[split] = FileImages(_Encoded(rows, pictures[0]), lambda i, name=name: f"path={source.path!r}, {name}, row {i}",
+        splits[split] = FileImages(_Encoded(rows, pictures[0]), functools.partial(_row_name, f"path={source.path!r}, {name}"),
                                    torch.tensor(found[name][column][:], dtype=torch.int64), *transforms)
     kind = "a local copy of " if Path(resolve(source.path)).is_dir() and not Path(source.path).is_dir() else ""
     name = Path(source.path).name if Path(source.path).is_dir() else source.path
     return splits, list(features[column].names), f"{kind}{name}"
+
+
+# Not lambdas: where loader workers are not forked they get their data set pickled.
+
+
+def _bytes_of(paths: list[Path], i: int) -> bytes:
+    return paths[i].read_bytes()
+
+
+def _name_of(paths: list[Path], i: int) -> str:
+    return str(paths[i])
+
+
+def _row_name(where: str, i: int) -> str:
+    return f"{where}, row {i}"
 
 
 @dataclass

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -274,9 +275,10 @@ def _prepared(data: Examples, plan: Sequence[tuple[np.ndarray, Draw | None]], wo
             batch = _prepare(data, plan[place])
             yield {name: tensor.pin_memory() for name, tensor in batch.items()} if pinned else batch
         return
-    # Its own generator: a DataLoader would otherwise draw the workers' seed from the training's random stream.
+    # Its own generator: a DataLoader would otherwise draw the workers' seed from the training's random stream. Forked, as Python 3.14 no longer does by itself:
+    # workers come anew every epoch, and would import everything again.
     for batch in DataLoader(_Prepared(data, plan), batch_size=None, shuffle=False, num_workers=workers, pin_memory=pinned,
-                            generator=torch.Generator().manual_seed(seed)):
+                            generator=torch.Generator().manual_seed(seed), multiprocessing_context="fork" if sys.platform == "linux" else None):
         if isinstance(batch, ValueError):
             raise batch
         yield batch
