@@ -94,6 +94,7 @@ def once(folder: Path, make: Callable[[Path], None], rank: int) -> None:
         try:
             make(part)
         except BaseException:
+            shutil.rmtree(part, ignore_errors=True)  # first, as the disk may be full
             failed.touch()
             raise
         part.replace(folder)

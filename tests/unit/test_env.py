@@ -1,4 +1,4 @@
-"""What a command says to its process."""
+"""What a command says to its process, and what it makes once."""
 
 import os
 import platform
@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+
+from dyn import env
 
 FAULTS = """
 import ctypes, resource
@@ -28,3 +30,22 @@ def test_freed_memory_is_kept_unless_the_user_has_settings(theirs):
     environ = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_TUNABLES"))} | theirs
     done, first, again = subprocess.run([sys.executable, "-c", FAULTS], env=environ, capture_output=True, text=True, check=True).stdout.split()
     assert done == str(not theirs) and (int(again) < int(first) / 4) == (not theirs)  # pages that are there already are not faulted in again
+
+
+def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "made"
+
+    def full(part):
+        part.mkdir()
+        (part / "half").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        env.once(folder, full, rank=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["made.failed"], "nothing half-made stays"
+    with pytest.raises(RuntimeError, match="rank 0 could not make made"):
+        env.once(folder, full, rank=1)
+    env.once(folder, lambda part: part.mkdir(), rank=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    env.once(folder, full, rank=0)  # it is there
+    env.once(folder, full, rank=1)
