@@ -24,8 +24,9 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def unobserved(*tensors: Tensor) -> bool:
     """Whether nobody needs to see a call on CPU as one operation: no autograd, compilation, tracing, mode or subclass of tensors. Its computation may then run
     without the custom operation around it, whose dispatch takes as long as the computation of a few tokens."""
-    return (not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None and all(t.is_cpu and type(t) in (Tensor, nn.Parameter) for t in tensors)
-            and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)))
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
+                or any(not t.is_cpu or type(t) not in (Tensor, nn.Parameter) for t in tensors)
+                or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)))
 
 
 def given(tensors: Mapping[str, Tensor]) -> str:

@@ -264,7 +264,8 @@ def test_who_watches_sees_one_operation(T):
         alone = experts(*args, backend="torch")
         with Seen() as seen:
             watched = experts(*args, backend="torch")
-    assert any("dyn.experts" in op for op in seen.ops)
+        traced = torch.jit.trace(lambda *args: experts(*args, backend="torch"), tuple(args), check_trace=False)
+    assert any("dyn.experts" in op for op in seen.ops) and "dyn::experts" in str(traced.graph)
     torch.testing.assert_close(watched, alone)
 
 
