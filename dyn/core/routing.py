@@ -116,15 +116,14 @@ def capacity(num_tokens: int, num_experts: int, factor: float) -> int:
     return math.floor(Fraction(str(factor)) * num_tokens / num_experts)
 
 
-def within_capacity(idx_T: Tensor, num_experts: int, capacity: int, mask_T: Tensor | None = None) -> Tensor:
+def within_capacity(idx_T: Tensor, capacity: int, mask_T: Tensor | None = None) -> Tensor:
     """Which tokens their expert has room for, bool [T]: `capacity` of those that chose it, drawn by chance from torch's global generator; tokens that do not
     count (`mask_T`) come last."""
     draw_T = torch.rand(len(idx_T), device=idx_T.device)
     order_T = (draw_T if mask_T is None else draw_T + ~_mask(mask_T, draw_T)[:, 0]).argsort()
-    order_T = order_T[idx_T[order_T].argsort(stable=True)]  # by expert, and in the drawn order inside each
-    load_E = torch.zeros(num_experts, dtype=torch.int64, device=idx_T.device).scatter_add(0, idx_T, torch.ones_like(idx_T))
-    place_T = torch.arange(len(idx_T), device=idx_T.device) - (load_E.cumsum(0) - load_E)[idx_T[order_T]]
-    return torch.empty_like(idx_T, dtype=torch.bool).scatter(0, order_T, place_T < capacity)
+    sorted_T, by_expert_T = idx_T[order_T].sort(stable=True)  # in the drawn order inside each expert
+    place_T = torch.arange(len(idx_T), device=idx_T.device) - torch.searchsorted(sorted_T, sorted_T)
+    return torch.empty_like(idx_T, dtype=torch.bool).scatter(0, order_T[by_expert_T], place_T < capacity)
 
 
 def _float(t: Tensor) -> Tensor:

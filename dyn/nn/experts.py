@@ -176,7 +176,7 @@ class Gate(nn.Module):
         choice = self.choose(x_TD)
         if self.capacity_factor is not None and self.training:
             most = routing.capacity(len(x_TD), self.num_experts, self.capacity_factor)
-            kept_T = routing.within_capacity(choice.idx_TK[:, 0], self.num_experts, most, mask_T)
+            kept_T = routing.within_capacity(choice.idx_TK[:, 0], most, mask_T)
             choice = choice._replace(weight_TK=torch.where(kept_T[:, None], choice.weight_TK, 0))
         return self.statistics(choice, mask_T) if stats else Routing(choice.idx_TK, choice.weight_TK, choice.clean_TE)
 

@@ -162,7 +162,7 @@ def test_fact_23_switch_capacity(E, most):
     assert routing.capacity(T, E, 1.25) == most
     g = torch.Generator().manual_seed(0)
     chosen = torch.cat([torch.zeros(most + 7, dtype=torch.int64), torch.randint(1, E, (T - most - 7,), generator=g)])
-    kept = routing.within_capacity(chosen, E, most)
+    kept = routing.within_capacity(chosen, most)
     assert torch.equal(torch.bincount(chosen[kept], minlength=E), torch.bincount(chosen, minlength=E).clamp(max=most)) and not kept.all()
 
 

@@ -129,8 +129,8 @@ def test_cv_squared_of_an_equal_share(E, used, share):
 def test_capacity_is_filled_and_never_passed_and_padding_comes_last(T, E, most, seed):
     g = torch.Generator().manual_seed(seed)
     chosen, mask = torch.randint(0, E, (T,), generator=g), torch.rand(T, generator=g) < 0.5
-    kept = routing.within_capacity(chosen, E, most, mask)
+    kept = routing.within_capacity(chosen, most, mask)
     load, real = torch.bincount(chosen, minlength=E), torch.bincount(chosen[mask], minlength=E)
     assert torch.equal(torch.bincount(chosen[kept], minlength=E), load.clamp(max=most))
     assert torch.equal(torch.bincount(chosen[kept & mask], minlength=E), real.clamp(max=most))
-    assert torch.equal(routing.within_capacity(chosen, E, T), torch.ones(T, dtype=torch.bool))
+    assert torch.equal(routing.within_capacity(chosen, T), torch.ones(T, dtype=torch.bool))
