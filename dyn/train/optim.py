@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
+from dyn.nn.experts import Gate
 from dyn.nn.masked import flat_matrices
 
 
@@ -18,6 +19,7 @@ class OptimConfig:
     """The paper's recipe (section 4.4)."""
 
     lr: float = 2e-4  # peak
+    gate_lr: float | None = None  # of gates, peak; None: lr, 0: they stay. Not in the paper: fitted gates are small, and lr would rewrite them
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices
@@ -26,10 +28,10 @@ class OptimConfig:
     clip: float = 1.0  # global gradient norm; 0: no clipping
 
     def __post_init__(self) -> None:
-        for name, low, high in (("lr", 0, math.inf), ("eps", 0, math.inf), ("weight_decay", 0, math.inf), ("warmup_steps", 0, math.inf),
-                                ("floor", 0, 1), ("clip", 0, math.inf)):
+        for name, low, high in (("lr", 0, math.inf), ("gate_lr", 0, math.inf), ("eps", 0, math.inf), ("weight_decay", 0, math.inf),
+                                ("warmup_steps", 0, math.inf), ("floor", 0, 1), ("clip", 0, math.inf)):
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise ValueError(f"optim.{name}={value} must lie in [{low}, {high}]")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
@@ -99,9 +101,7 @@ def recipe_optimizer(module: nn.Module, cfg: RecipeConfig, head: nn.Module | Non
     if not groups:
         raise ValueError(f"{type(module).__name__} has no parameter with requires_grad: everything is frozen")
     if cfg.head_lr is not None:
-        last = {id(p) for p in head.parameters()}
-        split = [({**g, "params": [p for p in g["params"] if (id(p) in last) is here]}, here) for g in groups for here in (False, True)]
-        groups = [{**g, "lr": cfg.head_lr if here else cfg.lr} for g, here in split if g["params"]]
+        groups = _with_rate(groups, head.parameters(), cfg.head_lr)
     fused = _fusable(groups) or None
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused)
@@ -123,6 +123,13 @@ def param_groups(module: nn.Module, weight_decay: float, decay_all: bool = False
     return [group for group in groups if group["params"]]
 
 
+def _with_rate(groups: list[dict], parameters: Iterable[nn.Parameter], lr: float) -> list[dict]:
+    """Groups split so that `parameters` have their own learning rate."""
+    own = {id(p) for p in parameters}
+    split = [({**g, "params": [p for p in g["params"] if (id(p) in own) is here]}, here) for g in groups for here in (False, True)]
+    return [{**g, "lr": lr} if here else g for g, here in split if g["params"]]
+
+
 def cosine_clipped(step: int, total: int, warmup: int, floor: float = 0.1) -> float:
     """Multiplier of the peak learning rate for optimiser step `step` (from 0): linear warm-up, then max(floor, (1 + cos(pi p)) / 2) with p from 0 to 1.
 
@@ -135,7 +142,7 @@ def cosine_clipped(step: int, total: int, warmup: int, floor: float = 0.1) -> fl
 
 
 def make_optimizer(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; fused where torch has such a kernel for them (floating point on CPU, CUDA, XPU, MPS).
+    """AdamW over the trained parameters, those of gates at their own rate where it is set; fused where torch has such a kernel for them (floating point on CPU, CUDA, XPU, MPS).
 
     Raises:
         ValueError: nothing is left to train.
@@ -143,6 +150,8 @@ def make_optimizer(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
     groups = param_groups(module, cfg.weight_decay)
     if not groups:
         raise ValueError(f"{type(module).__name__} has no parameter with requires_grad: everything is frozen")
+    if cfg.gate_lr is not None:
+        groups = _with_rate(groups, (p for m in module.modules() if isinstance(m, Gate) for p in m.parameters()), cfg.gate_lr)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=_fusable(groups) or None)
 
 
