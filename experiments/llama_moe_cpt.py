@@ -29,6 +29,7 @@ class ModelConfig:
     num_shared_experts: int | None = None
     moe_intermediate_size: int | None = None
     overlap: bool = False
+    features: Literal["up", "gate"] = "up"  # rows that kmeans clusters (section 1.3)
     gate: str = "mlp"  # section 2.1: a name of dyn.nn.experts.GATES
     gate_noise: bool = True  # section 2.2
     capacity_factor: float | None = None  # of top-1 gates, in training (section 2.5)
@@ -102,6 +103,8 @@ class Config:
         if not self.model.attention_dropout < 1 or not self.model.reinit <= 1 or (self.model.reinit and self.model.construction != "copy"):
             raise ValueError(f"model.attention_dropout={self.model.attention_dropout} must lie in [0, 1); model.reinit={self.model.reinit} in [0, 1], and is 0 "
                              f"unless model.construction=copy, got {self.model.construction}")
+        if self.model.features != "up" and self.model.construction != "kmeans":
+            raise ValueError(f"model.features={self.model.features} is for model.construction=kmeans, got {self.model.construction}")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes={self.minutes} must be above 0, or null for no limit")
         if self.steps() < 1:
@@ -128,8 +131,8 @@ class Config:
 def row(name: str, **changes: Any) -> dict[str, Any]:
     """A sweep row: the paper's network with `changes`, whatever the profile has; `model__gate=...` means the key model.gate."""
     model = ModelConfig()
-    kept = ("kind", "start", "train", "num_experts", "num_experts_per_tok", "construction", "moe_intermediate_size", "overlap", "gate", "gate_noise",
-            "capacity_factor", "balance", "balance_weight", "z_loss_weight", "score_scale", "reinit")
+    kept = ("kind", "start", "train", "num_experts", "num_experts_per_tok", "construction", "moe_intermediate_size", "overlap", "features", "gate",
+            "gate_noise", "capacity_factor", "balance", "balance_weight", "z_loss_weight", "score_scale", "reinit")
     base = {f"model.{key}": getattr(model, key) for key in kept} | {"model.num_shared_experts": None, "dense_control": False}
     return {"row": name} | base | {key.replace("__", "."): value for key, value in changes.items()}
 
@@ -159,7 +162,7 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
                      row("sharing_inter, 14 + 2", model__construction="sharing_inter", model__num_experts=14, model__num_shared_experts=2,
                          model__num_experts_per_tok=2),
                      row("copy, half re-drawn", model__construction="copy", model__num_experts=4, model__num_experts_per_tok=1, model__reinit=0.5,
-                         model__score_scale=1.0)],
+                         model__score_scale=1.0), row("kmeans, gate rows", model__construction="kmeans", model__features="gate")],
     "sampling": [row("static Sheared-LLaMA", data__weights="sheared_llama", data__dynamic="none"),
                  row("static LLaMA", data__weights="llama"), row("static uniform", data__weights="uniform"),  # section 4.2
                  row("dynamic from LLaMA", data__weights="llama", data__dynamic="a"), row("dynamic from uniform", data__weights="uniform", data__dynamic="a"),

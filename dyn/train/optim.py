@@ -142,7 +142,7 @@ def cosine_clipped(step: int, total: int, warmup: int, floor: float = 0.1) -> fl
 
 
 def make_optimizer(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters, those of gates at their own rate where it is set; fused where torch has such a kernel for them (floating point on CPU, CUDA, XPU, MPS).
+    """AdamW over the trained parameters, gates at `gate_lr`; fused where torch has such a kernel for them (floating point on CPU, CUDA, XPU, MPS).
 
     Raises:
         ValueError: nothing is left to train.

@@ -275,8 +275,8 @@ def _convert(cfg: Any, source: Any, batches: list[Tensor] | None) -> nn.Module:
     moe = from_dense(
         source, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok, construction=model.construction, overlap=model.overlap,
         num_shared_experts=model.num_shared_experts, moe_intermediate_size=model.moe_intermediate_size, gate=model.gate, gate_noise=model.gate_noise,
-        capacity_factor=model.capacity_factor, balance=model.balance, score_scale=model.score_scale, reinit=model.reinit, batches=batches,
-        seed=cfg.seed).float().cpu()
+        capacity_factor=model.capacity_factor, balance=model.balance, score_scale=model.score_scale, reinit=model.reinit, features=model.features,
+        batches=batches, seed=cfg.seed).float().cpu()
     moe.config.balance_weight, moe.config.z_loss_weight, moe.config.attention_dropout = model.balance_weight, model.z_loss_weight, model.attention_dropout
     return moe
 
