@@ -67,3 +67,10 @@ def draw_calibration(tokens: Mapping[str, Tokens], weights: Mapping[str, float],
     batches = [batch["input_ids"] for batch in drawn]
     batches[-1] = batches[-1][: sequences - batch_size * (len(batches) - 1)]
     return batches
+
+
+def gate_lr(cfg: Any, kind: str) -> float | None:
+    """`optim.gate_lr` of a training. Where it is not set, gates that `calibrated` fitted have a hundredth of the peak rate: their weights are so small that a
+    few dozen steps at the rate itself rewrite them (docs/llama_moe.md)."""
+    fitted = kind == "moe" and cfg.model.construction == "calibrated" and cfg.model.start == "pretrained" and cfg.model.train == "all"
+    return 0.01 * cfg.optim.lr if fitted and cfg.optim.gate_lr is None else cfg.optim.gate_lr

@@ -32,7 +32,7 @@ from dyn.models.llama_moe_convert import check_weights, fresh, load_dense, read_
 from dyn.models.packaged import PACKAGED, cache_folder, dense_config, packaged
 from dyn.nn.experts import Gate
 from dyn.nn.surgery import count_parameters, flops_per_token, train_only
-from dyn.train.calibration import check_amount, draw_calibration, reads_text
+from dyn.train.calibration import check_amount, draw_calibration, gate_lr, reads_text
 from dyn.train.callbacks import ExpertLoad, Remix, Throughput
 from dyn.train.distill import parent_hash, taught
 from dyn.train.evaluate import domain_distances, overlaps, perplexity, sample
@@ -183,7 +183,7 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
     counts, flops = count_parameters(net), flops_per_token(net, cfg.data.block_size)
     before = _samples(cfg, net, tokenizer) if kind != "dense" or cfg.model.start == "scratch" else dense["samples"]
     config = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_first=True, val_every=min(cfg.val_every(), math.ceil(steps / 2)))
-    optim = dataclasses.replace(cfg.optim, warmup_steps=min(cfg.optim.warmup_steps, steps // 4))
+    optim = dataclasses.replace(cfg.optim, warmup_steps=min(cfg.optim.warmup_steps, steps // 4), gate_lr=gate_lr(cfg, kind))
     load = ExpertLoad()
     mixing = [Remix(loader, dense["losses"], rule=cfg.data.dynamic, anchor=corpus.weights if cfg.data.anchored else None)] if cfg.data.dynamic != "none" else []
     task = CausalLM(net, optim, list(corpus.validation), config, distill)

@@ -15,6 +15,7 @@ from dyn.data import tokens
 from dyn.data.tiny import tiny_corpus, tiny_documents, tiny_tokenizer
 from dyn.models.llama_moe_convert import load_dense
 from dyn.train import convert, pretrain
+from dyn.train.calibration import gate_lr
 from dyn.train.plan import plan_pretraining
 
 ROOT = Path(__file__).parents[2]
@@ -257,6 +258,16 @@ def test_gates_that_cannot_be_trained_alone(words, what):
     config.load(EXPERIMENT.Config, "llama_moe_cpt", "smoke", words, root=ROOT)
     with pytest.raises(ValueError, match=f"model.train=gates has nothing to train: model.{what} has no gate with parameters"):
         config.load(EXPERIMENT.Config, "llama_moe_cpt", "smoke", [*words, "model.train=gates"], root=ROOT)
+
+
+@pytest.mark.parametrize(("words", "kind", "rate"), [
+    (["model.construction=calibrated"], "moe", 3e-6), (["model.construction=calibrated", "optim.gate_lr=0"], "moe", 0.0),
+    (["model.construction=calibrated", "optim.gate_lr=1e-4"], "moe", 1e-4), (["model.construction=calibrated", "model.train=gates"], "moe", None),
+    (["model.construction=calibrated", "model.start=scratch"], "moe", None), (["model.construction=calibrated"], "dense", None),
+    (["model.construction=random"], "moe", None)])
+def test_fitted_gates_train_slowly_beside_everything_else(words, kind, rate):
+    cfg = config.load(EXPERIMENT.Config, "llama_moe_cpt", "smoke", ["optim.lr=3e-4", *words], root=ROOT)
+    assert gate_lr(cfg, kind) == pytest.approx(rate)
 
 
 def test_a_plan_counts_what_is_trained():
