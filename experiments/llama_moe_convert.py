@@ -158,6 +158,8 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "distilled": [fitted(name, active, ", budgets, distilled", model__budgets=True, model__align_passes=2, dtype="float32", seed=seed)
                   for active in ("3/4", "1/2") for name in ("calibrated", "prune") for seed in (0, 1, 2)],
     "unseen": [fitted(name, "1/2", ", docs unseen", leave_out="docs", control="prune, 1/2, docs unseen") for name in ("calibrated", "prune")],
+    "finer": [row(f"calibrated, 1/2, {n} groups at most", model__construction="calibrated", model__num_experts=n, model__num_experts_per_tok=n // 2,
+                  control="prune, 1/2") for n in (64, 96)],
     "hub": [fitted(name, "1/2", f", {label}", model__source=source, control=f"prune, 1/2, {label}", **FIELD)
             for source, label in HUB.items() for name in ("calibrated", "prune")],
 }

@@ -70,7 +70,8 @@ def draw_calibration(tokens: Mapping[str, Tokens], weights: Mapping[str, float],
 
 
 def gate_lr(cfg: Any, kind: str) -> float | None:
-    """`optim.gate_lr` of a training. Where it is not set, gates that `calibrated` fitted have a hundredth of the peak rate: their weights are so small that a
-    few dozen steps at the rate itself rewrite them (docs/llama_moe.md)."""
-    fitted = kind == "moe" and cfg.model.construction == "calibrated" and cfg.model.start == "pretrained" and cfg.model.train == "all"
+    """`optim.gate_lr` of a training. Where it is not set, gates that were fitted to activations have a hundredth of the peak rate: their weights are so small
+    that a few dozen steps at the rate itself rewrite them (docs/llama_moe.md)."""
+    model = cfg.model
+    fitted = kind == "moe" and METHODS[model.construction].needs == "activations" and model.start == "pretrained" and model.train == "all"
     return 0.01 * cfg.optim.lr if fitted and cfg.optim.gate_lr is None else cfg.optim.gate_lr

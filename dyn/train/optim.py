@@ -19,7 +19,7 @@ class OptimConfig:
     """The paper's recipe (section 4.4)."""
 
     lr: float = 2e-4  # peak
-    gate_lr: float | None = None  # of gates, peak; 0: they stay; None: lr, and where `dyn.train.pretrain` trains a calibrated mixture a hundredth of it
+    gate_lr: float | None = None  # of gates, peak; 0: they stay; None: lr, and a hundredth of it where `dyn.train.pretrain` trains fitted gates
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices

@@ -37,14 +37,15 @@ from dyn.train.callbacks import ExpertLoad, Remix, Throughput
 from dyn.train.distill import parent_hash, taught
 from dyn.train.evaluate import domain_distances, overlaps, perplexity, sample
 from dyn.train.export import load_net
+from dyn.train.optim import OptimConfig
 from dyn.train.plan import shape
 from dyn.train.speed import seconds_per_micro_batch
 from dyn.train.tasks import CausalLM
 from dyn.train.trainer import check_world, evaluate, find_checkpoint, fit, make_trainer, on_gpu, own_device, world
 
 PAPER_TOKENS = 5_000_000_000  # the shortest of its comparisons (score scales, section 2.3)
-SAME = ("tokens", "minutes", "optim", "model.source", "data.text", "data.bos", "data.weights", "data.dynamic", "data.filters", "data.block_size",
-        "data.batch_size", "data.validation_tokens", "trainer.accumulate", "trainer.precision")  # what a row and its control share
+SAME = ("tokens", "minutes", *(f"optim.{f.name}" for f in dataclasses.fields(OptimConfig) if f.name != "gate_lr"), "model.source", "data.text",
+        "data.bos", "data.weights", "data.dynamic", "data.filters", "data.block_size", "data.batch_size", "data.validation_tokens", "trainer.accumulate", "trainer.precision")  # what a row and its control share
 SHOWN_LAYERS = 4  # of the overlap plot
 MADE = "conversion.json"  # beside a converted model: `_conversion`, the tokens that were read for it, the seconds that it took (weights read, too)
 LONGEST = 2048  # tokens of a calibration sequence
@@ -196,7 +197,7 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
         net = load_net(find_checkpoint(run.folder, name)) if rank == 0 else None
     result = {"before": _first_losses(run, name, corpus), "after": after, "samples_before": before,
               "samples_after": _samples(cfg, net, tokenizer) if rank == 0 else [], "counts": counts, "flops_per_token": flops,
-              "speed": speed, "seconds": time.monotonic() - began, "load": {d: v.tolist() for d, v in load.loads.items()}}
+              "gate_lr": optim.gate_lr, "speed": speed, "seconds": time.monotonic() - began, "load": {d: v.tolist() for d, v in load.loads.items()}}
     if kind != "dense" and rank == 0:
         if (made := run.folder / "converted" / MADE).is_file():
             result["conversion"] = json.loads(made.read_text())
@@ -391,7 +392,8 @@ def _numbers(cfg: Any, run: Any, before: dict, result: dict, control: dict | Non
                   "controls": [] if control or cfg.model.kind == "dense" else ["dense, same tokens"], "same": list(SAME),
                   "not_tested": [] if metrics["train/tokens"] >= PAPER_TOKENS else [
                       f"the paper's findings are not tested at this scale: {metrics['train/tokens']:,} training tokens, its shortest comparison has 5 billion"],
-                  "about": [f"MFU counts activated parameters against the {speed['peak_flops_from']}"]}
+                  "about": [f"MFU counts activated parameters against the {speed['peak_flops_from']}",
+                            *([f"gates trained at a peak rate of {rate:g}"] if (rate := result.get("gate_lr")) is not None else [])]}
     if result.get("export"):
         run.log(f"exported to {run.folder / result['export']} (import dyn.models; AutoModelForCausalLM.from_pretrained)")
     return metrics

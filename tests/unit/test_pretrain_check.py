@@ -261,7 +261,8 @@ def test_gates_that_cannot_be_trained_alone(words, what):
 
 
 @pytest.mark.parametrize(("words", "kind", "rate"), [
-    (["model.construction=calibrated"], "moe", 3e-6), (["model.construction=calibrated", "optim.gate_lr=0"], "moe", 0.0),
+    (["model.construction=calibrated"], "moe", 3e-6), (["model.construction=cmoe"], "moe", 3e-6),
+    (["model.construction=calibrated", "optim.gate_lr=0"], "moe", 0.0),
     (["model.construction=calibrated", "optim.gate_lr=1e-4"], "moe", 1e-4), (["model.construction=calibrated", "model.train=gates"], "moe", None),
     (["model.construction=calibrated", "model.start=scratch"], "moe", None), (["model.construction=calibrated"], "dense", None),
     (["model.construction=random"], "moe", None)])
