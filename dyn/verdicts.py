@@ -16,6 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+ASIDE = {"timing_rounds", "diagnose", "diagnose_tokens", "export"}  # keys of a config that change no result
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 97.5 %, 1, 2, ... degrees of freedom; the last, too large, for more
 
 
@@ -51,14 +52,15 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def groups(results: Iterable[tuple[Path, dict[str, Any]]]) -> list[Group]:
-    """One group a config without its seed, in the order in which their first runs started; of each config the newest good run."""
+    """One group a config without its seed and what changes no result, in the order in which their first runs started; of each config the newest good run."""
     latest: dict[str, tuple[Path, dict[str, Any]]] = {}
     ordered = sorted(results, key=lambda item: item[1]["started"])
     for path, result in sorted(ordered, key=lambda item: item[1]["status"] == "ok"):
-        latest[json.dumps([result["what"], result["config"]], sort_keys=True)] = (path, result)
+        what, config = result["what"], {key: value for key, value in result["config"].items() if key not in ASIDE}
+        latest[json.dumps([what["row"], what["profile"], config], sort_keys=True)] = (path, result)
     found: dict[str, Group] = {}
     for path, result in sorted(latest.values(), key=lambda item: (item[1]["started"], item[1]["config"].get("seed", 0))):
-        what, config = result["what"], {key: value for key, value in result["config"].items() if key != "seed"}
+        what, config = result["what"], {key: value for key, value in result["config"].items() if key not in {"seed", *ASIDE}}
         key = json.dumps([what["row"], what["profile"], config], sort_keys=True)
         found.setdefault(key, Group(row=what["row"] or what["profile"], profile=what["profile"], results=[])).results.append((path, result))
     return list(found.values())

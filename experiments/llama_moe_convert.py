@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
+from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
 from dyn.data.sources import JoinedText, TextSource
@@ -108,9 +109,10 @@ class Config:
 
     def check(self) -> None:
         """ValueError for settings that cannot be, before anything is loaded."""
-        for name, least in {"calibration_length": 2, "diagnose_tokens": 2, "timing_rounds": 1, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name, least in {"calibration_length": 2, "diagnose_tokens": 2, "timing_rounds": 1, "seed": 0, "data.block_size": 2, "data.batch_size": 1,
+                            "data.validation_tokens": 1}.items():
+            if attrgetter(name)(self) < least:
+                raise ValueError(f"{name}={attrgetter(name)(self)} must be at least {least}")
         if self.calibration_tokens < self.calibration_length:
             raise ValueError(f"calibration_tokens={self.calibration_tokens} are less than one sequence, calibration_length={self.calibration_length}")
         if self.model.align_passes and self.dtype != "float32":
@@ -159,7 +161,7 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
                   for active in ("3/4", "1/2") for name in ("calibrated", "prune") for seed in (0, 1, 2)],
     "unseen": [fitted(name, "1/2", ", docs unseen", leave_out="docs", control="prune, 1/2, docs unseen") for name in ("calibrated", "prune")],
     "finer": [row(f"calibrated, 1/2, {n} groups at most", model__construction="calibrated", model__num_experts=n, model__num_experts_per_tok=n // 2,
-                  control="prune, 1/2") for n in (64, 96)],
+                  control="prune, 1/2") for n in (64, 96)] + [fitted("prune", "1/2")],
     "hub": [fitted(name, "1/2", f", {label}", model__source=source, control=f"prune, 1/2, {label}", **FIELD)
             for source, label in HUB.items() for name in ("calibrated", "prune")],
 }

@@ -105,8 +105,8 @@ class Config:
                              f"unless model.construction=copy, got {self.model.construction}")
         if self.model.features != "up" and self.model.construction != "kmeans":
             raise ValueError(f"model.features={self.model.features} is for model.construction=kmeans, got {self.model.construction}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes={self.minutes} must be above 0, or null for no limit")
+        if (self.minutes is not None and not self.minutes > 0) or not all(self.prompts):
+            raise ValueError(f"minutes={self.minutes} must be above 0, or null for no limit; prompts={self.prompts} have a character at least")
         if self.steps() < 1:
             raise ValueError(f"tokens={self.tokens} is less than one step of {self.tokens_per_step()} tokens")
         if self.model.start == "scratch" and (self.model.score_scale == "measured" or self.model.reinit):
@@ -124,6 +124,8 @@ class Config:
         if self.model.train == "gates" and (self.model.kind != "moe" or self.model.gate in ("uniform", "random")):
             what = f"gate={self.model.gate}" if self.model.kind == "moe" else f"kind={self.model.kind}"
             raise ValueError(f"model.train=gates has nothing to train: model.{what} has no gate with parameters; set model.train=all")
+        if self.model.train == "gates" and self.optim.gate_lr == 0:
+            raise ValueError("model.train=gates has nothing to train at optim.gate_lr=0; leave it null for optim.lr")
         if self.dense_control and self.model.kind == "dense":
             raise ValueError("dense_control=true beside model.kind=dense would train the same model twice")
 

@@ -302,11 +302,12 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, GenerationMixin):
             layer.mlp.gate.update_bias(load_E, self.config.bias_update_rate)
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
-        """As in transformers; beside it the construction's manifest and a model card, where the model has a construction."""
+        """As in transformers; beside it a model card, and the construction's manifest where the model has one."""
         hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private", "revision", "create_pr") if name in kwargs}
         super().save_pretrained(save_directory, **kwargs)
-        if self.construction is not None and kwargs.get("is_main_process", True):
-            self.construction.save(save_directory)
+        if kwargs.get("is_main_process", True):
+            if self.construction is not None:
+                self.construction.save(save_directory)
             write_card(self, save_directory)
         if push_to_hub and kwargs.get("is_main_process", True):
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)

@@ -7,6 +7,7 @@ so that later layers repair what earlier ones broke. T tokens, N neurons, D hidd
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -218,10 +219,15 @@ def _tensor(output: Tensor | tuple) -> Tensor:
 
 
 def _mapped(file: Path, batches: Sequence[Tensor], hidden: int, dtype: torch.dtype) -> list[Tensor]:
-    """A hidden state [B, L, D] for every batch, in a file that is mapped into memory."""
+    """A hidden state [B, L, D] for every batch, in a file that is mapped into memory. OSError where the disk has no room for it."""
     numbers = [b.numel() * hidden for b in batches]
+    size = sum(numbers) * dtype.itemsize
     with file.open("wb") as empty:
-        empty.truncate(sum(numbers) * dtype.itemsize)
+        try:  # not sparse: a page that found no room later would kill the process without a word
+            (os.posix_fallocate(empty.fileno(), 0, size) if hasattr(os, "posix_fallocate") else empty.truncate(size))
+        except OSError as error:
+            raise OSError(error.errno, f"calibration needs {size / 1e9:.2f} GB for hidden states ({error.strerror}); set TMPDIR to a folder with room",
+                          str(file.parent)) from error
     whole = torch.from_file(str(file), shared=True, size=sum(numbers), dtype=dtype)
     return [part.view(*b.shape, hidden) for part, b in zip(whole.split(numbers), batches, strict=True)]
 

@@ -117,7 +117,8 @@ def _text(moe: LlamaMoeForCausalLM, stored: dict, data: str | Mapping[str, objec
         f"Parameters: {total:,} in these files, {active:,} active for a token (gates apart).",
         f"## Source\n\nWeights: {source or 'not recorded'}. Licence of the source: {license or 'not known here'}.",
         f"## Construction\n\n{how}",
-        "## Data\n\n" + (data if isinstance(data, str) else _table(data, "share") if data else "No training after the construction is recorded."),
+        "## Data\n\n" + (data if isinstance(data, str) else _table(data, "share") if data
+                         else f"No training{' after the construction' if made else ''} is recorded."),
         "## Results\n\n" + (_table(results) if results else "None recorded."),
         f"## How to load\n\n{load}",
     ]) + "\n"

@@ -89,6 +89,8 @@ def from_dense(
         raise ValueError(f"reinit={reinit} belongs to construction='copy', got {construction!r}")
     if not 0.0 <= reinit <= 1.0:
         raise ValueError(f"reinit={reinit} must lie in [0, 1]")
+    if features not in ("up", "gate"):
+        raise ValueError(f"features={features!r} is unknown; allowed: up, gate")
     grouped = None if batches is None else list(batches)
     if grouped is None and (method.needs != "nothing" or score_scale == "measured"):
         raise ValueError(f"construction={construction!r} with score_scale={score_scale!r} needs batches: an iterable of token ids [B, L]")
@@ -163,9 +165,12 @@ def load_dense(path: str | Path, **changes) -> PreTrainedModel:
     """A dense decoder from a folder or hub id, in its own dtype, safetensors only; `changes` go into its configuration. ValueError as in `read_config`."""
     read_config(path)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True, **changes)
+        net, info = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True, output_loading_info=True, **changes)
     except (OSError, RuntimeError) as error:  # RuntimeError: weights of other shapes than the configuration says
         raise ValueError(f"{path} is no model that transformers can load: {str(error).splitlines()[0]}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{path} lacks {len(missing)} weights of {type(net).__name__}, {missing[0]} first; they would be random: fetch or save it anew")
+    return net
 
 
 def fresh(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -92,6 +92,9 @@ def check(cfg: Any, source: Any, tokenizer: Any) -> None:
         moe_config(dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
                    num_shared_experts=model.num_shared_experts, score_scale=model.score_scale)
         needs = METHODS[model.construction].needs
+        if model.budgets and needs != "activations":
+            fits = ", ".join(name for name, method in METHODS.items() if method.needs == "activations")
+            raise ValueError(f"model.budgets=true is for model.construction={fits} and model.kind=prune, got {model.construction}")
     sequences = cfg.calibration_tokens // cfg.calibration_length
     if needs == "scores" and sequences < model.num_experts:
         raise ValueError(f"calibration_tokens={cfg.calibration_tokens} are {sequences} sequences of calibration_length={cfg.calibration_length}: too few for a "
@@ -100,6 +103,9 @@ def check(cfg: Any, source: Any, tokenizer: Any) -> None:
         [active] = active_neurons(dense.intermediate_size, model.num_experts, [model.num_experts_per_tok])
         if cfg.calibration_tokens < active:
             raise ValueError(f"calibration_tokens={cfg.calibration_tokens} are fewer than a layer has active neurons, {active}; take ten times more")
+        if model.budgets and (part := budget_sequences(sequences)[0] * cfg.calibration_length) < active:
+            raise ValueError(f"model.budgets=true converts single layers with a sixth of calibration_tokens={cfg.calibration_tokens}, {part} tokens in whole "
+                             f"sequences: fewer than a layer has active neurons, {active}; raise calibration_tokens or lower calibration_length")
 
 
 def calibration_batches(cfg: Any, corpus: Corpus) -> list[Tensor]:
@@ -123,10 +129,15 @@ def budget_text(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """(to convert single layers, to measure them): a sixth and a twenty-fourth of the calibration text's sequences, ids [1, L] each; no others, so that no
     row has seen more text. ValueError for a single sequence."""
     sequences = [row for batch in batches for row in batch.split(1)]
-    if len(sequences) < 2:
+    converts, measured = budget_sequences(len(sequences))
+    return sequences[measured: measured + converts], sequences[:measured]
+
+
+def budget_sequences(total: int) -> tuple[int, int]:
+    """(sequences that convert single layers, sequences that measure them) of `total`. ValueError for a single one."""
+    if total < 2:
         raise ValueError("budgets need two sequences of calibration text, got one; raise calibration_tokens or lower calibration_length")
-    measured = max(1, len(sequences) // 24)
-    return sequences[measured: measured + max(1, len(sequences) // 6)], sequences[:measured]
+    return max(1, total // 6), max(1, total // 24)
 
 
 def windows(text: JoinedText, tokenizer: Any, size: int, batch_size: int) -> list[Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dyn.core.split import overlap_matrix
+from dyn.models.llama_moe import Construction
 
 
 @torch.no_grad()
@@ -55,3 +56,8 @@ def domain_distances(load: Mapping[str, Tensor], layer: int = -1) -> tuple[list[
 def overlaps(groups: Sequence[Tensor]) -> list[list[list[float]]]:
     """Share of common neurons between the experts of every layer (section 1.7's diagnostic); `groups`: a LongTensor [E, F] a layer."""
     return [overlap_matrix(groups_EF).tolist() for groups_EF in groups]
+
+
+def shared_neurons(made: Construction | None) -> list[list[list[float]]] | None:
+    """`overlaps` of a construction whose experts may share neurons; None for others."""
+    return overlaps(made.groups) if made is not None and (made.method == "sharing_inner" or made.details.get("overlap")) else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 import transformers
 
 from dyn.models.llama_moe import Construction, LlamaMoeForCausalLM
+from dyn.models.llama_moe_convert import check_weights
 from dyn.train.checkpoint import find_checkpoint, verify_checkpoint
 
 PAPER_TASKS: dict[str, int] = {
@@ -34,7 +36,12 @@ def load_net(checkpoint: str | Path) -> transformers.PreTrainedModel:
         ValueError: a damaged file, or one without a transformers network.
     """
     path = verify_checkpoint(checkpoint)
-    data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ValueError(f"{path} is no checkpoint of plain tensors: {str(error).splitlines()[0]}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}; allowed are checkpoints of dyn's trainings")
     about = data.get("dyn", {}).get("about", {})
     kind, config = about.get("net", ""), dict(about.get("config", {}))
     net_class = LlamaMoeForCausalLM if kind == LlamaMoeForCausalLM.__name__ else getattr(transformers, kind, None) if kind.endswith("ForCausalLM") else None
@@ -47,6 +54,7 @@ def load_net(checkpoint: str | Path) -> transformers.PreTrainedModel:
     net.load_state_dict(state)
     if data["dyn"]["construction"] is not None:
         net.construction = Construction(**data["dyn"]["construction"])
+        net.construction.details.setdefault("data", f"Trained for {data['global_step']:,} optimiser steps since; on what stands in the run's report.")
     return net.eval()
 
 
@@ -86,7 +94,7 @@ def _of_run(folder: Path, name: str) -> Path:
     if not names:
         raise ValueError(f"{folder} has no checkpoint in {folder / 'checkpoints'}")
     if name not in names and (name or len(names) > 1):
-        raise ValueError(f"{folder} has checkpoints of the trainings {', '.join(map(repr, names))}; name={name!r} is none of them")
+        raise ValueError(f"{folder} has checkpoints of the trainings {', '.join(map(repr, names))}; choose one of them by --name, got {name!r}")
     return find_checkpoint(folder, name if name in names else names[0])
 
 
@@ -145,6 +153,9 @@ def main(words: Sequence[str] | None = None) -> int:
         tasks = PAPER_TASKS if given.tasks == "paper" else dict.fromkeys(given.tasks.split(","), given.shots)
         batch = int(given.batch_size) if given.batch_size.isdigit() else given.batch_size
         try:
+            if given.out and not Path(given.out).resolve().parent.is_dir():
+                raise ValueError(f"--out {given.out}: its folder does not exist")
+            check_weights(given.folder)
             results = run_harness(given.folder, tasks, include_path=given.include_path, limit=given.limit, batch_size=batch, device=given.device)
         except (ValueError, OSError) as error:
             parser.error(str(error))

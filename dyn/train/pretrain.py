@@ -35,7 +35,7 @@ from dyn.nn.surgery import count_parameters, flops_per_token, train_only
 from dyn.train.calibration import check_amount, draw_calibration, gate_lr, reads_text
 from dyn.train.callbacks import ExpertLoad, Remix, Throughput
 from dyn.train.distill import parent_hash, taught
-from dyn.train.evaluate import domain_distances, overlaps, perplexity, sample
+from dyn.train.evaluate import domain_distances, perplexity, sample, shared_neurons
 from dyn.train.export import load_net
 from dyn.train.optim import OptimConfig
 from dyn.train.plan import shape
@@ -45,7 +45,8 @@ from dyn.train.trainer import check_world, evaluate, find_checkpoint, fit, make_
 
 PAPER_TOKENS = 5_000_000_000  # the shortest of its comparisons (score scales, section 2.3)
 SAME = ("tokens", "minutes", *(f"optim.{f.name}" for f in dataclasses.fields(OptimConfig) if f.name != "gate_lr"), "model.source", "data.text",
-        "data.bos", "data.weights", "data.dynamic", "data.filters", "data.block_size", "data.batch_size", "data.validation_tokens", "trainer.accumulate", "trainer.precision")  # what a row and its control share
+        "data.bos", "data.weights", "data.dynamic", "data.filters", "data.block_size", "data.batch_size", "data.validation_tokens",
+        "trainer.accumulate", "trainer.precision")  # what a row and its control share
 SHOWN_LAYERS = 4  # of the overlap plot
 MADE = "conversion.json"  # beside a converted model: `_conversion`, the tokens that were read for it, the seconds that it took (weights read, too)
 LONGEST = 2048  # tokens of a calibration sequence
@@ -189,7 +190,8 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
     mixing = [Remix(loader, dense["losses"], rule=cfg.data.dynamic, anchor=corpus.weights if cfg.data.anchored else None)] if cfg.data.dynamic != "none" else []
     task = CausalLM(net, optim, list(corpus.validation), config, distill)
     trainer = make_trainer(config, run, [load, *mixing], name=name)
-    run.log(f"training {name}: {steps} steps of {cfg.tokens_per_step():,} tokens, {counts['total']:,} parameters, {counts['active']:,} activated")
+    run.log(f"training {name}: {steps} steps of {cfg.tokens_per_step():,} tokens, {counts['total']:,} parameters, {counts['active']:,} activated, "
+            f"{optim.warmup_steps} steps of warm-up")
     began = time.monotonic()
     after = fit(trainer, task, loader, corpus.validation)
     speed = next(c for c in trainer.callbacks if isinstance(c, Throughput)).summary()
@@ -201,7 +203,7 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
     if kind != "dense" and rank == 0:
         if (made := run.folder / "converted" / MADE).is_file():
             result["conversion"] = json.loads(made.read_text())
-        result |= {"overlap": _overlap(net), "export": _export(cfg, run, net, tokenizer, corpus, dense["losses"], after)}
+        result |= {"overlap": shared_neurons(getattr(net, "construction", None)), "export": _export(cfg, run, net, tokenizer, corpus, dense["losses"], after)}
     return result
 
 
@@ -318,11 +320,6 @@ def _first_losses(run: Any, name: str, corpus: Corpus) -> dict[str, float]:
     return {d: rows[0][f"val/{d}/loss"] for d in corpus.validation} if rows else {}
 
 
-def _overlap(net: nn.Module) -> list | None:
-    made = getattr(net, "construction", None)
-    return overlaps(made.groups) if made is not None and (made.method == "sharing_inner" or made.details.get("overlap")) else None
-
-
 def _export(cfg: Any, run: Any, net: nn.Module, tokenizer: Any, corpus: Corpus, dense: dict[str, float], losses: dict[str, float]) -> str:
     """The trained model for `transformers`, with tokenizer and card, written whole or not at all."""
     folder, part = run.folder / "export", run.folder / "export.part"
@@ -364,11 +361,13 @@ def _report(cfg: Any, run: Any, corpus: Corpus, before: dict, result: dict, cont
 
 def _numbers(cfg: Any, run: Any, before: dict, result: dict, control: dict | None, steps: int) -> dict[str, float]:
     mean = lambda losses: math.fsum(losses.values()) / len(losses)  # noqa: E731
-    dense, start, end = mean(before["losses"]), mean(result["before"]), mean(result["after"])
+    dense, end = mean(before["losses"]), mean(result["after"])
+    start = mean(result["before"]) if result["before"] else math.nan  # lost with the metrics file that it was written to
     metrics = {"loss/dense untrained": dense, "loss/before": start, "loss/after": end, "train/steps": steps, "train/tokens": steps * cfg.tokens_per_step()}
+    metrics = {key: value for key, value in metrics.items() if not math.isnan(value)}
     metrics |= {f"val/{d}/loss": v for d, v in result["after"].items()} | {f"val/{d}/ppl": math.exp(v) for d, v in result["after"].items()}
     metrics |= {f"before/{d}/loss": v for d, v in result["before"].items()} | {f"dense untrained/{d}/loss": v for d, v in before["losses"].items()}
-    if start - dense > 0.01:
+    if start - dense > 0.01 and cfg.model.start == "pretrained":
         metrics["gap closed"] = (start - end) / (start - dense)
         run.log(f"conversion cost {start - dense:.3f} nats a token; training won {start - end:.3f} back: "
                 f"{metrics['gap closed']:.0%} of the gap to the untrained dense model")

@@ -87,7 +87,7 @@ def test_export_gives_the_same_network(place, tmp_path):
 
 
 def test_export_refusals(place, tmp_path):
-    with pytest.raises(ValueError, match=r"trainings 'moe'; name='dense' is none of them"):
+    with pytest.raises(ValueError, match=r"trainings 'moe'; choose one of them by --name, got 'dense'"):
         export(place / "run", tmp_path / "x", name="dense")
     with pytest.raises(ValueError, match="neither a run folder nor a checkpoint"):
         export(tmp_path / "nowhere", tmp_path / "x")
@@ -97,6 +97,12 @@ def test_export_refusals(place, tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     with pytest.raises(ValueError, match="holds no causal language model"):
         load_net(tmp_path / "foreign.ckpt")
+    torch.save(torch.zeros(2), tmp_path / "tensor.ckpt")
+    with pytest.raises(ValueError, match="holds a Tensor; allowed are checkpoints"):
+        load_net(tmp_path / "tensor.ckpt")
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "pickled.ckpt")
+    with pytest.raises(ValueError, match="no checkpoint of plain tensors"):
+        load_net(tmp_path / "pickled.ckpt")
     assert not (tmp_path / "x").exists()
 
 
@@ -113,6 +119,9 @@ def test_the_harness_agrees_with_us_in_memory_and_from_the_folder(place, tmp_pat
     with pytest.raises(SystemExit):
         main([*words[:3], "no_such_task", *words[4:]])
     assert "knows no task no_such_task" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words[:-1], str(tmp_path / "nowhere" / "eval.json")])
+    assert "its folder does not exist" in capsys.readouterr().err
 
 
 def test_without_the_extra_one_clear_error(monkeypatch):

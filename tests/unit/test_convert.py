@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dyn.models import llama_moe_convert
@@ -134,6 +135,7 @@ def test_a_folder_is_consumed_when_its_graphs_are_all_in(tmp_path, monkeypatch):
     (dict(gate="best"), "gate='best'"),
     (dict(balance="even"), "balance='even'"),
     (dict(reinit=0.5), "reinit"),
+    (dict(construction="kmeans", features="rows"), "features='rows' is unknown; allowed: up, gate"),
     (dict(construction="copy", reinit=2.0), r"\[0, 1\]"),
 ])
 def test_refusals_name_the_field(changes, words):
@@ -150,6 +152,15 @@ def test_other_families_are_refused_by_the_field(tmp_path):
         from_dense(tiny(hidden_act="gelu"), num_experts=4)
     with pytest.raises(ValueError, match=r"no config\.json"):
         from_dense(tmp_path)
+
+
+def test_a_source_that_lacks_weights_is_refused(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights of LlamaForCausalLM, model\.layers\.1\.mlp\.up_proj\.weight first"):
+        from_dense(tmp_path, num_experts=4, num_experts_per_tok=2)
 
 
 def test_freezing_is_by_identity():

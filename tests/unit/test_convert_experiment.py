@@ -90,6 +90,7 @@ def test_hub_rows_are_the_fields_setting_whatever_the_profile(tmp_path):
     ("model.align_passes=-1", "align_passes=-1 must be at least 0"),
     ("model.budgets=true", "budgets=true needs kind=moe or prune and num_shared_experts=null, got moe and 1"),
     ("timing_rounds=0", "timing_rounds=0 must be at least 1"),
+    ("data.block_size=1", "data.block_size=1 must be at least 2"), ("data.batch_size=0", "must be at least 1"), ("data.validation_tokens=0", "at least 1"),
     ("model.kind=mixture", "nearest: 'moe'"),
     ("calibration_size=3", "there is no key 'calibration_size'"),
 ])
@@ -157,6 +158,10 @@ def test_sizes_are_refused_first(tmp_path):
     for kind in ("model.kind=prune", "model.construction=calibrated"):
         with pytest.raises(ValueError, match="calibration_tokens=35 are fewer than a layer has active neurons, 36"):
             check(tmp_path, kind, *fitted)
+    with pytest.raises(ValueError, match=r"budgets=true .* a sixth of calibration_tokens=100, 32 tokens in whole sequences: .* active neurons, 36"):
+        check(tmp_path, "model.construction=calibrated", *fitted[:-1], "calibration_tokens=100", "model.budgets=true")
+    with pytest.raises(ValueError, match=r"budgets=true is for model\.construction=calibrated, cmoe, expert_weaver and model\.kind=prune, got random"):
+        check(tmp_path, "model.construction=random", *fitted[:-1], "model.budgets=true")
     with pytest.raises(ValueError, match="no whole number"):
         check(tmp_path, "model.kind=prune", *fitted[:2], "model.num_experts=5")
 

@@ -251,6 +251,12 @@ def test_settings_that_would_be_ignored_or_cannot_be(word, instead):
         config.load(EXPERIMENT.Config, "llama_moe_cpt", "smoke", [word], root=ROOT)
 
 
+def test_gates_alone_at_a_rate_of_zero_and_empty_prompts():
+    for words, message in ((["model.train=gates", "optim.gate_lr=0"], "nothing to train at optim.gate_lr=0"), (['prompts=[""]'], "have a character at least")):
+        with pytest.raises(ValueError, match=message):
+            config.load(EXPERIMENT.Config, "llama_moe_cpt", "smoke", words, root=ROOT)
+
+
 @pytest.mark.parametrize(("words", "what"), [(["model.kind=prune"], "kind=prune"), (["model.kind=dense", "dense_control=false"], "kind=dense"),
                                              (["model.gate=random", "model.gate_noise=false"], "gate=random"),
                                              (["model.gate=uniform", "model.gate_noise=false", "model.num_experts_per_tok=4"], "gate=uniform")])

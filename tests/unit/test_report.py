@@ -35,6 +35,15 @@ def test_runs_that_differ_only_in_seed_are_one_row():
     assert (one.row, one.values("metrics", "val/loss"), two.row) == ("a", [1.0, 3.0], "b")
 
 
+def test_what_changes_no_result_makes_no_other_row():
+    items = [result(seed=seed, loss=seed) for seed in (0, 1, 1)]
+    for rounds, item in enumerate(items):
+        item["config"] |= {"timing_rounds": rounds, "diagnose": rounds == 2}
+    items[2]["started"] = "12:00"
+    [group] = grouped(*items)
+    assert group.values("metrics", "val/loss") == [0, 1] and len(group.results) == 2
+
+
 def test_of_one_config_the_newest_good_run_counts():
     [group] = grouped(result(loss=1.0, started="10:01"), result(loss=2.0, started="10:02"), result(status="failed", started="10:03"))
     assert [item["metrics"]["val/loss"] for item in group.good] == [2.0] and len(group.results) == 1
