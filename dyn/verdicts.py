@@ -75,6 +75,8 @@ def compare(group: Group, rows: Sequence[Group]) -> list[str]:
     for key in union(result["notes"].get("compare", main_keys(result)[:1]) for result in group.good):
         for name, control in controls.items():
             ours, theirs = group.values("metrics", key), control.values("metrics", key)
+            if common := sorted(group.by_seed(key).keys() & control.by_seed(key).keys()):  # a seed that one side lacks is no difference between them
+                ours, theirs = ([g.by_seed(key)[seed] for seed in common] for g in (group, control))
             if not ours or not theirs:
                 lines.append(f"{group.row} against {name}, {key}: not measured in {name if ours else group.row}")
                 continue

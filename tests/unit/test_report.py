@@ -79,6 +79,12 @@ def test_pairing_by_seed_shows_what_the_spread_of_seeds_hides():
     assert line.endswith("no difference shown") and "paired" not in line
 
 
+def test_seeds_that_one_side_lacks_do_not_count():
+    control = [result("plain", seed, loss) for seed, loss in enumerate([2.0, 3.0, 4.0])]
+    rows = grouped(*control, result("distilled", 0, 1.9, notes={"controls": ["plain"]}))
+    assert report.compare(rows[1], rows) == ["distilled against plain, val/loss: 1.9 against 2, difference -0.1; one seed: no spread known"]
+
+
 def test_verdicts_need_every_control_and_some_spread():
     control = [result("dense", seed, loss) for seed, loss in enumerate([2.0, 2.1, 2.2])]
     moe = [result("moe", seed, loss, notes={"controls": ["dense"]}) for seed, loss in enumerate([1.0, 1.1, 1.2])]
