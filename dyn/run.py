@@ -190,9 +190,7 @@ def _resume(experiment: ModuleType, name: str, path: Path, runs: Path, options: 
         given = config.read(experiment.Config, folder / "config.yaml", words)
     else:
         given = _load(experiment, name, path, options["profile"], {}, words)
-    old = config.read_dict(folder / "config.yaml")
-    if config.differences(old, config.to_dict(given)):
-        changes = config.differences(old, config.to_dict(given))
+    if changes := config.differences(config.read_dict(folder / "config.yaml"), config.to_dict(given)):
         newer = "; a key that is absent there came later: resume with the version that began the run" * any("(absent) ->" in change for change in changes)
         raise ValueError(f"cannot resume {folder} with another config; start a new run or take these back{newer}:\n  " + "\n  ".join(changes))
     return folder

@@ -75,8 +75,9 @@ def compare(group: Group, rows: Sequence[Group]) -> list[str]:
     for key in union(result["notes"].get("compare", main_keys(result)[:1]) for result in group.good):
         for name, control in controls.items():
             ours, theirs = group.values("metrics", key), control.values("metrics", key)
-            if common := sorted(group.by_seed(key).keys() & control.by_seed(key).keys()):  # a seed that one side lacks is no difference between them
-                ours, theirs = ([g.by_seed(key)[seed] for seed in common] for g in (group, control))
+            seeds = [g.by_seed(key) for g in (group, control)]
+            if common := sorted(seeds[0].keys() & seeds[1].keys()):  # a seed that one side lacks is no difference between them
+                ours, theirs = ([values[seed] for seed in common] for values in seeds)
             if not ours or not theirs:
                 lines.append(f"{group.row} against {name}, {key}: not measured in {name if ours else group.row}")
                 continue
@@ -88,7 +89,7 @@ def compare(group: Group, rows: Sequence[Group]) -> list[str]:
                 lines.append(f"{text}; one seed: no spread known")
             else:
                 verdict = ("lower" if a < b else "higher") if abs(a - b) > least else "no difference shown"
-                lines.append(f"{text}; smallest that the seeds could have shown {least:.2g}: {verdict}{_paired(group.by_seed(key), control.by_seed(key))}")
+                lines.append(f"{text}; smallest that the seeds could have shown {least:.2g}: {verdict}{_paired(*seeds)}")
     for name, control in controls.items():
         for found in resampled(group, control):
             lines.append(f"{group.row}, {found}" if isinstance(found, str) else f"{group.row} against {name}, {found}: {found.verdict()}")

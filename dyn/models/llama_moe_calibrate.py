@@ -224,7 +224,10 @@ def _mapped(file: Path, batches: Sequence[Tensor], hidden: int, dtype: torch.dty
     size = sum(numbers) * dtype.itemsize
     with file.open("wb") as empty:
         try:  # not sparse: a page that found no room later would kill the process without a word
-            (os.posix_fallocate(empty.fileno(), 0, size) if hasattr(os, "posix_fallocate") else empty.truncate(size))
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(empty.fileno(), 0, size)
+            else:
+                empty.truncate(size)
         except OSError as error:
             raise OSError(error.errno, f"calibration needs {size / 1e9:.2f} GB for hidden states ({error.strerror}); set TMPDIR to a folder with room",
                           str(file.parent)) from error

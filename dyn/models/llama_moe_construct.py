@@ -161,6 +161,8 @@ METHODS: dict[str, Method] = {
     "cmoe": Method(cmoe, needs="activations"),
     "expert_weaver": Method(expert_weaver, needs="activations"),
 }
+FITTED = tuple(name for name, method in METHODS.items() if method.needs == "activations")
+"""Constructions whose groups and gates are fitted to activations."""
 
 
 @dataclass(kw_only=True, slots=True)

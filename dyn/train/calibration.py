@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dyn.data.mixture import MixtureLoader
 from dyn.data.tokens import Tokens
-from dyn.models.llama_moe_construct import METHODS
+from dyn.models.llama_moe_construct import FITTED, METHODS
 
 
 def reads_text(model: Any) -> bool:
@@ -73,5 +73,5 @@ def gate_lr(cfg: Any, kind: str) -> float | None:
     """`optim.gate_lr` of a training. Where it is not set, gates that were fitted to activations have a hundredth of the peak rate: their weights are so small
     that a few dozen steps at the rate itself rewrite them (docs/llama_moe.md)."""
     model = cfg.model
-    fitted = kind == "moe" and METHODS[model.construction].needs == "activations" and model.start == "pretrained" and model.train == "all"
+    fitted = kind == "moe" and model.construction in FITTED and model.start == "pretrained" and model.train == "all"
     return 0.01 * cfg.optim.lr if fitted and cfg.optim.gate_lr is None else cfg.optim.gate_lr

@@ -30,7 +30,7 @@ from dyn.models import llama_moe
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, layer_budgets
 from dyn.models.llama_moe_align import align
 from dyn.models.llama_moe_calibrate import active_neurons
-from dyn.models.llama_moe_construct import METHODS
+from dyn.models.llama_moe_construct import FITTED, METHODS
 from dyn.models.llama_moe_convert import load_dense, moe_config, read_config
 from dyn.models.llama_moe_diagnose import domain_losses, ideal_routing, layer_contributions, neuron_oracle, routing_statistics
 from dyn.models.packaged import cache_folder
@@ -92,9 +92,8 @@ def check(cfg: Any, source: Any, tokenizer: Any) -> None:
         moe_config(dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
                    num_shared_experts=model.num_shared_experts, score_scale=model.score_scale)
         needs = METHODS[model.construction].needs
-        if model.budgets and needs != "activations":
-            fits = ", ".join(name for name, method in METHODS.items() if method.needs == "activations")
-            raise ValueError(f"model.budgets=true is for model.construction={fits} and model.kind=prune, got {model.construction}")
+        if model.budgets and model.construction not in FITTED:
+            raise ValueError(f"model.budgets=true is for model.construction={', '.join(FITTED)} and model.kind=prune, got {model.construction}")
     sequences = cfg.calibration_tokens // cfg.calibration_length
     if needs == "scores" and sequences < model.num_experts:
         raise ValueError(f"calibration_tokens={cfg.calibration_tokens} are {sequences} sequences of calibration_length={cfg.calibration_length}: too few for a "
