@@ -329,7 +329,8 @@ class PlainProgress(Callback):
         """A line, when it is time."""
         if trainer.is_global_zero and step_ended(trainer, batch_idx) and time.monotonic() - self._last >= self.seconds and trainer.progress_bar_metrics:
             self._last = time.monotonic()
-            self.write(f"step {trainer.global_step}/{trainer.max_steps}: {_shown(trainer)}")
+            behind = trainer.global_step % trainer.log_every_n_steps  # steps since the values were taken
+            self.write(f"step {trainer.global_step}/{trainer.max_steps}: {_shown(trainer)}{f' (of step {trainer.global_step - behind})' if behind else ''}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What it found."""

@@ -214,14 +214,17 @@ def test_plain_progress_is_sparse(monkeypatch):
     clock, lines = types.SimpleNamespace(now=0.0), []
     monkeypatch.setattr("dyn.train.callbacks.time", types.SimpleNamespace(monotonic=lambda: clock.now))
     bar = PlainProgress(lines.append, seconds=10.0)
-    trainer = fake_trainer(progress_bar_metrics={"train/loss": 2.5, "tokens/s": 12345.0, "mfu": 0.25}, max_steps=50)
+    trainer = fake_trainer(progress_bar_metrics={"train/loss": 2.5, "tokens/s": 12345.0, "mfu": 0.25}, max_steps=50, log_every_n_steps=1)
     for step in range(1, 30):
         clock.now, trainer.global_step = float(step), step
         bar.on_train_batch_end(trainer, None, None, None, 0)
     assert [line.split(":")[0] for line in lines] == ["step 1/50", "step 11/50", "step 21/50"]
     assert lines[0] == "step 1/50: loss 2.5, tokens/s 12,345, mfu 0.25"
+    clock.now, trainer.global_step, trainer.log_every_n_steps = 40.0, 34, 10
+    bar.on_train_batch_end(trainer, None, None, None, 0)
+    assert lines[-1] == "step 34/50: loss 2.5, tokens/s 12,345, mfu 0.25 (of step 30)"
     bar.on_validation_end(trainer, types.SimpleNamespace(val_line=lambda: "validation loss code 1.5000"))
-    assert lines[-1] == "step 29: validation loss code 1.5000"
+    assert lines[-1] == "step 34: validation loss code 1.5000"
 
 
 def test_the_bar_counts_steps_from_where_training_begins(capsys):
