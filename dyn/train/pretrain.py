@@ -105,7 +105,8 @@ def find_source(cfg: Any, run: Any, rank: int = 0) -> Any:
     """The folder or hub id of `cfg.model.source`: generated ("tiny"), unpacked (packaged), or as it is. ValueError for a folder that is no model."""
     name = cfg.model.source
     source = _tiny(cfg, run, rank) if name == "tiny" else packaged(name) if name in PACKAGED else name
-    read_config(source)
+    if cfg.data.block_size > (places := read_config(source).max_position_embeddings):
+        run.log(f"warning: data.block_size={cfg.data.block_size} is more than the {places} positions that {name} was made for (max_position_embeddings)")
     return source
 
 

@@ -103,6 +103,14 @@ def test_weights_that_are_cut_short_are_named_before_text_is_read(tmp_path):
                 read()
 
 
+def test_blocks_longer_than_the_model_was_made_for_are_said(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=259, max_position_embeddings=64)).save_pretrained(tmp_path)
+    cfg, lines = settings(source=str(tmp_path)), []
+    for cfg.data.block_size in (64, 65):
+        assert pretrain.find_source(cfg, types.SimpleNamespace(log=lines.append)) == str(tmp_path)
+    assert len(lines) == 1 and lines[0].startswith("warning: data.block_size=65 is more than the 64 positions that ")
+
+
 def test_corpus_domains_weights_and_filters(tmp_path):
     cfg = settings()
     cfg.data.stand_for = {"red": "en_cc", "green": "en_c4", "blue": "github"}
