@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import math
 import re
 import types
 import typing
@@ -162,7 +163,7 @@ def _set(tree: Any, schema: type, key: str, value: Any, place: str) -> None:
         for name, inner in value.items():
             _set(tree, schema, f"{key}.{name}", inner, place)
         return
-    if any("${" in text or text == "???" for text in _strings(value)):
+    if any("${" in text or text == "???" for text in _scalars(value) if isinstance(text, str)):
         raise ValueError(f"{place}, {key}: interpolations are not supported, got {value!r}")
     value = _widen(hint, value)
     try:
@@ -179,11 +180,11 @@ def _set(tree: Any, schema: type, key: str, value: Any, place: str) -> None:
         raise ValueError(f"{place}, {key}: expected {_describe(hint)}, got {value!r}{inner}{near}") from None
 
 
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, (Mapping, list)):
+def _scalars(value: Any) -> Iterator[Any]:
+    if isinstance(value, (Mapping, list, tuple)):
         for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _strings(inner)
-    elif isinstance(value, str):
+            yield from _scalars(inner)
+    else:
         yield value
 
 
@@ -194,6 +195,9 @@ def _build(tree: Any, place: str) -> Any:
         raise ValueError(f"{place}: {str(error).splitlines()[0]}") from None
     except ValueError as error:  # from a __post_init__
         raise ValueError(f"{place}: {error}") from None
+    for key, value in _flatten(dataclasses.asdict(cfg)):  # nan passes every check of a range
+        if any(isinstance(number, float) and not math.isfinite(number) for number in _scalars(value)):
+            raise ValueError(f"{place}: {key}={value} must be finite")
     for prefix, part in _parts(cfg):
         try:
             getattr(part, "check", lambda: None)()

@@ -189,7 +189,7 @@ class Run:
         if status != "ok":
             why = signal.Signals(self._signum).name if status == "cancelled" and self._signum else _message(error)
             print(self._note(f"{status}: {why}"), file=sys.stderr)
-            if self._state["stages"] or any((self.folder / "checkpoints").glob("*")):
+            if status == "cancelled" or self._state["stages"] or any((self.folder / "checkpoints").glob("*")):
                 words = f"NAME={self.name} PROFILE={self.profile} RESUME={self.folder}"
                 make, run = f"make exp {words}", f"python -m dyn.run {self.name} resume={self.folder}"
                 print(self._note(f"to resume: {make if Path('Makefile').is_file() else run}"), file=sys.stderr)

@@ -55,6 +55,9 @@ class TextSource:
     streaming: bool = False
     revision: str | None = None
 
+    def __post_init__(self) -> None:
+        _at_least_one(self, "max_tokens", "max_validation_tokens")
+
 
 @dataclass(kw_only=True, slots=True)
 class JoinedText:
@@ -79,6 +82,15 @@ class JoinedText:
     max_tokens: int | None = None
     streaming: bool = False
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "documents", "max_tokens")
+
+
+def _at_least_one(source: TextSource | JoinedText, *names: str) -> None:
+    for name in names:
+        if (value := getattr(source, name)) is not None and value < 1:
+            raise ValueError(f"{name}={value} of the text {source.path!r} must be at least 1, or null for all")
 
 
 class Stream(NamedTuple):

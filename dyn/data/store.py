@@ -32,11 +32,14 @@ class Store:
         """What index.json holds; None: there is none. ValueError when it cannot be read."""
         try:
             with self.fs.open(f"{self.root}/index.json", "rb") as file:
-                return json.loads(file.read())
+                index = json.loads(file.read())
+            if not isinstance(index, dict):
+                raise ValueError(f"a {type(index).__name__} and no object")
+            return index
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise ValueError(f"{self.address}/index.json is no JSON ({error}); delete {self.address} to make its shards again") from error
+            raise ValueError(f"{self.address}/index.json is no index ({error}); delete {self.address} to make its shards again") from error
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file so that it is there whole or not at all, also after a kill. OSError (a full disk, say) leaves no part of it."""

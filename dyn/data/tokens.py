@@ -165,6 +165,8 @@ def load(folder: str, tokenizer=None, *, verify: bool = True, cache: str | None 
     if index is None or not index.get("complete"):
         why = "no index.json, so no token shards here" if index is None else "the shards are unfinished; make them again, what is there is kept"
         raise ValueError(f"{folder}: {why}")
+    if missing := [field for field in ("format", "tokenizer", "vocab_size", "domains") if field not in index]:
+        raise ValueError(f"{folder}/index.json has no {', '.join(missing)}; delete {folder} to make its shards again")
     if index["format"] != FORMAT:
         raise ValueError(f"{folder}: shards of format {index['format']}; this version reads format {FORMAT}: make them again")
     if tokenizer is not None and (found := tokenizer_hash(tokenizer)) != index["tokenizer"]:

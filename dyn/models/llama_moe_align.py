@@ -35,14 +35,14 @@ def align(net: nn.Module, dense: nn.Module, batches: Iterable[Tensor], *, passes
 
     Raises:
         ValueError: narrower weights than float32 (a step of this size would be rounded away), batches that are none of this model, a rate so high that the
-            divergence is no number any more, models of two vocabularies, passes below 0 or a rate that is not above it.
+            divergence or a weight is no number any more, models of two vocabularies, passes below 0 or no int, a rate that is not above 0 or infinite.
     """
     batches = list(batches)
     check_batches(batches, dense.config.vocab_size)
     if net.config.vocab_size != dense.config.vocab_size:
         raise ValueError(f"vocab_size={net.config.vocab_size} of the network is not its parent's {dense.config.vocab_size}")
-    if passes < 0 or not rate > 0:
-        raise ValueError(f"passes={passes} must be 0 or more and rate={rate} above 0")
+    if not isinstance(passes, int) or passes < 0 or not 0 < rate < math.inf:
+        raise ValueError(f"passes={passes} must be an int, 0 or more, and rate={rate} above 0 and finite")
     if net.dtype != torch.float32:
         raise ValueError(f"dtype={str(net.dtype).removeprefix('torch.')}: distillation over the calibration text needs float32 weights")
     sequences = [row for batch in batches for row in batch.split(1)]
@@ -79,6 +79,8 @@ def align(net: nn.Module, dense: nn.Module, batches: Iterable[Tensor], *, passes
                     on_step(step, len(steps))
             for parameter, value in zip(trained, mean, strict=bool(mean)):
                 parameter.detach().copy_(value)
+            if not all(bool(parameter.isfinite().all()) for parameter in trained):  # of the last step no loss was seen
+                raise ValueError(f"distillation over the calibration text diverged at step {len(steps)} of {len(steps)}: lower rate={rate}")
         finally:
             for parameter in trained:
                 parameter.requires_grad_(False)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dyn.core.calibrate import allocate, routed_activations
 from dyn.models.llama_moe_calibrate import LayerFit, activations, active_neurons, check_enough, fit_layers, walk
 from dyn.models.llama_moe_construct import FITTED, METHODS
-from dyn.models.llama_moe_convert import check_causal, moe_config
+from dyn.models.llama_moe_convert import check_causal, check_ints, moe_config
 from dyn.models.llama_moe_diagnose import placed
 from dyn.models.llama_moe_measure import check_batches, summed_divergence
 from dyn.models.llama_moe_prune import keep_neurons
@@ -51,6 +51,7 @@ def layer_budgets(dense: PreTrainedModel, *, num_experts: int = 32, num_experts_
         raise ValueError(f"construction={construction!r} has no budgets to measure; allowed: {', '.join(FITTED)}, prune")
     n, k, batches, held_out = num_experts, num_experts_per_tok, list(batches), list(held_out)
     levels = [k] if levels is None else list(levels)
+    check_ints(num_experts=n, num_experts_per_tok=k, **{f"levels[{i}]": level for i, level in enumerate(levels)})
     if not 1 <= k <= n:
         raise ValueError(f"num_experts_per_tok={k} must be between 1 and num_experts={n}")
     layers, width = dense.config.num_hidden_layers, dense.config.intermediate_size

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -141,7 +141,7 @@ def from_dense(
 def read_config(path: str | Path) -> PretrainedConfig:
     """Configuration of a dense decoder in a folder or on the hub. ValueError for a folder that is none, damaged weights, or a family that does not fit."""
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{path} is no model folder: it has no config.json")
+        raise ValueError(f"{str(path) or repr('')} is no model folder: it has no config.json")
     try:
         config = AutoConfig.from_pretrained(path)
     except OSError as error:
@@ -201,6 +201,7 @@ def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, 
     check_family(dense)
     method = METHODS[_known(construction)]
     E, k, shared, width, scale, gate = num_experts, num_experts_per_tok, num_shared_experts, moe_intermediate_size, score_scale, gate or "linear"
+    check_ints(num_experts=E)
     if E < 1:
         raise ValueError(f"num_experts={E} must be at least 1")
     layers, units = dense.num_hidden_layers, dense.intermediate_size
@@ -217,6 +218,8 @@ def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, 
         scale = "k"
     shared = (method.shared or 0) if shared is None else shared
     shareds = _per_layer("num_shared_experts", shared, layers)
+    if min(shareds) < 0:
+        raise ValueError(f"num_shared_experts={shared} must be at least 0")
     if method.shared is None and any(shareds):
         raise ValueError(f"construction={construction!r} has no shared experts, got num_shared_experts={shared}; sharing_inter has")
     if width is None:
@@ -244,6 +247,8 @@ def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, 
     scales = named[scale] if scale is None or isinstance(scale, str) else [float(c) for c in _per_layer("score_scale", scale, layers)]
     if scale == "measured" and any(shareds):
         raise ValueError("score_scale='measured' compares the routed sum with the dense feed-forward, so it needs num_shared_experts=0")
+    if wrong := [c for c in scales if not 0 < c < math.inf]:
+        raise ValueError(f"score_scale={wrong[0]} must be a finite number above 0: it multiplies what the experts add")
     kept = {name: getattr(dense, name) for name in KEPT if hasattr(dense, name)}
     bias = dense.model_type == "qwen2" or getattr(dense, "attention_bias", False)
     window = getattr(dense, "sliding_window", None)
@@ -276,6 +281,13 @@ def _per_layer(name: str, value, layers: int) -> list:
     if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, (int, float) if name == "score_scale" else int)]:
         raise ValueError(f"{name}={wrong[0]!r} must be {'a number' if name == 'score_scale' else 'an int'}, or a list of such, one a layer")
     return values
+
+
+def check_ints(**values: Any) -> None:
+    """ValueError for what is no whole number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name}={value!r} must be an int")
 
 
 def _plain(values: list):

@@ -151,7 +151,8 @@ def _outputs(experts: Experts, x_TD: Tensor) -> Iterator[Tensor]:
 def routing_statistics(moe: nn.Module, batches: Sequence[Tensor]) -> dict[str, list]:
     """How each layer's gate routes the tokens of `batches` (ids [B, L]), and how near that is to the ideal: lists of one entry a layer.
 
-    mean_entropy, token_entropy: entropy of the mean routing distribution (softmax over all E) and mean entropy of a token's, in units of log E: 1 is uniform.
+    load_entropy: entropy of how often each expert was chosen; mean_entropy, token_entropy: of the mean routing distribution (softmax over all E), and the mean
+    of a token's. In units of log E: 1 is uniform. Gates that were fitted have small weights, so the latter two are near 1 whatever they choose.
     accuracy: share of the K largest contributions that the gate chose; chance: what a random choice gives, K / E. captured: sum of the chosen contributions
     over that of the K largest.
     load: tokens that chose each expert, [E].
@@ -195,9 +196,10 @@ class _RoutingSums:
 
     def values(self) -> dict[str, float | list[int]]:
         unit = max(math.log(self.experts.num_experts), 1e-9)  # one expert: 0 over anything
-        mean = float(torch.special.entr(self.probability_E / self.tokens).sum())
-        return {"mean_entropy": mean / unit, "token_entropy": self.entropy / self.tokens / unit, "accuracy": self.right / float(self.load_E.sum()),
-                "chance": self.chance, "captured": self.chosen / self.ideal if self.ideal else 1.0, "load": self.load_E.long().tolist()}
+        of = lambda p_E: float(torch.special.entr(p_E).sum()) / unit  # noqa: E731
+        return {"load_entropy": of(self.load_E / self.load_E.sum()), "mean_entropy": of(self.probability_E / self.tokens),
+                "token_entropy": self.entropy / self.tokens / unit, "accuracy": self.right / float(self.load_E.sum()), "chance": self.chance,
+                "captured": self.chosen / self.ideal if self.ideal else 1.0, "load": self.load_E.long().tolist()}
 
 
 @torch.no_grad()

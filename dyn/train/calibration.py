@@ -11,7 +11,9 @@ from torch import Tensor
 
 from dyn.data.mixture import MixtureLoader
 from dyn.data.tokens import Tokens
+from dyn.models.llama_moe_calibrate import active_neurons
 from dyn.models.llama_moe_construct import FITTED, METHODS
+from dyn.models.llama_moe_convert import moe_config
 
 
 def reads_text(model: Any) -> bool:
@@ -43,6 +45,35 @@ def check_amount(model: Any, config: Any, length: int) -> None:
         raise ValueError(f"model.calibration_sequences={model.calibration_sequences} of {length} tokens are too few: {why}; use {least} or more")
 
 
+def check_conversion(cfg: Any, dense: Any) -> Any:
+    """The configuration of the mixture that comes out (None: of no mixture); ValueError for a conversion that cannot work, by sizes alone.
+
+    Args:
+        cfg: the Config of experiments/llama_moe_convert.py.
+        dense: configuration of the dense model.
+    """
+    model, mixture = cfg.model, None
+    needs = "activations" if model.kind == "prune" else "nothing"
+    if model.kind == "moe":
+        mixture = moe_config(dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
+                             num_shared_experts=model.num_shared_experts, score_scale=model.score_scale)
+        needs = METHODS[model.construction].needs
+        if model.budgets and model.construction not in FITTED:
+            raise ValueError(f"model.budgets=true is for model.construction={', '.join(FITTED)} and model.kind=prune, got {model.construction}")
+    sequences = cfg.calibration_tokens // cfg.calibration_length
+    if needs == "scores" and sequences < model.num_experts:
+        raise ValueError(f"calibration_tokens={cfg.calibration_tokens} are {sequences} sequences of calibration_length={cfg.calibration_length}: too few for a "
+                         f"group for each of model.num_experts={model.num_experts}")
+    if needs == "activations":
+        [active] = active_neurons(dense.intermediate_size, model.num_experts, [model.num_experts_per_tok])
+        if cfg.calibration_tokens < active:
+            raise ValueError(f"calibration_tokens={cfg.calibration_tokens} are fewer than a layer has active neurons, {active}; take ten times more")
+        if model.budgets and (part := budget_sequences(sequences)[0] * cfg.calibration_length) < active:
+            raise ValueError(f"model.budgets=true converts single layers with a sixth of calibration_tokens={cfg.calibration_tokens}, {part} tokens in whole "
+                             f"sequences: fewer than a layer has active neurons, {active}; raise calibration_tokens or lower calibration_length")
+    return mixture
+
+
 def draw_calibration(tokens: Mapping[str, Tokens], weights: Mapping[str, float], *, sequences: int, length: int, batch_size: int, seed: int,
                      setting: str) -> list[Tensor]:
     """Exactly `sequences` sequences of training text, drawn by the domains' weights: ids [B, length], of which the last batch may hold fewer.
@@ -67,6 +98,21 @@ def draw_calibration(tokens: Mapping[str, Tokens], weights: Mapping[str, float],
     batches = [batch["input_ids"] for batch in drawn]
     batches[-1] = batches[-1][: sequences - batch_size * (len(batches) - 1)]
     return batches
+
+
+def budget_text(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """(to convert single layers, to measure them): a sixth and a twenty-fourth of the calibration text's sequences, ids [1, L] each; no others, so that no
+    row has seen more text. ValueError for a single sequence."""
+    sequences = [row for batch in batches for row in batch.split(1)]
+    converts, measured = budget_sequences(len(sequences))
+    return sequences[measured: measured + converts], sequences[:measured]
+
+
+def budget_sequences(total: int) -> tuple[int, int]:
+    """(sequences that convert single layers, sequences that measure them) of `total`. ValueError for a single one."""
+    if total < 2:
+        raise ValueError("budgets need two sequences of calibration text, got one; raise calibration_tokens or lower calibration_length")
+    return max(1, total // 6), max(1, total // 24)
 
 
 def gate_lr(cfg: Any, kind: str) -> float | None:

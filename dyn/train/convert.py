@@ -29,13 +29,12 @@ from dyn.data.store import Store
 from dyn.models import llama_moe
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, layer_budgets
 from dyn.models.llama_moe_align import align
-from dyn.models.llama_moe_calibrate import active_neurons
-from dyn.models.llama_moe_construct import FITTED, METHODS
-from dyn.models.llama_moe_convert import load_dense, moe_config, read_config
+from dyn.models.llama_moe_construct import METHODS
+from dyn.models.llama_moe_convert import load_dense, read_config
 from dyn.models.llama_moe_diagnose import domain_losses, ideal_routing, layer_contributions, neuron_oracle, routing_statistics
 from dyn.models.packaged import cache_folder
 from dyn.nn.surgery import count_parameters, flops_per_token
-from dyn.train.calibration import draw_calibration
+from dyn.train.calibration import budget_text, check_conversion, draw_calibration
 from dyn.train.distill import parent_hash
 from dyn.train.pretrain import Corpus, find_source, load_corpus, load_tokenizer
 from dyn.train.speed import interleaved
@@ -87,24 +86,7 @@ def check(cfg: Any, source: Any, tokenizer: Any) -> None:
     if len(tokenizer) > dense.vocab_size:
         raise ValueError(f"model.source={model.source}: the tokenizer has {len(tokenizer)} entries and the model vocab_size={dense.vocab_size}; "
                          "they do not belong together")
-    needs = "activations" if model.kind == "prune" else "nothing"
-    if model.kind == "moe":
-        moe_config(dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
-                   num_shared_experts=model.num_shared_experts, score_scale=model.score_scale)
-        needs = METHODS[model.construction].needs
-        if model.budgets and model.construction not in FITTED:
-            raise ValueError(f"model.budgets=true is for model.construction={', '.join(FITTED)} and model.kind=prune, got {model.construction}")
-    sequences = cfg.calibration_tokens // cfg.calibration_length
-    if needs == "scores" and sequences < model.num_experts:
-        raise ValueError(f"calibration_tokens={cfg.calibration_tokens} are {sequences} sequences of calibration_length={cfg.calibration_length}: too few for a "
-                         f"group for each of model.num_experts={model.num_experts}")
-    if needs == "activations":
-        [active] = active_neurons(dense.intermediate_size, model.num_experts, [model.num_experts_per_tok])
-        if cfg.calibration_tokens < active:
-            raise ValueError(f"calibration_tokens={cfg.calibration_tokens} are fewer than a layer has active neurons, {active}; take ten times more")
-        if model.budgets and (part := budget_sequences(sequences)[0] * cfg.calibration_length) < active:
-            raise ValueError(f"model.budgets=true converts single layers with a sixth of calibration_tokens={cfg.calibration_tokens}, {part} tokens in whole "
-                             f"sequences: fewer than a layer has active neurons, {active}; raise calibration_tokens or lower calibration_length")
+    check_conversion(cfg, dense)
 
 
 def calibration_batches(cfg: Any, corpus: Corpus) -> list[Tensor]:
@@ -122,21 +104,6 @@ def calibration_batches(cfg: Any, corpus: Corpus) -> list[Tensor]:
         raise ValueError(f"leave_out={cfg.leave_out} leaves no text for calibration; domains with weight: {known}")
     return draw_calibration(tokens, weights, sequences=cfg.calibration_tokens // cfg.calibration_length, length=cfg.calibration_length,
                             batch_size=cfg.data.batch_size, seed=cfg.seed + 1, setting=f"calibration_tokens={cfg.calibration_tokens}")
-
-
-def budget_text(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """(to convert single layers, to measure them): a sixth and a twenty-fourth of the calibration text's sequences, ids [1, L] each; no others, so that no
-    row has seen more text. ValueError for a single sequence."""
-    sequences = [row for batch in batches for row in batch.split(1)]
-    converts, measured = budget_sequences(len(sequences))
-    return sequences[measured: measured + converts], sequences[:measured]
-
-
-def budget_sequences(total: int) -> tuple[int, int]:
-    """(sequences that convert single layers, sequences that measure them) of `total`. ValueError for a single one."""
-    if total < 2:
-        raise ValueError("budgets need two sequences of calibration text, got one; raise calibration_tokens or lower calibration_length")
-    return max(1, total // 6), max(1, total // 24)
 
 
 def windows(text: JoinedText, tokenizer: Any, size: int, batch_size: int) -> list[Tensor]:
@@ -168,6 +135,7 @@ class _Networks:
             return self.dense
         make = self._mixture if kind == "moe" else self._pruned
         if not passes or (self.run.folder / EXPORT).is_dir():
+            shutil.rmtree(self.run.folder / CLOSED, ignore_errors=True)
             return self._kept(EXPORT, make)
         net, say = self._kept(CLOSED, make), _progress(self.run, "distillation: steps")
 
@@ -360,7 +328,8 @@ def _draw(cfg: Any, run: Any, dense: Mapping[str, float], losses: Mapping[str, f
     if routed := found.get("routing"):
         chosen = {"ideal experts chosen": routed["accuracy"], "their contribution captured": routed["captured"], "chosen by chance": routed["chance"]}
         figures.by_layer(plots / "gate.png", chosen, "share")
-        figures.by_layer(plots / "entropy.png", {"of the mean": routed["mean_entropy"], "of a token": routed["token_entropy"]}, "entropy of routing / log E")
+        entropies = {"of the choices": routed["load_entropy"], "of the mean distribution": routed["mean_entropy"], "of a token's": routed["token_entropy"]}
+        figures.by_layer(plots / "entropy.png", entropies, "entropy of routing / log E")
         figures.expert_load(plots / "load.png", {"all": routed["load"]})
 
 
@@ -374,7 +343,7 @@ def _numbers(cfg: Any, run: Any, dense: dict, made: dict, losses: dict, speed: d
         metrics |= {f"loss/{d}": loss, f"gap/{d}": gaps[d], f"ppl/{d}": math.exp(min(loss, 700.0)), f"dense/{d}/ppl": math.exp(min(dense["losses"][d], 700.0))}
     metrics |= {f"gap/{name}": mean(values) - mean(dense["losses"]) for name, values in found.get("losses", {}).items()}
     if routed := found.get("routing"):
-        metrics |= {f"routing/{name}": statistics.fmean(routed[name]) for name in ("accuracy", "captured", "mean_entropy", "token_entropy")}
+        metrics |= {f"routing/{name}": statistics.fmean(routed[name]) for name in ("accuracy", "captured", "load_entropy", "mean_entropy", "token_entropy")}
     run.cost |= {f"{k}_parameters": v for k, v in made["counts"].items() if k != "trainable"} | {
         "flops_per_token": made["flops_per_token"], "flops / dense": made["flops_per_token"] / dense["flops_per_token"], "calibration_seconds": made["seconds"]}
     large = dense["counts"]["total"] >= PAPER_SIZE
@@ -384,6 +353,8 @@ def _numbers(cfg: Any, run: Any, dense: dict, made: dict, losses: dict, speed: d
         "text": ", ".join(text.path for text in cfg.texts) or cfg.data.text.path,
         "controls": [cfg.control_row()] if cfg.model.kind == "moe" else [], "same": list(SAME),
         "not_tested": [] if large else [f"the published training-free conversions start at 7 billion parameters; this model has {dense['counts']['total']:,}"]}
+    if found:
+        run.notes["by layer"] = {f"cost {name}": values for name, values in found["layers"].items()} | found.get("routing", {})
     if cfg.model.kind == "oracle":
         run.notes["oracle"] = "chooses neurons by activations that it has computed all: a ceiling, whose costs are the dense model's"
     return metrics

@@ -13,6 +13,7 @@ from dyn.models.llama_moe_prune import kept_neurons
 from dyn.models.packaged import dense_config
 from dyn.nn.experts import Gate
 from dyn.nn.surgery import count_parameters, flops_per_token, train_only
+from dyn.train.calibration import check_conversion
 
 GIB = 1 << 30
 
@@ -78,15 +79,13 @@ def plan_pretraining(cfg: Any) -> dict[str, Any]:
 def plan_conversion(cfg: Any) -> dict[str, Any]:
     """What the run would be, from shapes alone. `cfg` is the Config of experiments/llama_moe_convert.py."""
     model, config = cfg.model, dense_config(cfg.model.source)
-    if model.kind == "moe":
-        experts = moe_config(config, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
-                             num_shared_experts=model.num_shared_experts, score_scale=model.score_scale).num_experts  # the calibrated ones choose it
+    mixture = check_conversion(cfg, config)
     with torch.device("meta"):
         dense = fresh(config)
     layers, width, hidden = config.num_hidden_layers, config.intermediate_size, config.hidden_size
     feed_forward = sum(p.numel() for layer in dense.model.layers for p in layer.mlp.parameters())
     total, forward, idle = count_parameters(dense)["total"], flops_per_token(dense, cfg.data.block_size), round((1 - model.active()) * feed_forward)
-    gates = layers * experts * hidden if model.kind == "moe" else 0
+    gates = layers * mixture.num_experts * hidden if mixture else 0
     saved = 0 if model.kind in ("dense", "oracle") else idle  # an oracle computes all before it chooses
     bytes_each, tokens = getattr(torch, cfg.dtype).itemsize, cfg.calibration_tokens // cfg.calibration_length * cfg.calibration_length
     memory = {"dense and converted weights": bytes_each * (2 if model.kind in ("moe", "prune") else 1) * total,

@@ -40,6 +40,8 @@ class TrainerConfig:
         for name in ("val_every", "checkpoint_every", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 0")
+        if self.peak_flops is not None and not self.peak_flops > 0:
+            raise ValueError(f"trainer.peak_flops={self.peak_flops} must be above 0, or null")
         if self.strategy == "single" and self.world_size > 1:
             raise ValueError(f"trainer.strategy=single fits one process, not devices={self.devices} x num_nodes={self.num_nodes}; allowed: auto, ddp, fsdp2")
 

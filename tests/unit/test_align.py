@@ -1,6 +1,7 @@
 """Distillation over the calibration text, after a conversion."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -80,10 +81,15 @@ def test_refusals(dense, batches):
         align(converted(dense, batches, "prune").bfloat16(), dense, batches)
     with pytest.raises(ValueError, match="do not fit vocab_size"):
         align(converted(dense, batches, "prune"), dense, [batches[0] + 10_000])
-    for settings, words in ((dict(passes=-1), "passes=-1 must be 0 or more"), (dict(rate=0.0), "rate=0.0 above 0")):
+    for settings, words in ((dict(passes=-1), "passes=-1 must be an int, 0 or more"), (dict(rate=0.0), "rate=0.0 above 0"),
+                            (dict(passes=1.5), "passes=1.5 must be an int"), (dict(rate=math.inf), "rate=inf above 0 and finite")):
         with pytest.raises(ValueError, match=words):
             align(converted(dense, batches, "prune"), dense, batches, **settings)
     with pytest.raises(ValueError, match="vocab_size=67 of the network is not its parent's 61"):
         align(tiny(**SIZES | {"vocab_size": 67}), dense, batches)
     with pytest.raises(ValueError, match=r"diverged at step \d+ of 30: lower rate=1e\+30"):
         align(converted(dense, batches, "prune"), dense, batches, passes=30, rate=1e30)
+    net = converted(dense, batches, "prune")
+    net.model.layers[0].mlp.down_proj.weight.requires_grad_(True).register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(ValueError, match="diverged at step 1 of 1"):  # no loss is seen behind the last step
+        align(net, dense, batches[:1], passes=1)

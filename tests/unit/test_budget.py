@@ -78,7 +78,9 @@ def test_losses_between_levels_follow_powers_and_end_in_nothing():
     (dict(construction="kmeans"), "construction='kmeans' has no budgets to measure; allowed: calibrated, cmoe, expert_weaver, prune"),
     (dict(levels=[5, 8]), r"levels=\[5, 8\] must be ascending numbers from 1 to num_experts - 1 = 7"), (dict(levels=[6, 2]), "ascending"),
     (dict(num_experts_per_tok=9), "num_experts_per_tok=9 must be between 1 and num_experts=8"), (dict(held_out=[]), "batches is empty"),
-    (dict(num_experts=7, num_experts_per_tok=3), "no whole number"), (dict(batches=[]), "batches is empty")])
+    (dict(num_experts=7, num_experts_per_tok=3), "no whole number"),
+    (dict(num_experts="8"), "num_experts='8' must be an int"), (dict(num_experts_per_tok=[4, 4]), r"num_experts_per_tok=\[4, 4\] must be an int"),
+    (dict(levels=[2.0, 4.0]), r"levels\[0\]=2.0 must be an int"), (dict(batches=[]), "batches is empty")])
 def test_budgets_that_cannot_be_measured(dense, changes, words):
     with pytest.raises(ValueError, match=words):
         layer_budgets(dense, **dict(num_experts=8, num_experts_per_tok=4, batches=text(), held_out=text(1)) | changes)

@@ -117,6 +117,10 @@ def test_words(word, key, value):
         ("path=${seed}", ["path", "interpolations"]),
         ("optim.lr=-1", ["lr=-1.0 must be positive"]),
         ("seed=-1", ["seed=-1 is negative"]),
+        ("optim.lr=.nan", ["optim.lr=nan must be finite"]),
+        ("optim.betas=[0.9,inf]", ["optim.betas=", "must be finite"]),
+        ("scale=[1,.inf]", ["scale=", "must be finite"]),
+        ("tags={a: -.inf}", ["tags.a=-inf must be finite"]),
     ],
 )
 def test_refusals_of_words(word, parts):

@@ -23,7 +23,8 @@ from dyn.models.llama_moe_convert import fresh, moe_config
 from dyn.models.packaged import dense_config
 from dyn.nn.surgery import count_parameters, flops_per_token
 from dyn.runfolder import Run, create
-from dyn.train import convert
+from dyn.train import calibration, convert
+from dyn.train.plan import plan_conversion
 from dyn.train.pretrain import Corpus
 
 ROOT = Path(__file__).parents[2]
@@ -127,12 +128,12 @@ def test_plan_agrees_with_the_network():
     counts = count_parameters(net)
     assert plan["parameters"] == {"total": counts["total"], "activated (without gates)": counts["active"], "gates": counts["gate"]}
     assert plan["FLOPs"]["forward, a token"] == flops_per_token(net, cfg.data.block_size)
-    fitted = ("model.construction=calibrated", *PLAIN[:2], "model.num_experts=32", "model.num_experts_per_tok=16")
+    fitted = ("model.construction=calibrated", *PLAIN[:2], "model.num_experts=32", "model.num_experts_per_tok=16", "calibration_tokens=60000")
     with torch.device("meta"):  # which chooses how many experts it has
         net = fresh(moe_config(dense_config(cfg.model.source), "calibrated", num_experts=32, num_experts_per_tok=16))
     assert EXPERIMENT.plan(settings("model.source=meta-llama/Llama-2-7b-hf", *fitted))["parameters"]["gates"] == count_parameters(net)["gate"]
     pruned = EXPERIMENT.plan(settings("model.kind=prune", "model.num_shared_experts=null", "model.score_scale=null", "model.num_experts=4",
-                                      "model.num_experts_per_tok=1", "model.source=meta-llama/Llama-2-7b-hf"))
+                                      "model.num_experts_per_tok=1", "model.source=meta-llama/Llama-2-7b-hf", "calibration_tokens=60000"))
     assert pruned["parameters"]["total"] == pruned["parameters"]["activated (without gates)"] == counts["active"] and pruned["parameters"]["gates"] == 0
 
 
@@ -164,6 +165,8 @@ def test_sizes_are_refused_first(tmp_path):
         check(tmp_path, "model.construction=random", *fitted[:-1], "model.budgets=true")
     with pytest.raises(ValueError, match="no whole number"):
         check(tmp_path, "model.kind=prune", *fitted[:2], "model.num_experts=5")
+    with pytest.raises(ValueError, match="calibration_tokens=500 are fewer than a layer has active neurons"):  # a dry run says it too
+        plan_conversion(settings("model.source=meta-llama/Llama-2-7b-hf", "model.kind=prune", *fitted[:-1], "calibration_tokens=500"))
 
 
 def corpus(**weights):
@@ -281,6 +284,9 @@ def test_a_run_leaves_numbers_plots_and_a_folder(smoke):
     assert metrics["gap/mean"] == pytest.approx(np.mean([metrics[f"gap/{d}"] for d in ("red", "green", "blue")]))
     assert result["cost"]["active_parameters"] < result["cost"]["total_parameters"] and result["cost"]["flops / dense"] < 1
     assert result["notes"]["controls"] == ["prune, 1/2"] and result["notes"]["compare"] == ["gap/mean"]
+    by_layer = result["notes"]["by layer"]
+    assert by_layer.keys() >= {"cost alone", "cost restored", "accuracy", "load_entropy", "load"} and len(by_layer["cost alone"]) == len(by_layer["load"])
+    assert metrics["routing/load_entropy"] == pytest.approx(np.mean(by_layer["load_entropy"]))
     assert {p.name for p in (folder / "plots").iterdir()} == {"losses.png", "layers.png", "gate.png", "entropy.png", "load.png"}
     assert llama_moe.LlamaMoeForCausalLM.from_pretrained(folder / "export").construction.method == "sharing_inter"
     assert "held-out loss, red" in (folder / "export" / "README.md").read_text()
@@ -346,8 +352,10 @@ def test_budgets_and_closed_form_outlive_a_distillation_that_was_stopped(kind, t
         for name in ("layer_budgets", "from_dense", "align"):
             patch.setattr(convert, name, None)
         patch.setattr(llama_moe, "prune_dense", None)
+        (cut.folder / convert.CLOSED).mkdir()  # as if stopped just before it was removed
         found = convert.convert(settings(*words), cut)
     cut._lock.close()
+    assert not (cut.folder / convert.CLOSED).exists()
     for name in whole.keys() - {"calibration seconds", "time a token / dense", "speed/tokens_per_second"}:
         assert found[name] == whole[name], name
     ours, theirs = (load_file(r.folder / "export" / "model.safetensors") for r in (run, cut))
@@ -401,11 +409,11 @@ def test_budgets_by_layer_are_measured_on_calibration_text_alone(kind, tmp_path)
 
 def test_text_for_budgets_is_a_part_of_what_calibrates():
     batches = convert.calibration_batches(settings("calibration_tokens=1000", "calibration_length=30"), corpus())
-    fitted, measured = convert.budget_text(batches)
+    fitted, measured = calibration.budget_text(batches)
     whole = torch.cat(batches)
     assert len(fitted) == 5 and len(measured) == 1 and torch.equal(torch.cat(measured + fitted), whole[:6])
     with pytest.raises(ValueError, match="budgets need two sequences of calibration text, got one"):
-        convert.budget_text([whole[:1]])
+        calibration.budget_text([whole[:1]])
 
 
 def test_texts_stand_in_for_domains(wikitext, tmp_path):

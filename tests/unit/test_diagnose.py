@@ -149,10 +149,12 @@ def test_routing_statistics_of_a_gate_that_takes_everything():
     found = diagnose.routing_statistics(mixture(num_experts_per_tok=4, gate="uniform"), BATCHES)
     assert found["accuracy"] == [1.0, 1.0] and found["captured"] == pytest.approx([1.0, 1.0])
     assert found["mean_entropy"] == pytest.approx([1.0, 1.0]) and found["token_entropy"] == pytest.approx([1.0, 1.0])
+    assert found["load_entropy"] == pytest.approx([1.0, 1.0])
     assert found["load"] == [[288] * 4] * 2 and found["chance"] == [1.0, 1.0]
 
 
 def test_routing_statistics_stream_and_agree_with_the_ideal():
+    entropy_of = lambda load: float(torch.distributions.Categorical(torch.tensor(load, dtype=torch.float64)).entropy())  # noqa: E731
     moe = mixture()
     whole, parts = diagnose.routing_statistics(moe, [torch.cat(BATCHES)]), diagnose.routing_statistics(moe, BATCHES)
     for name, values in whole.items():
@@ -161,6 +163,7 @@ def test_routing_statistics_stream_and_agree_with_the_ideal():
     for layer in range(2):
         assert sum(whole["load"][layer]) == 2 * 6 * 48
         assert 0 < whole["accuracy"][layer] < 1 and 0 < whole["captured"][layer] < 1
+        assert whole["load_entropy"][layer] == pytest.approx(entropy_of(whole["load"][layer]) / math.log(4))
         assert 0 <= whole["token_entropy"][layer] <= whole["mean_entropy"][layer] <= 1 + 1e-9
     with diagnose.ideal_routing(moe):  # its hooks run before those of the statistics, which then see ideal choices
         ideal = diagnose.routing_statistics(moe, BATCHES)
@@ -173,7 +176,7 @@ def test_a_gate_that_prefers_one_expert():
         layer.mlp.gate.weight.data.zero_()
         layer.mlp.gate.logits = lambda x_TD: torch.tensor([9.0, 0.0, 0.0, 0.0]).expand(len(x_TD), 4)
     found = diagnose.routing_statistics(moe, BATCHES)
-    assert found["load"] == [[288, 0, 0, 0]] * 2 and found["mean_entropy"][0] < 0.01
+    assert found["load"] == [[288, 0, 0, 0]] * 2 and found["load_entropy"] == [0.0, 0.0] and found["mean_entropy"][0] < 0.01
     assert found["mean_entropy"] == pytest.approx(found["token_entropy"])
 
 

@@ -56,6 +56,8 @@ def test_what_fits_passes(tmp_path):
     (dict(kind="prune", calibration_sequences=1, num_experts_per_tok=3), "calibration_sequences=1 of 32 tokens.*36 active neurons.*use 2 or more"),
     (dict(construction="coactivation", calibration_sequences=0), "calibration_sequences=0 of 32 tokens are too few.*use 1 or more"),
     (dict(score_scale="half"), "score_scale='half'"),
+    (dict(score_scale=0.0), "score_scale=0.0 must be a finite number above 0"),
+    (dict(score_scale=-1.0), "score_scale=-1.0 must be a finite number above 0"),
     (dict(gate="uniform"), "uniform"),
 ])
 def test_sizes_and_names_are_refused_first(tmp_path, model, words):
@@ -72,6 +74,17 @@ def test_a_disk_without_room(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
     with pytest.raises(ValueError, match="GB are free"):
         check(settings(), tmp_path)
+
+
+@pytest.mark.parametrize(("word", "message"), [
+    ("data.text.max_tokens=-3", "max_tokens=-3 of the text .* must be at least 1, or null for all"),
+    ("data.text.max_validation_tokens=0", "max_validation_tokens=0 of the text"),
+    ("trainer.peak_flops=0", "trainer.peak_flops=0.0 must be above 0"),
+    ("model.balance_weight=.nan", "model.balance_weight=nan must be finite"),
+])
+def test_settings_out_of_range(word, message):
+    with pytest.raises(ValueError, match=message):
+        config.load(EXPERIMENT.Config, "llama_moe_cpt", "smoke", [word], root=ROOT)
 
 
 def test_processes_that_do_not_match(tmp_path, monkeypatch):

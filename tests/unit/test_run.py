@@ -92,9 +92,9 @@ def test_failed_runs(fake, capsys, mode, code, kind, message, traceback):
     assert result(folder)["starts"] == 2 and (folder / "calls.txt").read_text() == "x"
 
 
-def test_an_experiment_may_cancel_itself(fake):
+def test_an_experiment_may_cancel_itself(fake, capsys):
     assert main(["fake", "seed=99"]) == 130
-    assert result(folders()[0])["status"] == "cancelled"
+    assert result(folders()[0])["status"] == "cancelled" and f"to resume: python -m dyn.run fake resume={folders()[0]}" in capsys.readouterr().err
 
 
 def test_result_that_cannot_be_written_is_an_error(fake, capsys, monkeypatch):

@@ -256,8 +256,13 @@ def test_opening_refuses_what_does_not_fit(corpus, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"no index.json"):
         load(str(tmp_path))
     (folder / "index.json").write_text((folder / "index.json").read_text()[:100])
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is no index"):
         load(str(folder))
+    for text, message in (("[]", "is no index .a list and no object.; delete"),
+                          ('{"complete": true}', "has no format, tokenizer, vocab_size, domains; delete")):
+        (folder / "index.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load(str(folder))
 
 
 def test_full_disk_leaves_no_half_shard(corpus, tokenizer, tmp_path, monkeypatch):
