@@ -354,7 +354,8 @@ def _numbers(cfg: Any, run: Any, dense: dict, made: dict, losses: dict, speed: d
         "controls": [cfg.control_row()] if cfg.model.kind == "moe" else [], "same": list(SAME),
         "not_tested": [] if large else [f"the published training-free conversions start at 7 billion parameters; this model has {dense['counts']['total']:,}"]}
     if found:
-        run.notes["by layer"] = {f"cost {name}": values for name, values in found["layers"].items()} | found.get("routing", {})
+        run.notes["by layer"] = {f"cost {name}": values for name, values in found["layers"].items()} | {
+            name: values for name, values in found.get("routing", {}).items() if name != "load"}  # which is in the plots
     if cfg.model.kind == "oracle":
         run.notes["oracle"] = "chooses neurons by activations that it has computed all: a ceiling, whose costs are the dense model's"
     return metrics
