@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import math
 import re
 import types
 import typing
@@ -196,8 +195,8 @@ def _build(tree: Any, place: str) -> Any:
     except ValueError as error:  # from a __post_init__
         raise ValueError(f"{place}: {error}") from None
     for key, value in _flatten(dataclasses.asdict(cfg)):  # nan passes every check of a range
-        if any(isinstance(number, float) and not math.isfinite(number) for number in _scalars(value)):
-            raise ValueError(f"{place}: {key}={value} must be finite")
+        if any(isinstance(number, (int, float)) and not abs(number) < 1 << 63 for number in _scalars(value)):
+            raise ValueError(f"{place}: {key}={value} must be finite, and less than 2**63")
     for prefix, part in _parts(cfg):
         try:
             getattr(part, "check", lambda: None)()

@@ -121,6 +121,7 @@ def test_words(word, key, value):
         ("optim.betas=[0.9,inf]", ["optim.betas=", "must be finite"]),
         ("scale=[1,.inf]", ["scale=", "must be finite"]),
         ("tags={a: -.inf}", ["tags.a=-inf must be finite"]),
+        (f"seed={2**70}", ["seed=1180591620717411303424 must be finite, and less than 2**63"]),
     ],
 )
 def test_refusals_of_words(word, parts):
