@@ -96,7 +96,7 @@ def _augment(cost_EN: Tensor, prices_E: Tensor, labels_N: Tensor, sizes_E: Tenso
     ever gain. Rows that are tied for the cheapest move go together, which settles integer costs in few rounds.
     """
     columns = len(prices_E)
-    costs, labels = cost_EN.numpy(), labels_N.numpy()  # the same memory: arrays are done with thousands of small gathers in a fifth of the time
+    costs, labels = cost_EN.numpy(), labels_N.numpy()  # the same memory: thousands of small gathers cost arrays less than tensors
 
     def moves(a: int) -> tuple[Any, Any]:
         rows_M = (labels == a).nonzero()[0]
