@@ -178,9 +178,9 @@ class Ridge:
         self.cross_PQ += weighted_TP.T @ y_TQ
         self.tokens += len(phi_TP)
 
-    def solve(self, prior_PQ: Tensor | None = None, *, ridge: float) -> Tensor:
-        """W [P, Q] float32, solved in float64; `prior_PQ` is W_0 (None: zeros). ValueError for rows that were not finite."""
-        gram_PP, cross_PQ = self.gram_PP.double(), self.cross_PQ.double()
+    def solve(self, prior_PQ: Tensor | None = None, *, ridge: float, outputs: slice = slice(None)) -> Tensor:
+        """W [P, Q] float32 of some outputs, solved in float64; `prior_PQ` is W_0 (None: zeros). ValueError for rows that were not finite."""
+        gram_PP, cross_PQ = self.gram_PP.double(), self.cross_PQ[:, outputs].double()
         if not (gram_PP.diagonal().isfinite().all() and cross_PQ.isfinite().all()):
             raise ValueError(f"the regression's {self.tokens} rows hold numbers that are not finite")
         strength = ridge * gram_PP.diagonal().mean().clamp(min=1e-30)

@@ -200,8 +200,7 @@ def _refit(layer: nn.Module, mlp: nn.Module, streams: list[list[Tensor]], device
         h_TN = activations(mlp, x_TD)
         own_TD = h_TN @ mlp.down_proj.weight.float().T
         ridge.add(features(h_TN, x_TD.float()), torch.cat([own_TD, theirs_TD - ours_TD - own_TD], 1), token_weights(theirs_TD))
-    prior_PQ = nnf.pad(down_PD, (0, hidden))
-    return ridge.solve(prior_PQ, ridge=RIDGE)[:, :hidden] + ridge.solve(prior_PQ, ridge=REPAIR_RIDGE)[:, hidden:]
+    return ridge.solve(down_PD, ridge=RIDGE, outputs=slice(hidden)) + ridge.solve(ridge=REPAIR_RIDGE, outputs=slice(hidden, None))
 
 
 def _features(layer: nn.Module, mlp: nn.Module, middle: Tensor, features: Features) -> Tensor:
