@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +77,10 @@ def lost(new: dict, old: dict) -> list[str]:
             if name in table["rows"] and table["name"] in rows and name not in rows[table["name"]]]
 
 
-def reference_path(new: dict, folder: Path) -> Path:
-    """Where the committed result of this kind and device is: one file for CPUs, one for GPUs."""
-    return folder / f"{new['what']}{'-gpu' if new['env']['kind'] == 'cuda' else ''}.json"
+def references(what: str, folder: Path) -> dict[str, Path]:
+    """The committed results of a kind, by device."""
+    found = {path: json.loads(path.read_text()) for path in sorted(folder.glob(f"{what}*.json"))}
+    return {device_kind(result["env"]): path for path, result in found.items() if result["what"] == what}
 
 
 def guard(out: Path, committed: Path, store: bool = False, parts: Iterable[str] | None = None) -> int:
@@ -91,18 +93,18 @@ def guard(out: Path, committed: Path, store: bool = False, parts: Iterable[str] 
         new = json.loads(path.read_text())
         if "what" not in new:  # another command's
             continue
-        reference = reference_path(new, committed)
+        device, known = device_kind(new["env"]), references(new["what"], committed)
         if store:
             committed.mkdir(parents=True, exist_ok=True)
+            reference = known.get(device, committed / f"{new['what']}-{re.sub('[^a-z0-9]+', '-', device.lower())}.json")
             for suffix in (".json", ".md"):
                 reference.with_suffix(suffix).write_text(path.with_suffix(suffix).read_text())
             lines.append(f"- {new['what']}: saved as {reference.name}")
             continue
-        old = json.loads(reference.read_text()) if reference.is_file() else None
-        if old is None or device_kind(old["env"]) != device_kind(new["env"]):
-            known = "no result is committed" if old is None else f"the committed result is of {device_kind(old['env'])}"
-            lines.append(f"- {new['what']}: nothing to compare with on {device_kind(new['env'])} ({known})")
+        if device not in known:
+            lines.append(f"- {new['what']}: nothing to compare with on {device} (committed: {'; '.join(known) or 'nothing'})")
             continue
+        old = json.loads(known[device].read_text())
         changes = compare(new, old)
         shared = len({key for key, *_ in ratios(new)} & {key for key, *_ in ratios(old)})
         lines.append(f"- {new['what']}: {shared} ratios compared with commit {old['env']['commit']}, {len(changes)} moved by a quarter or more")

@@ -58,7 +58,7 @@ def test_compare_takes_what_both_have_and_refuses_other_devices():
         (result(1.0), 0, "2 ratios compared with commit abc, 0 moved"),
         (result(1.5), 0, "dyn torch, both_ratio: 1.00 -> 1.50, 1.50 times worse"),
         (result(2.5), 1, "**twice as bad** a: dyn torch, both_ratio: 1.00 -> 2.50"),
-        (result(2.5, "another CPU"), 0, "nothing to compare with on another CPU, 2 threads (the committed result is of a CPU, 2 threads)"),
+        (result(2.5, "another CPU"), 0, "nothing to compare with on another CPU, 2 threads (committed: a CPU, 2 threads)"),
     ],
 )
 def test_guard(tmp_path, new, bad, says):
@@ -67,14 +67,17 @@ def test_guard(tmp_path, new, bad, says):
     (out / "ops.json").write_text(json.dumps(new))
     (out / "ops.md").write_text("report")
     assert compare.guard(out, committed) == 0
-    assert "no result is committed" in (out / "compare.md").read_text()
+    assert "(committed: nothing)" in (out / "compare.md").read_text()
     committed.mkdir()
     (committed / "ops.json").write_text(json.dumps(result(1.0)))
     assert compare.guard(out, committed) == bad
     assert says in (out / "compare.md").read_text()
     assert compare.guard(out, committed, store=True) == 0
     assert compare.guard(out, committed) == 0
-    assert json.loads((committed / "ops.json").read_text()) == new
+    known = compare.references("ops", committed)
+    assert known["a CPU, 2 threads"] == committed / "ops.json"
+    assert known.get("another CPU, 2 threads") in (None, committed / "ops-another-cpu-2-threads.json")
+    assert json.loads(known[compare.device_kind(new["env"])].read_text()) == new
 
 
 def test_a_lost_row_of_ours_is_bad(tmp_path):
@@ -91,7 +94,7 @@ def test_a_lost_row_of_ours_is_bad(tmp_path):
 def test_committed_results_have_the_form():
     for path in compare.COMMITTED.glob("*.json"):
         committed = json.loads(path.read_text())
-        assert compare.reference_path(committed, compare.COMMITTED) == path
+        assert compare.references(committed["what"], compare.COMMITTED)[compare.device_kind(committed["env"])] == path  # one a device
         assert compare.compare(committed, committed) == [] and list(compare.ratios(committed))
 
 
