@@ -30,7 +30,7 @@ def dyn_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, t
     x_SD = hidden_states.repeat_interleave(top_k_index.shape[1], dim=0)
     act_SF = module._apply_gate(routed_linear(x_SD, module.gate_up_proj, idx_S1, weight_S1.new_ones(weight_S1.shape)))
     y_SD = routed_linear(act_SF, module.down_proj, idx_S1, weight_S1)
-    return y_SD.view(*top_k_index.shape, -1).sum(1)
+    return y_SD.view(*top_k_index.shape, y_SD.shape[-1]).sum(1)
 
 
 def _is_swiglu(module: nn.Module) -> bool:

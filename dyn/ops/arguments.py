@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the autocast dtype where autocast is on for the device of the first and that is not float64; else as they are."""
+    """The tensors in the autocast dtype where autocast is on for the device of the first and that is not float64; else, and where torch's own operations cast
+    none (numbers of other kinds, float64), as they are."""
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:  # meta has no autocast state
         return tensors
-    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+    return tuple(t.to(torch.get_autocast_dtype(device)) if t.dtype in DTYPES[1:] else t for t in tensors)
 
 
 def unobserved(*tensors: Tensor) -> bool:
@@ -34,6 +38,11 @@ def given(tensors: Mapping[str, Tensor]) -> str:
     return "got " + ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}" for name, t in tensors.items())
 
 
+def expert_tensors(*tensors: Tensor) -> dict[str, Tensor]:
+    """What errors call the arguments of `dyn.ops.experts`."""
+    return dict(zip(("x", "gate_up", "down", "idx", "weight"), tensors, strict=True))
+
+
 def check_devices(op: str, tensors: Mapping[str, Tensor]) -> None:
     """ValueError unless all tensors are on one device: an op that mixes them would read memory that is not there, or fail far from its cause."""
     first, *others = tensors.values()
@@ -41,36 +50,42 @@ def check_devices(op: str, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{op}: all tensors must be on one device; {given(tensors)}")
 
 
-def check_routed(op: str, x: Tensor, idx_TK: Tensor, weight_TK: Tensor, parameters: Mapping[str, Tensor]) -> None:
-    """ValueError unless all are on one device, ids are int32 or int64 [T, K] with K >= 1, the scores are as many, and parameters have x's floating dtype."""
-    tensors = {"x": x, **parameters, "idx": idx_TK, "weight": weight_TK}
+def check_routed(op: str, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError unless x, the experts' parameters, idx and weight (in this order) are dense and on one device, ids are int32 or int64 [T, K] with K >= 1, the
+    scores are as many, there is an expert, and parameters have x's dtype, one of `DTYPES`."""
     check_devices(op, tensors)
+    x, *parameters, idx_TK, weight_TK = tensors.values()
+    if any(t.layout != torch.strided for t in tensors.values()):
+        raise ValueError(f"{op} takes dense tensors alone, got {', '.join(f'{n} {t.layout}' for n, t in tensors.items())}; {given(tensors)}")
+    if not parameters[0].shape[0]:
+        raise ValueError(f"{op} needs an expert at least; {given(tensors)}")
     K = idx_TK.shape[1] if idx_TK.dim() == 2 else 0
     if K < 1 or idx_TK.shape != (len(x), K) or weight_TK.shape != (len(x), K):
         raise ValueError(f"{op} needs idx and weight of one shape [T, K] with T={len(x)} and K >= 1; {given(tensors)}")
     if idx_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{op}: idx must be int32 or int64; {given(tensors)}")
-    if not (x.is_floating_point() and weight_TK.is_floating_point()):
-        raise ValueError(f"{op}: x and weight must be floating point; {given(tensors)}")
-    if any(p.dtype != x.dtype for p in parameters.values()):
-        *others, last = ["x", *parameters]
+    if x.dtype not in DTYPES or weight_TK.dtype not in DTYPES:
+        raise ValueError(f"{op}: x and weight must be float64, float32, bfloat16 or float16; {given(tensors)}")
+    if any(p.dtype != x.dtype for p in parameters):
+        *others, last = list(tensors)[:-2]
         raise ValueError(f"{op}: {', '.join(others)} and {last} must share a dtype; {given(tensors)}")
 
 
-def refuse_negative(op: str, smallest: Tensor) -> None:
+def refuse_negative(op: str, smallest: Tensor, tensors: Mapping[str, Tensor]) -> None:
     """ValueError for an id below 0, on CPU: elsewhere the check would wait for the device."""
     if smallest.device.type == "cpu" and smallest < 0:
-        raise ValueError(f"{op}: idx holds {int(smallest)}; ids are >= 0, and ids >= E stand for no expert")
+        raise ValueError(f"{op}: idx holds {int(smallest)}; ids are >= 0, and ids >= E stand for no expert; {given(tensors)}")
 
 
-def pick(op: str, backend: str, backends: Mapping[str, Callable[..., Tensor]], best: str, device: str, log: logging.Logger, logged: set[str],
+def pick(op: str, backend: str, backends: Mapping[str, Callable[..., Any]], best: str, tensors: Mapping[str, Tensor], log: logging.Logger, logged: set[str],
          why: str = "") -> str:
     """The backend to run: `best` for "auto", which the log says once a device, with `why` behind it. ValueError for a name that is not in `backends`."""
     if backend == "auto":
+        device = next(iter(tensors.values())).device.type
         if not torch.compiler.is_compiling() and device not in logged:
             logged.add(device)
             log.info("%s: backend=auto picked %s on %s%s", op, best, device, why)
         return best
     if backend not in backends:
-        raise ValueError(f"backend={backend!r} of {op} is unknown; allowed: auto, {', '.join(backends)}")
+        raise ValueError(f"backend={backend!r} of {op} is unknown; allowed: auto, {', '.join(backends)}; {given(tensors)}")
     return backend

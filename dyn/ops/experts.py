@@ -21,9 +21,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyn.ops import triton_experts, triton_launch
-from dyn.ops.arguments import autocast, check_routed, given, pick, refuse_negative, unobserved
+from dyn.ops.arguments import autocast, check_routed, expert_tensors, given, pick, refuse_negative, unobserved
 from dyn.ops.linear import routed_linear as routed_linear
-from dyn.ops.rows import arrange, clear_skipped, gather_sum, outer_products, places, products, row_weights, rows_needed, scratch, segments, usable
+from dyn.ops.rows import (
+    arrange,
+    chosen_weights,
+    clear_skipped,
+    gather_sum,
+    outer_products,
+    places,
+    products,
+    row_weights,
+    rows_needed,
+    scratch,
+    segments,
+    tokens,
+    usable,
+)
 
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
@@ -40,7 +54,7 @@ def experts(
         gate_up_E2FD, down_EDF: stacked expert weights in x's dtype, any strides; gate rows first, then up rows.
         idx_TK: expert ids, int32 or int64. An id >= E means "no expert" and adds nothing. Negative ids raise on CPU;
             elsewhere the check would wait for the device, so they are undefined there unless `debug`.
-        weight_TK: floating, often float32. The weights enter in x's precision or better; their gradient is summed in float32.
+        weight_TK: floating, often float32. They enter in x's precision ("eager" and "triton": in the wider one); their gradient is summed in float32.
         backend: "eager" (a loop over experts under autograd: the reference), "torch", "triton" (float32 and 16-bit on a
             CUDA device, or in Triton's interpreter), or "auto": "triton" where it can run on CUDA, else "torch".
         recompute: keep no pre-activations and compute them again in backward (bitwise the same gradients).
@@ -52,24 +66,28 @@ def experts(
     Raises ValueError for shapes, dtypes or devices that do not fit, for an unknown backend and for one that cannot run here.
     """
     x_TD, gate_up_E2FD, down_EDF = autocast(x_TD, gate_up_E2FD, down_EDF)
-    _check(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK)
+    tensors = expert_tensors(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK)
+    _check(tensors)
     device = x_TD.device.type
     if debug and idx_TK.numel() and device != "meta":
-        refuse_negative("experts", idx_TK.min().cpu())
+        if torch.compiler.is_compiling():
+            torch._assert_async(idx_TK.min() >= 0, "experts: idx holds a negative id")
+        else:
+            refuse_negative("experts", idx_TK.min().cpu(), tensors)
     best = "triton" if device == "cuda" and x_TD.dtype in triton_experts.DTYPES and triton_launch.HAS_TRITON else "torch"
     missing = ", since the package triton is not installed" if device == "cuda" and not triton_launch.HAS_TRITON else ""
-    backend = pick("experts", backend, _BACKENDS, best, device, _log, _logged, missing)
+    backend = pick("experts", backend, _BACKENDS, best, tensors, _log, _logged, missing)
     return _BACKENDS[backend](x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, recompute)
 
 
-def _check(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> None:
-    tensors = {"x": x_TD, "gate_up": gate_up_E2FD, "down": down_EDF, "idx": idx_TK, "weight": weight_TK}
+def _check(tensors: dict[str, Tensor]) -> None:
+    x_TD, gate_up_E2FD, down_EDF, *_ = tensors.values()
     if x_TD.dim() != 2 or gate_up_E2FD.dim() != 3 or down_EDF.dim() != 3:
         raise ValueError(f"experts needs x [T, D], gate_up [E, 2F, D] and down [E, D, F]; {given(tensors)}")
     E, D, width = down_EDF.shape
     if gate_up_E2FD.shape != (E, 2 * width, D) or x_TD.shape[1] != D:
         raise ValueError(f"experts: beside this down, gate_up must be [{E}, {2 * width}, {D}] and x [T, {D}]; {given(tensors)}")
-    check_routed("experts", x_TD, idx_TK, weight_TK, {"gate_up": gate_up_E2FD, "down": down_EDF})
+    check_routed("experts", tensors)
 
 
 # eager: the specification ---------------------------------------------------------------------------------------------
@@ -77,7 +95,7 @@ def _check(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor,
 
 def _eager(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, _: bool) -> Tensor:
     if idx_TK.numel():
-        refuse_negative("experts", idx_TK.min())
+        refuse_negative("experts", idx_TK.min(), expert_tensors(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK))
     sum_dtype = torch.promote_types(x_TD.dtype, weight_TK.dtype)
     y_TD = torch.zeros_like(x_TD, dtype=sum_dtype)
     for e in range(down_EDF.shape[0]):
@@ -104,7 +122,7 @@ def _torch(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor,
 def _one_token(x_1D: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_1K: Tensor, weight_1K: Tensor) -> Tensor:
     """Decoding at batch 1: there is nothing to sort, and sorting would take as long as the products."""
     ids = idx_1K[0].tolist()
-    refuse_negative("experts", idx_1K.new_tensor(min(ids)))
+    refuse_negative("experts", idx_1K.new_tensor(min(ids)), expert_tensors(x_1D, gate_up_E2FD, down_EDF, idx_1K, weight_1K))
     routed = [(slot, e) for slot, e in enumerate(ids) if e < len(down_EDF)]
     gate_up_K2F, y_KD = (x_1D.new_zeros(len(ids), size) for size in (gate_up_E2FD.shape[1], x_1D.shape[1]))
     for slot, e in routed:
@@ -113,16 +131,16 @@ def _one_token(x_1D: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_1K: Ten
     act_KF = F.silu(gate_KF).mul_(up_KF)
     for slot, e in routed:
         torch.mm(act_KF[slot : slot + 1], down_EDF[e].t(), out=y_KD[slot : slot + 1])
-    return weight_1K.to(x_1D.dtype) @ y_KD
+    return weight_1K.to(x_1D.dtype).masked_fill(idx_1K >= len(down_EDF), 0) @ y_KD
 
 
 def _run(
     x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y_TD, the pre-activations [S, 2F] in expert order (no rows unless `keep`), where each expert's rows end [E], and the slot of every row [S]."""
-    ends_E, slot_S = arrange("experts", idx_TK, gate_up_E2FD, down_EDF)
+    ends_E, slot_S = arrange("experts", idx_TK, len(down_EDF), expert_tensors(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK))
     ends = usable(ends_E, slot_S, gate_up_E2FD, down_EDF)
-    token_S = slot_S.clamp(min=0) // idx_TK.shape[1]
+    token_S = tokens(slot_S, idx_TK)
     num_rows, double_width = slot_S.numel(), gate_up_E2FD.shape[1]
     y_SD = scratch(x_TD, num_rows, x_TD.shape[1])
     kept_S2F = x_TD.new_empty(num_rows if keep else 0, double_width)
@@ -132,7 +150,7 @@ def _run(
         gate, up = gate_up.chunk(2, dim=-1)
         products(F.silu(gate).mul_(up), down_EDF[some].transpose(1, 2), local, y_SD[rows])
     clear_skipped(ends, y_SD, kept_S2F)
-    return gather_sum(y_SD, slot_S, weight_TK.to(x_TD.dtype)), kept_S2F, ends_E, slot_S
+    return gather_sum(y_SD, slot_S, chosen_weights(idx_TK, weight_TK.to(x_TD.dtype), len(down_EDF))), kept_S2F, ends_E, slot_S
 
 
 def _run_backward(
@@ -141,7 +159,7 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down, weight; without elements where they are not needed."""
     ends = usable(ends_E, slot_S, gate_up_E2FD, down_EDF)
-    token_S = slot_S.clamp(min=0) // idx_TK.shape[1]
+    token_S = tokens(slot_S, idx_TK)
     weight_S1 = row_weights(slot_S, weight_TK)[:, None].to(x_TD.dtype)
     num_rows, width = slot_S.numel(), down_EDF.shape[2]
     sum_dtype = torch.promote_types(x_TD.dtype, torch.float32)
@@ -223,7 +241,7 @@ _forward.register_autograd(_differentiate, setup_context=_setup)
 
 def _triton(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, recompute: bool) -> Tensor:
     if idx_TK.device.type == "cpu" and idx_TK.numel() and not torch.compiler.is_compiling():
-        refuse_negative("experts", idx_TK.min())
+        refuse_negative("experts", idx_TK.min(), expert_tensors(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK))
     return triton_experts.experts_triton(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, recompute)
 
 

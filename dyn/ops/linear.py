@@ -20,7 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyn.ops.arguments import autocast, check_devices, check_routed, given, pick, refuse_negative, unobserved
-from dyn.ops.rows import arrange, clear_skipped, gather_sum, outer_products, places, products, row_weights, rows_needed, scratch, segments, usable
+from dyn.ops.rows import (
+    arrange,
+    chosen_weights,
+    clear_skipped,
+    gather_sum,
+    outer_products,
+    places,
+    products,
+    row_weights,
+    rows_needed,
+    scratch,
+    segments,
+    tokens,
+    usable,
+)
 
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
@@ -45,17 +59,22 @@ def routed_linear(
 
     Raises ValueError for shapes, dtypes or devices that do not fit and for an unknown backend.
     """
-    parameters = {"weight_EOI": weight_EOI} if bias_EO is None else {"weight_EOI": weight_EOI, "bias_EO": bias_EO}
-    x_TI, *cast = autocast(x_TI, *parameters.values())
-    parameters = dict(zip(parameters, cast, strict=True))
-    weight_EOI, bias_EO = parameters["weight_EOI"], parameters.get("bias_EO")
+    x_TI, weight_EOI = autocast(x_TI, weight_EOI)
+    if bias_EO is not None:
+        (bias_EO,) = autocast(bias_EO)
+    tensors = _named(x_TI, weight_EOI, idx_TK, weight_TK, bias_EO)
     if x_TI.dim() != 2 or weight_EOI.dim() != 3 or x_TI.shape[1] != weight_EOI.shape[2]:
-        raise ValueError(f"routed_linear needs x [T, I] and weight_EOI [E, O, I]; {given({'x': x_TI, **parameters})}")
+        raise ValueError(f"routed_linear needs x [T, I] and weight_EOI [E, O, I]; {given(tensors)}")
     if bias_EO is not None and bias_EO.shape != weight_EOI.shape[:2]:
-        raise ValueError(f"routed_linear: beside this weight_EOI, bias_EO must be {list(weight_EOI.shape[:2])}; {given({'x': x_TI, **parameters})}")
-    check_routed("routed_linear", x_TI, idx_TK, weight_TK, parameters)
-    backend = pick("routed_linear", backend, _BACKENDS, "torch", x_TI.device.type, _log, _logged)
+        raise ValueError(f"routed_linear: beside this weight_EOI, bias_EO must be {list(weight_EOI.shape[:2])}; {given(tensors)}")
+    check_routed("routed_linear", tensors)
+    backend = pick("routed_linear", backend, _BACKENDS, "torch", tensors, _log, _logged)
     return _BACKENDS[backend](x_TI, weight_EOI, idx_TK, weight_TK, bias_EO)
+
+
+def _named(x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor, bias_EO: Tensor | None = None) -> dict[str, Tensor]:
+    """What errors call the arguments."""
+    return {"x": x_TI, "weight_EOI": weight_EOI} | ({} if bias_EO is None else {"bias_EO": bias_EO}) | {"idx": idx_TK, "weight": weight_TK}
 
 
 def partial_routed_linear(
@@ -91,15 +110,24 @@ def partial_routed_linear(
         x_TI, idx_TK, weight_TK, bias_EO, backend: as in `routed_linear`.
         dynamic_EOI, static_OI: in x's dtype. Entries of `dynamic` outside the mask, and of `static` inside, count for nothing and get gradient zero.
         mask_OI: bool, true where the parameter is dynamic.
-        dynamic_scale, static_scale: l_d and l_s, numbers or tensors without axes.
+        dynamic_scale, static_scale: l_d and l_s, numbers or tensors of one.
         form: "merged" or "factorised"; the values are the same.
 
     Returns y_TO in x's dtype. Raises ValueError as `routed_linear` does, for a mask or static part of another shape, and for an unknown form.
     """
     x_TI, dynamic_EOI, static_OI = autocast(x_TI, dynamic_EOI, static_OI)
-    tensors = {"x": x_TI, "dynamic": dynamic_EOI, "static": static_OI, "mask": mask_OI}
-    if mask_OI.dtype != torch.bool or not mask_OI.shape == static_OI.shape == dynamic_EOI.shape[1:]:
-        raise ValueError(f"partial_routed_linear needs dynamic [E, O, I], static [O, I] and a bool mask [O, I]; {given(tensors)}")
+    if bias_EO is not None:
+        (bias_EO,) = autocast(bias_EO)
+    tensors = {"x": x_TI, "dynamic": dynamic_EOI, "static": static_OI, "mask": mask_OI} | ({} if bias_EO is None else {"bias": bias_EO})
+    shapes = (x_TI.shape[:1] + dynamic_EOI.shape[2:], dynamic_EOI.shape, *[dynamic_EOI.shape[1:]] * 2, dynamic_EOI.shape[:2])
+    if mask_OI.dtype != torch.bool or dynamic_EOI.dim() != 3 or any(t.shape != shape for t, shape in zip(tensors.values(), shapes, strict=False)):
+        raise ValueError(f"partial_routed_linear needs x [T, I], dynamic [E, O, I], static [O, I], bias [E, O] or none, and a bool mask [O, I]; "
+                         f"{given(tensors)}")
+    if any(t.dtype != x_TI.dtype for t in tensors.values() if t is not mask_OI):
+        raise ValueError(f"partial_routed_linear: x, dynamic, static and bias must share a dtype; {given(tensors)}")
+    scales = {"dynamic_scale": dynamic_scale, "static_scale": static_scale}
+    if wrong := {name: scale for name, scale in scales.items() if isinstance(scale, Tensor) and scale.numel() != 1}:
+        raise ValueError(f"partial_routed_linear: {' and '.join(wrong)} must be one number; {given(wrong | tensors)}")
     check_devices("partial_routed_linear", tensors)
     if form not in ("merged", "factorised"):
         raise ValueError(f"form={form!r} of partial_routed_linear is unknown; allowed: merged, factorised")
@@ -139,7 +167,7 @@ def score_matrix(idx_TK: Tensor, weight_TK: Tensor, num_experts: int) -> Tensor:
 
 def _eager(x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor, bias_EO: Tensor | None) -> Tensor:
     if idx_TK.numel():
-        refuse_negative("routed_linear", idx_TK.min())
+        refuse_negative("routed_linear", idx_TK.min(), _named(x_TI, weight_EOI, idx_TK, weight_TK, bias_EO))
     sum_dtype = torch.promote_types(x_TI.dtype, weight_TK.dtype)
     y_TO = x_TI.new_zeros(x_TI.shape[0], weight_EOI.shape[1], dtype=sum_dtype)
     for e in range(weight_EOI.shape[0]):
@@ -162,14 +190,14 @@ def _torch(x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor, 
 
 def _run(x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y_TO without bias, where each expert's rows end [E], and the slot of every row [S]."""
-    ends_E, slot_S = arrange("routed_linear", idx_TK, weight_EOI)
+    ends_E, slot_S = arrange("routed_linear", idx_TK, len(weight_EOI), _named(x_TI, weight_EOI, idx_TK, weight_TK))
     ends = usable(ends_E, slot_S, weight_EOI)
-    token_S = slot_S.clamp(min=0) // idx_TK.shape[1]
+    token_S = tokens(slot_S, idx_TK)
     y_SO = scratch(x_TI, slot_S.numel(), weight_EOI.shape[1])
     for some, rows, local in segments(ends, slot_S.numel(), x_TI.shape[1] * x_TI.element_size()):
         products(x_TI.index_select(0, token_S[rows]), weight_EOI[some].transpose(1, 2), local, y_SO[rows])
     clear_skipped(ends, y_SO)
-    return gather_sum(y_SO, slot_S, weight_TK.to(x_TI.dtype)), ends_E, slot_S
+    return gather_sum(y_SO, slot_S, chosen_weights(idx_TK, weight_TK.to(x_TI.dtype), len(weight_EOI))), ends_E, slot_S
 
 
 def _run_backward(
@@ -178,7 +206,7 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight_EOI and weight_TK; without elements where they are not needed."""
     ends = usable(ends_E, slot_S, weight_EOI)
-    token_S = slot_S.clamp(min=0) // idx_TK.shape[1]
+    token_S = tokens(slot_S, idx_TK)
     weight_S1 = row_weights(slot_S, weight_TK)[:, None].to(x_TI.dtype)
     num_rows, sum_dtype = slot_S.numel(), torch.promote_types(x_TI.dtype, torch.float32)
     dx_SI = scratch(x_TI, num_rows if need_x else 0, x_TI.shape[1])
@@ -195,7 +223,9 @@ def _run_backward(
         if need_weight:
             outer_products(dy.mul_(weight_S1[rows]), x, local, dweight_EOI[some])
     clear_skipped(ends, dx_SI, dweight_S)
-    dx_TI = gather_sum(dx_SI, slot_S, weight_TK.to(x_TI.dtype)) if need_x else x_TI.new_empty(0, x_TI.shape[1])
+    dx_TI = x_TI.new_empty(0, x_TI.shape[1])
+    if need_x:
+        dx_TI = gather_sum(dx_SI, slot_S, chosen_weights(idx_TK, weight_TK.to(x_TI.dtype), len(weight_EOI)))
     dweight_TK = dweight_S[places(slot_S, weight_TK)] if need_scores else dweight_S
     return dx_TI, dweight_EOI, dweight_TK.to(weight_TK.dtype)
 

@@ -5,14 +5,17 @@ T tokens, E experts, K experts a token; a name ends in the shape of its tensor.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dyn.ops import triton_launch, triton_route
-from dyn.ops.arguments import check_devices, given
+from dyn.ops.arguments import check_devices, given, pick
 
+_log = logging.getLogger(__name__)
+_logged: set[str] = set()
 _MANY = 1 << 20  # logits from which on one kernel is faster than torch's three; before, a launch of Triton's costs more than theirs (H200, results/benchmarks)
 
 
@@ -48,20 +51,18 @@ def route(
     if logits_TE.dim() != 2 or not logits_TE.is_floating_point():
         raise ValueError(f"route needs floating logits [T, E]; {given({'logits': logits_TE})}")
     num_experts = logits_TE.shape[1]
-    if not 1 <= k <= num_experts:
-        raise ValueError(f"route: k={k} with {num_experts} experts; allowed: 1 to {num_experts}")
+    tensors = {"logits": logits_TE} | ({} if bias_E is None else {"bias_E": bias_E})
+    if isinstance(k, bool) or not isinstance(k, int | torch.SymInt) or not 1 <= k <= num_experts:
+        raise ValueError(f"route: k={k!r} with {num_experts} experts; allowed: 1 to {num_experts}; {given(tensors)}")
     if score not in ("softmax", "sigmoid"):
-        raise ValueError(f"route: score={score!r} is unknown; allowed: softmax, sigmoid")
+        raise ValueError(f"route: score={score!r} is unknown; allowed: softmax, sigmoid; {given(tensors)}")
     if bias_E is not None:
-        tensors = {"logits": logits_TE, "bias_E": bias_E}
         if bias_E.shape != (num_experts,):
             raise ValueError(f"route: bias_E must be [{num_experts}]; {given(tensors)}")
         check_devices("route", tensors)
-    if backend == "auto":
-        able = logits_TE.is_cuda and logits_TE.dtype != torch.float64 and triton_launch.HAS_TRITON
-        backend = "triton" if able and logits_TE.numel() >= _MANY else "eager"
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend={backend!r} of route is unknown; allowed: auto, {', '.join(_BACKENDS)}")
+    able = logits_TE.is_cuda and logits_TE.dtype != torch.float64 and triton_launch.HAS_TRITON
+    best = "triton" if able and logits_TE.numel() >= _MANY else "eager"
+    backend = pick("route", backend, _BACKENDS, best, tensors, _log, _logged, " for as many logits as these")
     return _BACKENDS[backend](logits_TE, k, renormalise, scale, score, bias_E)
 
 

@@ -10,7 +10,7 @@ import itertools
 import platform
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -36,12 +36,14 @@ _inside = types.SimpleNamespace(lock=threading.Lock(), threads=0, before=None)  
 Ends = list[int] | Tensor  # where each expert's rows end: numbers on the host, or int32 [E] on the device
 
 
-def arrange(op: str, idx_TK: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each expert's rows end, int32 [E], and the slot t * K + k of every row [S], -1 for padding. ValueError for negative ids on CPU, by `op`."""
+def arrange(op: str, idx_TK: Tensor, num_experts: int, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Where each expert's rows end, int32 [E], and the slot t * K + k of every row [S]; -1 - slot for padding, with the slot of a row of the same expert.
+
+    ValueError for negative ids on CPU, which names `op` and its tensors.
+    """
     sorted_S, slot_S = idx_TK.flatten().sort(stable=True)
     if sorted_S.numel():
-        refuse_negative(op, sorted_S[0])
-    num_experts = weights[0].shape[0]
+        refuse_negative(op, sorted_S[0], tensors)
     ids_E = torch.arange(num_experts, device=sorted_S.device, dtype=sorted_S.dtype)
     ends_E = torch.searchsorted(sorted_S, ids_E, right=True, out_int32=True)
     return pad(ends_E, slot_S, row_block(idx_TK, num_experts))
@@ -57,9 +59,20 @@ def rows_needed(idx_TK: Tensor, num_experts: int) -> int:
     return idx_TK.shape[0] * idx_TK.shape[1] + num_experts * (row_block(idx_TK, num_experts) - 1)
 
 
+def tokens(slot_S: Tensor, idx_TK: Tensor) -> Tensor:
+    """The token of every row [S]. Padding repeats a token of its own expert: its weight is 0, which nothing that is infinite may meet; another expert's token
+    could overflow there."""
+    return torch.where(slot_S < 0, ~slot_S, slot_S) // idx_TK.shape[1]
+
+
+def chosen_weights(idx_TK: Tensor, weight_TK: Tensor, num_experts: int) -> Tensor:
+    """Weights, 0 for ids of no expert: theirs count for nothing, whatever they are."""
+    return weight_TK.masked_fill(idx_TK >= num_experts, 0)
+
+
 def row_weights(slot_S: Tensor, weight_TK: Tensor) -> Tensor:
     """The weight of every row [S]; 0 for padding."""
-    return weight_TK.flatten()[slot_S.clamp(min=0)].mul_(slot_S >= 0)
+    return weight_TK.flatten()[slot_S.clamp(min=0)].masked_fill_(slot_S < 0, 0)
 
 
 def can_group(*weights: Tensor) -> bool:
@@ -147,8 +160,8 @@ def _onednn_pays() -> bool:
     cpu = platform.processor() + (info.read_text() if info.exists() else "")
     if not torch.backends.mkl.is_available() or not torch.backends.mkldnn.is_available() or "Intel" in cpu:
         return False
-    g = torch.Generator().manual_seed(0)
-    left_MN, right_NO = (torch.randn(256, 256, generator=g) for _ in range(2))
+    g = torch.Generator("cpu").manual_seed(0)
+    left_MN, right_NO = (torch.randn(256, 256, generator=g, dtype=torch.float32, device="cpu") for _ in range(2))
     try:
         with _by_onednn():
             found = [left_MN @ right_NO, left_MN @ right_NO.t().contiguous().t(), left_MN.t().contiguous().t() @ right_NO]
@@ -165,7 +178,7 @@ def scratch(like: Tensor, num_rows: int, num_columns: int) -> Tensor:
     if not like.is_cpu or size > _SCRATCH_BYTES:
         return like.new_empty(num_rows, num_columns)
     if not hasattr(_memory, "block") or len(_memory.block) < size:
-        _memory.block = torch.empty(size, dtype=torch.uint8)
+        _memory.block = torch.empty(size, dtype=torch.uint8, device=like.device)
     return _memory.block[:size].view(like.dtype).view(num_rows, num_columns)
 
 
@@ -183,7 +196,7 @@ def row_block(idx_TK: Tensor, num_experts: int) -> int:
 
 
 def pad(ends_E: Tensor, slot_S: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Ends in multiples of `block`, and the slots at their new rows with -1 between; as many rows as any routing could need."""
+    """Ends in multiples of `block`, and the slots at their new rows with padding between (see `arrange`); as many rows as any routing could need."""
     if block == 1:
         return ends_E, slot_S
     ends = ends_E.tolist()
@@ -191,13 +204,15 @@ def pad(ends_E: Tensor, slot_S: Tensor, block: int) -> tuple[Tensor, Tensor]:
     out_S = slot_S.new_full((slot_S.numel() + len(ends) * (block - 1),), -1)
     for start, end, to in zip([0, *ends], [*ends, slot_S.numel()], [0, *padded], strict=True):  # the last: rows of no expert
         out_S[to : to + end - start] = slot_S[start:end]
-    return torch.tensor(padded, dtype=ends_E.dtype), out_S
+        if end > start:
+            out_S[to + end - start : to - (start - end) // block * block] = ~slot_S[start]
+    return torch.tensor(padded, dtype=ends_E.dtype, device=ends_E.device), out_S
 
 
 def places(slot_S: Tensor, weight_TK: Tensor) -> Tensor:
     """The row of every slot: int64 [T, K]."""
     place = slot_S.new_empty(weight_TK.numel() + 1)  # the last takes what padding, -1, writes
-    place[slot_S] = torch.arange(slot_S.numel(), device=slot_S.device)
+    place[slot_S.clamp(min=-1)] = torch.arange(slot_S.numel(), device=slot_S.device)
     return place[:-1].view(weight_TK.shape)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dyn.ops.arguments import expert_tensors, given
 from dyn.ops.triton_backward import down_backward, weight_gradient
 from dyn.ops.triton_config import row_tile
 from dyn.ops.triton_few import few_experts, is_few
@@ -34,7 +35,8 @@ def experts_triton(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK:
     Raises ValueError for another dtype, and where Triton cannot run.
     """
     if x_TD.dtype not in DTYPES:
-        raise ValueError(f"backend='triton' of experts takes {', '.join(map(str, DTYPES))}; got {x_TD.dtype}")
+        tensors = expert_tensors(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK)
+        raise ValueError(f"backend='triton' of experts takes {', '.join(map(str, DTYPES))}; {given(tensors)}")
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gate_up_E2FD, down_EDF, weight_TK))
     if not trained and not _is_empty(idx_TK, down_EDF) and is_few(idx_TK.numel(), down_EDF):
         return few_experts(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK)
@@ -50,7 +52,7 @@ def _forward(
     x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y_TD, the pre-activations [S, 2F] in expert order (no rows unless `keep`), and the buffer of the order of the rows."""
-    require("experts", x_TD.device)
+    require("experts", expert_tensors(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK))
     num_slots, num_experts = idx_TK.numel(), down_EDF.shape[0]
     if _is_empty(idx_TK, down_EDF):
         order = torch.zeros(order_size(num_slots, num_experts), dtype=torch.int32, device=x_TD.device)

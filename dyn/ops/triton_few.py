@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyn.ops.arguments import expert_tensors
 from dyn.ops.triton_launch import Kernel, blocks, power_of_two, require
 
 tl: Any = None  # triton.language, once a kernel has been launched
@@ -30,7 +31,7 @@ def is_few(num_slots: int, down_EDF: Tensor) -> bool:
 @torch.library.custom_op("dyn::few_experts_triton", mutates_args=())
 def few_experts(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """y_TD of `dyn.ops.experts`, without gradients. Activations stay in float32."""
-    require("experts", x_TD.device)
+    require("experts", expert_tensors(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK))
     (T, K), (E, D, F) = idx_TK.shape, down_EDF.shape
     y_TD, act_SF = torch.empty_like(x_TD, memory_format=torch.contiguous_format), torch.empty(T * K, F, dtype=torch.float32, device=x_TD.device)
     idx_TK, weight_TK = idx_TK.contiguous(), weight_TK.contiguous()
@@ -91,8 +92,9 @@ def token_kernel(
     for k in range(TOPK):
         slot = token * TOPK + k
         expert = tl.load(idx_ptr + slot)
-        width = tl.where((expert >= 0) & (expert < num_experts), F, 0)  # an expert that is none has no neurons
-        scale = tl.load(scale_ptr + slot).to(tl.float32)
+        routed = (expert >= 0) & (expert < num_experts)
+        width = tl.where(routed, F, 0)  # an expert that is none has no neurons
+        scale = tl.load(scale_ptr + slot, mask=routed, other=0.0).to(tl.float32)
         act_at = act_ptr + slot.to(tl.int64) * F + fs
         w_at = weight_ptr + expert.to(tl.int64) * stride_we + cols.to(tl.int64)[:, None] * stride_wd + fs.to(tl.int64)[None, :] * stride_wf
         for f in range(0, F, BLOCK_F):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dyn.ops.arguments import given
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # looks for it without importing it
 
@@ -50,13 +52,14 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def require(op: str, device: torch.device) -> None:
-    """Raises ValueError, saying what is needed, where `backend="triton"` of `op` cannot run."""
+def require(op: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError, saying what is needed, where `backend="triton"` of `op` cannot run on the tensors."""
     if not HAS_TRITON:
-        raise ValueError(f"backend='triton' of {op} needs the package triton, which is not installed; allowed without it: auto, eager")
+        raise ValueError(f"backend='triton' of {op} needs the package triton, which is not installed; allowed without it: auto, eager; {given(tensors)}")
+    device = next(iter(tensors.values())).device
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         raise ValueError(
-            f"backend='triton' of {op} needs tensors on a CUDA device, or TRITON_INTERPRET=1 set before the first use of triton; got tensors on {device}"
+            f"backend='triton' of {op} needs tensors on a CUDA device, or TRITON_INTERPRET=1 set before the first use of triton; {given(tensors)}"
         )
 
 

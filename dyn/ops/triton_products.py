@@ -231,6 +231,6 @@ def token_sum_kernel(
         mask = (place >= 0)[:, None] & is_col[None, :]
         row = tl.load(rows_ptr + place.to(tl.int64)[:, None] * D + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
-            row *= tl.load(weight_ptr + tokens * K + k, mask=is_token, other=0.0).to(tl.float32)[:, None]
+            row *= tl.load(weight_ptr + tokens * K + k, mask=place >= 0, other=0.0).to(tl.float32)[:, None]
         acc += row
     tl.store(y_ptr + tokens.to(tl.int64)[:, None] * D + cols[None, :], acc.to(y_ptr.dtype.element_ty), mask=is_token[:, None] & is_col[None, :])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyn.ops.arguments import given
 from dyn.ops.triton_launch import Kernel, blocks, power_of_two, require
 
 tl: Any = None  # triton.language, once a kernel has been launched
@@ -26,14 +27,14 @@ def route_triton(
     Raises ValueError for float64 logits, and where Triton cannot run.
     """
     if logits_TE.dtype == torch.float64:
-        raise ValueError("backend='triton' of route computes in float32; for float64 logits use backend='eager'")
+        raise ValueError(f"backend='triton' of route computes in float32; for float64 logits use backend='eager'; {given({'logits': logits_TE})}")
     weight_TK, idx_TK = _route(logits_TE, bias_E, k, renormalise, float(scale), score == "sigmoid")
     return idx_TK, weight_TK
 
 
 @torch.library.custom_op("dyn::route_triton", mutates_args=())
 def _route(logits_TE: Tensor, bias_E: Tensor | None, k: int, renormalise: bool, scale: float, sigmoid: bool) -> tuple[Tensor, Tensor]:
-    require("route", logits_TE.device)
+    require("route", {"logits": logits_TE})
     with torch.cuda.device_of(logits_TE):
         return launch_router(logits_TE, bias_E, k, renormalise, scale, sigmoid)
 

@@ -144,6 +144,18 @@ def test_infinite_rows_stay_with_their_expert():
     assert not y[~finite].isfinite().any()
 
 
+@pytest.mark.parametrize("T", [2, 40], ids=["few", "many"])
+def test_a_score_of_no_expert_counts_for_nothing(T, monkeypatch):
+    monkeypatch.setattr(triton_few, "_REREAD", 0)
+    leaves, idx = problem(T, 6, 5, 3, 2)
+    leaves, idx[0, 0] = [t.detach() for t in leaves], 7
+    assert triton_few.is_few(idx.numel(), leaves[2]) == (T == 2)
+    without = experts(*leaves[:3], idx, leaves[3], "triton")
+    leaves[3][0, 0] = torch.nan
+    y = experts(*leaves[:3], idx, leaves[3], "triton")
+    assert torch.equal(y, without) and y.isfinite().all()
+
+
 @pytest.mark.parametrize("D, F", [(24, 16), (13, 7)])
 def test_strided_views_and_int32_ids(D, F):
     leaves, idx = problem(14, D, F, 2, 2)
@@ -244,7 +256,7 @@ def test_compiles_into_one_graph():
 def test_refusals():
     leaves, idx = problem(4, 6, 4, 3, 2)
     x, gate_up, down, weight = (t.detach() for t in leaves)
-    with pytest.raises(ValueError, match=r"got torch\.float64"):
+    with pytest.raises(ValueError, match=r"takes torch.float32, .*; got x float64"):
         experts(x.double(), gate_up.double(), down.double(), idx, weight, "triton")
     idx[2, 1] = -3
     with pytest.raises(ValueError, match="idx holds -3"):

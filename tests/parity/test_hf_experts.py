@@ -118,6 +118,13 @@ def test_a_gate_of_its_own(kind, sentinels, calls):
     assert_same(*results)
 
 
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_no_tokens(name):
+    model = tiny(name, "dyn")
+    module = next(m for m in model.modules() if hasattr(m, "gate_up_proj"))
+    assert module(torch.zeros(0, 16), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)).shape == (0, 16)
+
+
 def test_other_layouts_are_refused():
     config = transformers.GptOssConfig(**SMALL, intermediate_size=12, num_local_experts=4, num_experts_per_tok=2)
     model = transformers.AutoModelForCausalLM.from_config(config)

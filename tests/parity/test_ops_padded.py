@@ -57,3 +57,29 @@ def test_row_counts_are_multiples_of_the_block(monkeypatch):
     with torch.no_grad():
         experts(x, gate_up, down, idx, weight, backend="torch")
     assert seen and all(n % rows._ROW_BLOCK == 0 for n in seen)
+
+
+def results(op, args, backend):
+    """Output and gradients of all floating arguments."""
+    args = [t.clone().requires_grad_() if t.is_floating_point() else t for t in args]
+    y = op(*args, backend=backend)
+    return [y, *torch.autograd.grad(y.float().sum(), [t for t in args if t.requires_grad])]
+
+
+@pytest.mark.parametrize("op", ["experts", "routed_linear"])
+@pytest.mark.parametrize("case", ["skipped", "overflows elsewhere", "skipped score"])
+def test_what_is_not_finite_stays_with_its_token(op, case):
+    """Padding computes with numbers of some token: none that the expert does not see."""
+    dtype = torch.float16 if case == "overflows elsewhere" else torch.float32
+    x, gate_up, down, idx, weight = (t.detach() for t in arguments("even", dtype))
+    if case == "overflows elsewhere":  # its own experts are 2 and 3
+        x[0], idx[0], gate_up[:2], gate_up[2:] = 200.0, torch.tensor([2, 3]), 200.0, gate_up[2:] / 100
+        x[1:] /= 1000
+    else:
+        idx[0] = E
+        (weight if case == "skipped score" else x)[0] = torch.nan
+    assert rows.row_block(idx, E) > 1
+    given = (x, gate_up, down, idx, weight) if op == "experts" else (x, gate_up, idx, weight)
+    for want, got in zip(*(results(getattr(module, op), given, backend) for backend in ("eager", "torch")), strict=True):
+        assert want.isfinite().all()
+        assert (got - want).abs().max() <= (2e-2 if dtype == torch.float16 else 1e-5) * want.abs().max()

@@ -68,11 +68,12 @@ def test_negative_ids_raise(backend):
 @pytest.mark.parametrize("place, value, message", [
     (0, torch.zeros(10, 5), r"needs x \[T, I\] and weight_EOI \[E, O, I\]; got x float32 \[10, 5\] on cpu, weight_EOI float32 \[5, 4, 6\]"),
     (0, torch.zeros(10, 6, dtype=torch.bfloat16), "x, weight_EOI and bias_EO must share a dtype; got x bfloat16 .* weight_EOI float32"),
-    (0, torch.zeros(10, 6, dtype=torch.int64), "must be floating point; got x int64"),
+    (0, torch.zeros(10, 6, dtype=torch.int64), "must be float64, float32, bfloat16 or float16; got x int64"),
     (1, torch.zeros(5, 4), r"needs x \[T, I\]"),
     (2, torch.zeros(10, 3, dtype=torch.int64), r"needs idx and weight of one shape \[T, K\] with T=10 and K >= 1; got .* idx int64 \[10, 3\]"),
     (2, torch.zeros(10, 2), "routed_linear: idx must be int32 or int64; got .* idx float32"),
-    (3, torch.zeros(10, 2, dtype=torch.int64), "must be floating point"),
+    (3, torch.zeros(10, 2, dtype=torch.int64), "must be float64, float32, bfloat16 or float16; got .* weight int64"),
+    (0, torch.zeros(10, 6, dtype=torch.complex64), "got x complex64"),
     (4, torch.zeros(4), r"bias_EO must be \[5, 4\]; got .* bias_EO float32 \[4\]"),
 ])
 def test_refuses(place, value, message):
@@ -204,6 +205,12 @@ def test_shapes_without_data():
     (dict(static_OI=torch.zeros(4, 5)), r"got .* static float32 \[4, 5\]"),
     (dict(mask_OI=torch.ones(4, 6, dtype=torch.bool, device="meta")), "one device; got .* mask bool .* on meta"),
     (dict(static_OI=torch.zeros(4, 6, device="meta")), "one device; got .* static float32 .* on meta"),
+    (dict(x_TI=torch.zeros(10, 13)), r"needs x \[T, I\], dynamic .*; got x float32 \[10, 13\]"),
+    (dict(bias_EO=torch.zeros(5, 20)), r"got .* bias float32 \[5, 20\]"),
+    (dict(bias_EO=torch.zeros(3, 4)), r"got .* bias float32 \[3, 4\]"),
+    (dict(bias_EO=torch.zeros(5, 4, dtype=torch.float64)), "share a dtype; got .* bias float64"),
+    (dict(static_OI=torch.zeros(4, 6, dtype=torch.float64)), "share a dtype; got .* static float64"),
+    (dict(dynamic_scale=torch.ones(6)), r"dynamic_scale must be one number; got dynamic_scale float32 \[6\]"),
     (dict(form="sparse"), "form='sparse' of partial_routed_linear is unknown; allowed: merged, factorised"),
 ])
 def test_partial_refuses(kwargs, message):
@@ -211,6 +218,12 @@ def test_partial_refuses(kwargs, message):
     given = dict(x_TI=x, dynamic_EOI=weight, static_OI=weight[0], mask_OI=torch.ones(4, 6, dtype=torch.bool), idx_TK=idx, weight_TK=scores, bias_EO=bias)
     with pytest.raises(ValueError, match=message):
         partial_routed_linear(**given | kwargs)
+
+
+def test_routed_linear_needs_an_expert():
+    x, weight, idx, scores, bias = problem()
+    with pytest.raises(ValueError, match=r"needs an expert at least; got .* weight_EOI float32 \[0, 4, 6\]"):
+        routed_linear(x, weight[:0], idx, scores, bias[:0])
 
 
 def test_no_tokens_in_a_new_thread():

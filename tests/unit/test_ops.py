@@ -1,6 +1,9 @@
 """The ops do what their docstrings say: edges, dtypes, autocast, compile, memory, refusals. Values: tests/parity."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +82,7 @@ def test_route_without_tokens():
 @pytest.mark.parametrize("kwargs, message", [
     (dict(k=5), "k=5 with 4 experts; allowed: 1 to 4"),
     (dict(k=0), "k=0 with 4 experts; allowed: 1 to 4"),
+    (dict(k=2.0), "k=2.0 with 4 experts"), (dict(k=True), "k=True with 4 experts"),
     (dict(k=1, score="tanh"), "score='tanh' is unknown; allowed: softmax, sigmoid"),
     (dict(k=1, backend="cuda"), "backend='cuda' of route is unknown; allowed: auto, eager"),
     (dict(k=1, bias_E=torch.zeros(3)), r"bias_E must be \[4\]; got logits float32 \[2, 4\] on cpu, bias_E float32 \[3\]"),
@@ -130,24 +134,86 @@ def test_negative_ids_raise(backend):
         experts(*args, backend=backend)
 
 
+@pytest.mark.parametrize("fail", [
+    lambda args: args[3].fill_(-1),
+    lambda args: args.append("cuda"),
+    lambda args: args.append("triton"),
+], ids=["negative id", "no such backend", "a backend that cannot run"])
+def test_errors_name_all_shapes(fail, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    args = problem()
+    fail(args)
+    shapes = r"x float32 \[10, 6\] on cpu, gate_up .* \[5, 8, 6\] .*, down .* \[5, 6, 4\] .*, idx int64 \[10, 2\] .*, weight float32 \[10, 2\]"
+    with pytest.raises(ValueError, match=shapes):
+        experts(*args)
+
+
+@pytest.mark.parametrize("default", [lambda: torch.device("meta"), lambda: default_dtype(torch.float64)], ids=["device", "dtype"])
+def test_defaults_of_torch_change_nothing(default, monkeypatch):
+    """They are settings of the caller's for his own tensors, and what a first call under them keeps is used by all later ones."""
+    monkeypatch.setattr(rows, "Path", lambda name: Path(name + " of another vendor's CPU"))
+    monkeypatch.setattr(rows.platform, "processor", lambda: "")
+    x, gate_up, down, idx, weight = problem(T=400)
+    pays, plain = rows._onednn_pays.__wrapped__(), experts(x, gate_up, down, idx, weight)
+    with ThreadPoolExecutor(1) as pool:  # a thread has its own memory
+
+        def run():
+            with default():
+                assert rows._onednn_pays.__wrapped__() == pays
+                return experts(x, gate_up, down, idx, weight)
+
+        assert torch.equal(pool.submit(run).result(), plain)
+        assert torch.equal(pool.submit(experts, x, gate_up, down, idx, weight).result(), plain)
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_debug_in_a_graph():
+    """Where nobody waits for the device: the graph itself looks."""
+    args = [t.detach() for t in problem()]
+    compiled = torch.compile(lambda *args: experts(*args, debug=True), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), experts(*args))
+    args[3][1] = -2
+    with pytest.raises((RuntimeError, ValueError), match=r"negative id|idx holds -2"):
+        compiled(*args)
+
+
 @pytest.mark.parametrize("place, value, message", [
+    (0, torch.zeros(10, 6).to_sparse(), "takes dense tensors alone, got x torch.sparse_coo"),
+    (0, torch.zeros(10, 6, dtype=torch.float8_e4m3fn), "must be float64, float32, bfloat16 or float16; got x float8_e4m3fn"),
     (0, torch.zeros(10, 5), r"gate_up must be \[5, 8, 6\] and x \[T, 6\]; got x float32 \[10, 5\] on cpu, gate_up float32 \[5, 8, 6\]"),
     (0, torch.zeros(2, 5, 6), r"needs x \[T, D\]"),
     (0, torch.zeros(10, 6, dtype=torch.bfloat16), r"must share a dtype; got x bfloat16 \[10, 6\] on cpu, gate_up float32"),
-    (0, torch.zeros(10, 6, dtype=torch.int64), "must be floating point; got x int64"),
+    (0, torch.zeros(10, 6, dtype=torch.int64), "must be float64, float32, bfloat16 or float16; got x int64"),
     (1, torch.zeros(5, 7, 6), r"gate_up must be \[5, 8, 6\]"),
     (2, torch.zeros(4, 6, 4), r"gate_up must be \[4, 8, 6\]"),
     (3, torch.zeros(10, 3, dtype=torch.int64), r"one shape \[T, K\] with T=10 and K >= 1; got .* idx int64 \[10, 3\] on cpu, weight float32 \[10, 2\]"),
     (3, torch.zeros(9, 2, dtype=torch.int64), "with T=10"),
     (3, torch.zeros(10, dtype=torch.int64), r"idx int64 \[10\]"),
     (3, torch.zeros(10, 2), "idx must be int32 or int64; got .* idx float32"),
-    (4, torch.zeros(10, 2, dtype=torch.int64), "must be floating point"),
+    (4, torch.zeros(10, 2, dtype=torch.int64), "must be float64, float32, bfloat16 or float16; got .* weight int64"),
 ])
 def test_experts_refuses(place, value, message):
     args = problem()
     args[place] = value
-    with pytest.raises(ValueError, match=message):
-        experts(*args)
+    for autocast in (False, True):
+        if not (autocast and value.dtype == torch.bfloat16):  # which a linear layer takes too
+            with pytest.raises(ValueError, match=message.replace("float32", r"(b?float\d\d)")), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                experts(*args)
+
+
+def test_experts_needs_one():
+    x, gate_up, down, idx, weight = problem()
+    with pytest.raises(ValueError, match=r"needs an expert at least; .* down float32 \[0, 6, 4\]"):
+        experts(x, gate_up[:0], down[:0], idx, weight)
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])

@@ -25,7 +25,7 @@ ARGS = (torch.ones(3, 4), torch.ones(2, 6, 4), torch.ones(2, 4, 3), torch.zeros(
 @pytest.mark.skipif(triton_launch.interpreted(), reason="the interpreter takes CPU tensors")
 def test_on_a_cpu_it_says_what_is_needed():
     for op in (lambda: experts(*ARGS, backend="triton"), lambda: route(torch.zeros(2, 4), 1, backend="triton")):
-        with pytest.raises(ValueError, match="needs tensors on a CUDA device, or TRITON_INTERPRET=1 set before the first use of triton; got tensors on cpu"):
+        with pytest.raises(ValueError, match=r"a CUDA device, or TRITON_INTERPRET=1 set before the first use of triton; got (x|logits) .* on cpu"):
             op()
 
 
