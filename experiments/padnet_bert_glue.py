@@ -112,7 +112,7 @@ class Config:
 
     def check(self) -> None:
         """ValueError for settings that cannot be, before anything is loaded."""
-        check_trainings(self, timing_batch=1, timing_rounds=1)
+        check_trainings(self, timing_batch=1, timing_rounds=1, compact_examples=1)
         if wrong := [task for task in self.tasks if task not in (*TASKS, "docstrings")]:
             raise ValueError(f"tasks={wrong[0]} is unknown; allowed: {', '.join((*TASKS, 'docstrings'))}")
         if not self.tasks or len(set(self.tasks)) < len(self.tasks) or self.data.task != SentenceSource().task:

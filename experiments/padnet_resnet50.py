@@ -51,6 +51,8 @@ class ModelConfig:
         for name, least in {"num_kernels": 1, "reduction": 1, "rounds": 1, "batches": 1, "temperature": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.partition_temperature <= 0:
+            raise ValueError(f"partition_temperature={self.partition_temperature} must be above 0")
         for name in ("temperature_share", "dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
@@ -129,7 +131,7 @@ class Config:
         if self.trainer.precision == "bf16-true" or self.trainer.gradient_checkpointing:
             raise ValueError(f"trainer.precision={self.trainer.precision}, trainer.gradient_checkpointing={self.trainer.gradient_checkpointing}: convolutional "
                              "networks take bf16-mixed or 32-true, and no checkpointing")
-        check_trainings(self, timing_batch=1, timing_rounds=1)
+        check_trainings(self, timing_batch=1, timing_rounds=1, compact_images=1)
         if len({*self.beside, self.model.method}) <= len(self.beside):
             raise ValueError(f"beside={self.beside} must be methods other than model.method={self.model.method}, each once")
 

@@ -22,8 +22,8 @@ def kept_counts(total: int, keep: Keep, rounds: int, schedule: Schedule = "expon
     Raises:
         ValueError: no round, an unknown schedule, a budget out of range.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds={rounds} must be at least 1")
+    if not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds={rounds} must be an integer, at least 1")
     if schedule not in ("exponential", "linear"):
         raise ValueError(f"schedule={schedule!r} is unknown; allowed: exponential, linear")
     last = kept_count(total, keep, rounding)

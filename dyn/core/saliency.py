@@ -99,6 +99,8 @@ def select(model: nn.Module, params: str | Sequence[str] | None) -> dict[str, nn
 @contextmanager
 def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     """Evaluation mode, float32, no autocast, a seed of its own; all as before afterwards, gradients of what is scored gone."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("scores need autograd, which torch.inference_mode() turns off; ask for them outside of it")
     training = [m for m in model.modules() if m.training]
     wanted = {p: p.requires_grad for p in model.parameters()}
     gradients = {p: p.grad for p in model.parameters()}

@@ -295,8 +295,12 @@ def _transforms(source: ImageSource) -> tuple[Callable[[Any], Tensor], Callable[
     if source.auto_augment or source.erase:
         from timm.data import create_transform
 
-        training = create_transform(source.size, is_training=True, hflip=0.5 if flip else 0.0, auto_augment=source.auto_augment, re_prob=source.erase,
-                                    re_mode="pixel", color_jitter=None, interpolation="random", mean=mean, std=std)
+        try:
+            training = create_transform(source.size, is_training=True, hflip=0.5 if flip else 0.0, auto_augment=source.auto_augment, re_prob=source.erase,
+                                        re_mode="pixel", color_jitter=None, interpolation="random", mean=mean, std=std)
+        except (AssertionError, ValueError) as error:
+            raise ValueError(f"images: auto_augment={source.auto_augment!r} is no policy of timm ({error}); allowed are words such as rand-m9-mstd0.5, "
+                             "augmix-m5-w4-d2, original, v0") from error
     elif source.augment in ("auto", "resized"):
         training = v2.Compose([v2.RandomResizedCrop(source.size), *flip, *finish])
     elif source.augment == "padded":
@@ -321,6 +325,8 @@ def _class_folders(folder: Path, source: ImageSource) -> tuple[dict[str, FileIma
     transforms, splits = _transforms(source), {}
     for split, name in (("train", "train"), ("validation", held)):
         files = [(file, i) for i, c in enumerate(classes) for file in sorted((folder / name / c).glob("**/*")) if file.suffix.lower() in _PICTURES]
+        if split == "train" and (empty := set(range(len(classes))) - {i for _, i in files}) and files:
+            raise ValueError(f"{folder / name / classes[min(empty)]}: a class without images ({', '.join(sorted(_PICTURES))}); fill the folder or remove it")
         if not files:
             raise ValueError(f"{folder / name}: no images ({', '.join(sorted(_PICTURES))}) in its class folders")
         paths = [file for file, _ in files]
@@ -344,9 +350,11 @@ def _hub(source: ImageSource) -> tuple[dict[str, FileImages], list[str], str]:
         raise ValueError(f"path={source.path!r}: needs one column of images and one of class labels; found {have}")
     transforms, splits = _transforms(source), {}
     for split, name in (("train", "train"), ("validation", held)):
-        rows = found[name].select_columns(pictures).cast_column(pictures[0], Image(decode=False))
+        rows, labels = found[name].select_columns(pictures).cast_column(pictures[0], Image(decode=False)), found[name][column][:]
+        if None in labels:
+            raise ValueError(f"path={source.path!r}, {name}, row {labels.index(None)}: no label in {column!r}; remove the row, or give it one")
         splits[split] = FileImages(_Encoded(rows, pictures[0]), functools.partial(_row_name, f"path={source.path!r}, {name}"),
-                                   torch.tensor(found[name][column][:], dtype=torch.int64), *transforms)
+                                   torch.tensor(labels, dtype=torch.int64), *transforms)
     kind = "a local copy of " if Path(resolve(source.path)).is_dir() and not Path(source.path).is_dir() else ""
     name = Path(source.path).name if Path(source.path).is_dir() else source.path
     return splits, list(features[column].names), f"{kind}{name}"
@@ -376,4 +384,6 @@ class _Encoded:
 
     def __call__(self, place: int) -> bytes:
         cell = self.rows[place][self.column]
+        if cell is None:
+            raise ValueError("no image")
         return Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]

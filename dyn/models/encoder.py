@@ -183,7 +183,7 @@ def _make_room(model: nn.Module, config: Any) -> None:
         if count is None:
             continue
         one, pruned = layer.weight.detach()[0], config.moe_scales == "prune"
-        if not 0 <= count <= one.numel():
+        if not isinstance(count, int) or not 0 <= count <= one.numel():
             raise ValueError(f"the configuration has {count} dynamic positions in {name}; allowed: 0 .. {one.numel()}")
         if form == "masked":
             partial = layer.add_partial(config.moe_scales)
@@ -244,7 +244,7 @@ class MoeEncoder:
         except RuntimeError as error:  # tensors of other shapes
             raise ValueError(unfit) from error
         layers = moe_layers(model)
-        if any(key.startswith(f"{name}.") for key in info["missing_keys"] for name in layers):
+        if any(key.startswith(f"{name}.") for keys in ("missing_keys", "unexpected_keys") for key in info[keys] for name in layers):
             raise ValueError(unfit)
         for name, layer in layers.items():
             if isinstance(bank := layer.partial, CompactBank):
@@ -257,6 +257,14 @@ class MoeEncoder:
             elif bank is not None and bank.mask is not None:
                 layer.fit_form()  # transformers fills parameters without the hooks of `load_state_dict`
         return (model, info) if output_loading_info else model
+
+
+def __getattr__(name: str) -> type[PreTrainedModel]:
+    """MoeBertModel and others, as pickle looks for them."""
+    dense = getattr(transformers, name.removeprefix("Moe"), None) if name.startswith("Moe") else None
+    if not (isinstance(dense, type) and issubclass(dense, PreTrainedModel) and getattr(dense.config_class, "model_type", None) in FAMILIES):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return moe_class(dense)
 
 
 @functools.cache

@@ -99,14 +99,21 @@ class Banked(nn.Module):
         """Banks, masks and static values stay in their order when a model is moved to channels_last, which tensors of five axes do not know."""
         return super()._apply(lambda t: fn(t.flatten(1)).view(t.shape) if t.ndim in (4, 5) else fn(t), recurse)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, metadata: dict, strict: bool, missing: list, unexpected: list, errors: list) -> None:
         """Modes that a file has and the layer has not yet: make room, so that a fully dynamic network loads a partitioned one."""
-        there = self.partial
-        if isinstance(there, PartialBank) and there.mask is None and (mask := state_dict.get(f"{prefix}partial.mask")) is not None:
-            static = state_dict.get(f"{prefix}partial.static")
-            room = None if static is None else torch.zeros_like(self.weight[0])
-            there.hold(torch.ones_like(mask, device=self.weight.device), room, self.weight.requires_grad)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        there, mask = self.partial, state_dict.get(f"{prefix}partial.mask")
+        if isinstance(there, PartialBank) and mask is not None:
+            static, shape = state_dict.get(f"{prefix}partial.static"), self.weight.shape[1:]
+            if mask.dtype != torch.bool or mask.shape != shape:
+                errors.append(f"{prefix}partial.mask must be bool {list(shape)}, one set of the bank; got {mask.dtype} {list(mask.shape)}")
+                return
+            if (static is None) != (there.scales == "prune"):
+                errors.append(f"{prefix}partial has scales={there.scales!r}, and the file {'no' if static is None else 'has'} static values beside the mask")
+                return
+            if there.mask is None:
+                room = None if static is None else torch.zeros_like(self.weight[0])
+                there.hold(torch.ones_like(mask, device=self.weight.device), room, self.weight.requires_grad)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
 @torch.no_grad()
@@ -201,27 +208,44 @@ class CompactBank(nn.Module):
     """
 
     def __init__(self, shape: torch.Size, bits: Tensor, dynamic: Tensor, static: Tensor, *, pruned: bool = False, expand: bool = False,
-                 folded: bool = True) -> None:
+                 folded: bool = True, requires_grad: bool = True) -> None:
         """shape: of one set; `pruned`: static positions are zero, and `static` is empty; `folded`: `sets` is what the layer will ask for, else `parts`."""
         super().__init__()
-        self.num_sets, self.shape, self.pruned, self.expand, self.folded = len(dynamic), shape, pruned, expand, folded
+        self.num_sets, self.shape, self.pruned, self.expand, self.folded, self.trains = len(dynamic), shape, pruned, expand, folded, requires_grad
         self.register_buffer("bits", bits)
+        self.dynamic, self.static, self.dense = (*(nn.Parameter(t[..., :0], requires_grad) for t in (dynamic, static)), None)
         self._take(dynamic, static)
 
     @classmethod
-    def of(cls, bank: Tensor, mask: Tensor, static: Tensor | None, *, expand: bool = False, folded: bool = True) -> CompactBank:
-        """From bank [K, ...], mask and static values (None: pruned) of one set's shape."""
+    def of(cls, bank: Tensor, mask: Tensor, static: Tensor | None, *, requires_grad: bool = True, **kwargs: bool) -> CompactBank:
+        """From bank [K, ...], mask and static values (None: pruned) of one set's shape; `kwargs` as above."""
         return cls(mask.shape, pack_bits(mask), bank.flatten(1)[:, mask.flatten()], bank.new_zeros(0) if static is None else static[~mask],
-                   pruned=static is None, expand=expand, folded=folded)
+                   pruned=static is None, requires_grad=requires_grad, **kwargs)
 
     @torch.no_grad()
     def _take(self, dynamic: Tensor, static: Tensor) -> None:
+        """Other values, whose sizes may differ. Parameters stay the objects that they are, which an optimiser may have, unless the device is another."""
         self.num_dynamic = dynamic.shape[1]
-        self.dynamic, self.static, self.dense = nn.Parameter(dynamic), nn.Parameter(static), None
+        if self.dense is not None:
+            self.dynamic, self.static = (nn.Parameter(t, requires_grad=False) for t in (dynamic, static))  # to build from
+        for name, values in (("dynamic", dynamic), ("static", static)):
+            self._put(name, values)
         if self.expand:
             dense = self._build()
             self.dynamic = self.static = None
-            self.dense = nn.Parameter(dense, requires_grad=False)
+            if self.dense is None:
+                self.dense = nn.Parameter(dense, requires_grad=False)
+            self._put("dense", dense)
+
+    def _put(self, name: str, values: Tensor) -> None:
+        there = getattr(self, name)
+        # Without an element there is no gradient, which processes that train together would wait for.
+        requires_grad = values.numel() > 0 and (there.requires_grad if there.numel() else self.trains)
+        if (there.device, there.dtype) == (values.device, values.dtype):
+            there.data = values
+            there.requires_grad_(requires_grad)
+        else:
+            setattr(self, name, nn.Parameter(values, requires_grad))
 
     @property
     def num_stored(self) -> int:
@@ -278,20 +302,24 @@ class CompactBank(nn.Module):
         if absent := [prefix + name for name, value in found.items() if value is None]:
             missing += absent
             return
+        bits, dynamic, static = (value.detach() for value in found.values())
         try:
-            mask = unpack_bits(found["bits"].to(self.bits.device), self.shape)
+            mask = unpack_bits(bits, self.shape)
         except ValueError as error:
             errors.append(f"{prefix}bits: {error}")
             return
-        dynamic, total = int(mask.sum()), mask.numel()
-        if found["dynamic"].shape != (self.num_sets, dynamic) or found["static"].shape[0] not in (0, total - dynamic):
-            errors.append(f"{prefix}: the bits say {dynamic} of {total} positions; dynamic {list(found['dynamic'].shape)} and static "
-                          f"{list(found['static'].shape)} do not fit {self.num_sets} sets")
+        number, total = int(mask.sum()), mask.numel()
+        if dynamic.shape != (self.num_sets, number) or static.shape != (0 if self.pruned else total - number,) or not dynamic.is_floating_point():
+            errors.append(f"{prefix}: the bits say {number} of {total} positions; dynamic {dynamic.dtype} {list(dynamic.shape)} and static {static.dtype} "
+                          f"{list(static.shape)} do not fit {self.num_sets} sets{' of a pruned layer' if self.pruned else ''}")
             return
-        like = self.dense if self.dense is not None else self.dynamic
-        self.bits.copy_(found["bits"])
-        self.pruned = found["static"].shape[0] == 0 and dynamic < total
-        self._take(found["dynamic"].detach().to(like, copy=True), found["static"].detach().to(like, copy=True))
+        if metadata.get("assign_to_params_buffers", False):
+            self.bits = bits
+        else:
+            like = self.dense if self.dense is not None else self.dynamic
+            self.bits.copy_(bits)
+            dynamic, static = (value.to(like, copy=True) for value in (dynamic, static))
+        self._take(dynamic, static)
 
     def check(self) -> None:
         """ValueError where the bits say another number of dynamic positions than there are values: for loaders without `load_state_dict`."""

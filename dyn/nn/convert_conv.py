@@ -26,8 +26,9 @@ def make_dynamic(model: nn.Module, kind: str = "dyconv", num_kernels: int = 4, r
                  start: Start = "copies", noise: float = 0.01, form: str = "auto") -> nn.Module:
     """Replace the convolutions of a CNN (timm, torchvision or your own) by dynamic ones, in place; returns the model.
 
-    The first convolution (the stem) and those of the classifier stay static; with condconv and odconv those of down-sample paths too. Convolutions that are
-    no plain zero-padded `nn.Conv2d` (weight standardisation, padding that follows the input's size) stay static, which the log says.
+    The stem (the first convolution, with the others of its module where those are less than half of all) and the classifier's convolutions stay static; with
+    condconv and odconv those of down-sample paths too. Convolutions that are no plain zero-padded `nn.Conv2d` (weight standardisation, padding that follows the
+    input's size) stay static, which the log says.
 
     Args:
         kind: one of `dyn.nn.dynamic_conv.KINDS`.
@@ -67,8 +68,10 @@ def _convertible(model: nn.Module, kind: str, skip: list[str]) -> dict[str, nn.C
             raise ValueError(f"skip={pattern!r} is no regular expression: {error}") from None
         if not any(re.search(pattern, name) for name in convs):
             raise ValueError(f"skip={pattern!r} finds none of the {len(convs)} convolutions of {type(model).__name__}: {', '.join(list(convs)[:6])}, ...")
-    stem = next(iter(convs.values()))
-    chosen = {name: conv for name, conv in convs.items() if conv is not stem and name.split(".")[0] not in CLASSIFIERS
+    parts = _parts(convs)
+    stem = [name for name, part in parts.items() if part == next(iter(parts.values()))]
+    stem = {convs[name] for name in (stem if 2 * len(stem) < len(convs) else stem[:1])}
+    chosen = {name: conv for name, conv in convs.items() if conv not in stem and parts[name] not in CLASSIFIERS
               and not any(re.search(pattern, name) for pattern in skip) and not (kind in DOWN_SAMPLE_STATIC and DOWN_SAMPLE.search(name))}
     unfit = [name for name, conv in chosen.items() if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or _padding(conv) is None]
     if unfit:
@@ -78,8 +81,15 @@ def _convertible(model: nn.Module, kind: str, skip: list[str]) -> dict[str, nn.C
         if any(isinstance(m, MixedConv2d) for m in model.modules()):
             raise ValueError(f"{type(model).__name__} is dynamic already; start from a static network")
         raise ValueError(f"{type(model).__name__} has no convolution left to make {kind}: the first of {', '.join(list(convs)[:6])} is the "
-                         "stem, and the others are the classifier's, down-sample paths, skipped, or no plain nn.Conv2d")
+                         "stem's, and the others are the classifier's, down-sample paths, skipped, or no plain nn.Conv2d")
     return chosen
+
+
+def _parts(convs: dict[str, nn.Conv2d]) -> dict[str, str]:
+    """In which part of the network each convolution lies: the first name behind what the names of all have in common."""
+    names = {name: name.split(".") for name in convs}
+    shared = next((i for i, parts in enumerate(zip(*names.values(), strict=False)) if len(set(parts)) > 1), 0)
+    return {name: parts[shared] for name, parts in names.items()}
 
 
 def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:

@@ -45,15 +45,16 @@ class MixedConv2d(Banked):
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         where = f"{type(self).__name__}({in_channels}, {out_channels}, {kernel_size})"
-        if num_kernels < 1 or reduction < 1:
-            raise ValueError(f"{where}: num_kernels={num_kernels} and reduction={reduction} must be at least 1")
+        if any(not isinstance(n, int) or n < 1 for n in (num_kernels, reduction)):
+            raise ValueError(f"{where}: num_kernels={num_kernels} and reduction={reduction} must be integers, at least 1")
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(f"{where}: groups={groups} must divide both numbers of channels")
         if form != "auto" and form not in FORMS:
             raise ValueError(f"{where}: form={form!r} is unknown; allowed: auto, {', '.join(FORMS)}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.num_kernels, self.reduction, self.form = num_kernels, reduction, form
-        self.kernel_size, self.stride, self.padding, self.dilation = (_pair(v, where) for v in (kernel_size, stride, padding, dilation))
+        self.kernel_size, self.stride, self.padding, self.dilation = (
+            _pair(v, where, least) for v, least in ((kernel_size, 1), (stride, 1), (padding, 0), (dilation, 1)))
         factory = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_kernels, out_channels, in_channels // groups, *self.kernel_size, **factory))
         self.bias = nn.Parameter(torch.zeros(num_kernels, out_channels, **factory)) if bias else None
@@ -78,7 +79,8 @@ class MixedConv2d(Banked):
         return 1.0, 1.0
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, O, H', W']."""
+        """[B, C, H, W] -> [B, O, H', W']. ValueError for other axes or channels."""
+        self._check(x_BCHW)
         alpha_BK = self.alpha(x_BCHW)
         if self._is_static():
             return self._with_bias(self._static(x_BCHW, self.partial.static_set()), alpha_BK)
@@ -89,6 +91,10 @@ class MixedConv2d(Banked):
     def alpha(self, x_BCHW: Tensor) -> Tensor:
         """The kernels' weights for every sample, [B, K] in float32."""
         raise NotImplementedError
+
+    def _check(self, x_BCHW: Tensor) -> None:
+        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.in_channels:
+            raise ValueError(f"{type(self).__name__} takes [B, {self.in_channels}, H, W]; got {list(x_BCHW.shape)}")
 
     def _is_static(self) -> bool:
         return isinstance(self.partial, CompactBank) and self.partial.num_dynamic == 0
@@ -267,7 +273,8 @@ class ODConv2d(MixedConv2d):
         return 2.0 ** len(self.attention.sigmoid_heads), 1.0
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, O, H', W']."""
+        """[B, C, H, W] -> [B, O, H', W']. ValueError for other axes or channels."""
+        self._check(x_BCHW)
         attention = self.attention
         h_BA = attention.trunk(x_BCHW)
         alpha_BK = self._alpha(h_BA)
@@ -317,10 +324,10 @@ def attention_entropy(model: nn.Module, images_BCHW: Tensor) -> dict[str, float]
     return dict(zip(layers, torch.stack([found[i] for i in range(len(layers))]).tolist() if layers else [], strict=True))
 
 
-def _pair(value: Size, where: str) -> tuple[int, int]:
+def _pair(value: Size, where: str, least: int) -> tuple[int, int]:
     if isinstance(value, str):
         raise ValueError(f"{where}: padding={value!r} must be given in numbers")
     pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2:
-        raise ValueError(f"{where}: {value} must be an int or two")
+    if len(pair) != 2 or not all(isinstance(n, int) and n >= least for n in pair):
+        raise ValueError(f"{where}: {value} must be an int or two, at least {least}")
     return pair

@@ -10,14 +10,14 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dyn.core.mixture import Scales
-from dyn.core.partition import Keep, Scope, keep_masks, kept_count
-from dyn.core.rounds import Masks, Schedule, partition_in_rounds
+from dyn.core.partition import Keep, Scope, keep_masks
+from dyn.core.rounds import Masks, Schedule, kept_counts, partition_in_rounds
 from dyn.core.saliency import APART, Loss, gradient, score
 from dyn.nn.bank import Banked, CompactBank, PartialBank, StaticStart
 from dyn.nn.dynamic_conv import DynamicConv2d, set_temperature
@@ -72,7 +72,7 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
     Args:
         model: with dynamic layers (`make_dynamic`, or experts that derive from `Banked`); a second call goes on from the modes that are there.
         batches, loss_fn: as in `dyn.core.saliency.score`; the same batches serve every round.
-        keep: a share in [0, 1] or an int count; 0 is the static network, 1 the dynamic one.
+        keep: a share in [0, 1] (0.0 is the static network, 1.0 the dynamic one), or an int, which is a count: 1 is a single position.
         rounds, schedule: as in `dyn.core.rounds.kept_counts` (section 4.3).
         method: one of `CRITERIA`. Identical parameter sets have no mode-switch gradient (section 4.2): where all layers are so (with a budget for each layer:
             in those), snip ranks by removal and says so in the log.
@@ -99,7 +99,9 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
         how = "monotone=False ranks" if not monotone else "shuffle moves"
         raise ValueError(f"{how} positions that are static already, whose kernels are gone: {there[0]}; start from a fully dynamic model")
     total = sum(m.weight[0].numel() for m in layers.values())
-    count = kept_count(total, keep, "up")
+    count = kept_counts(total, keep, rounds, schedule, "up")[-1]
+    if scope not in get_args(Scope):
+        raise ValueError(f"scope={scope!r} is unknown; allowed: {', '.join(get_args(Scope))}")
     batches = list(batches) if batches is not None else []
     before = {name: (m.partial, *((m.partial.mask, m.partial.static) if m.partial else (None, None))) for name, m in layers.items()}
     try:
@@ -151,14 +153,14 @@ def _at_temperature(model: nn.Module, temperature: float | None) -> Iterator[Non
 @contextmanager
 def _twice_differentiable(layers: Layers, method: str) -> Iterator[None]:
     """GraSP differentiates gradients, which the fast product of experts has none of."""
-    experts = [m for m in layers.values() if isinstance(m, LinearExperts)] if method == "grasp" else []
+    experts = {m: m.backend for m in layers.values() if isinstance(m, LinearExperts)} if method == "grasp" else {}
     for m in experts:
         m.backend = "eager"
     try:
         yield
     finally:
-        for m in experts:
-            m.backend = "auto"
+        for m, backend in experts.items():
+            m.backend = backend
 
 
 # Criteria: (model, layers, batches, loss_fn, seed, scope) -> a function of the current masks, to scores of the same shapes ------------------------------
@@ -287,4 +289,4 @@ def _compact_bank(layer: Banked, expand: bool) -> CompactBank:
     dynamic, static = partial.scale()
     mask = torch.ones_like(bank[0], dtype=torch.bool) if partial.mask is None else partial.mask
     values = None if partial.scales == "prune" else torch.zeros_like(bank[0]) if partial.static is None else partial.static * static
-    return CompactBank.of(bank * dynamic, mask, values, expand=expand, folded=layer.sums_to_one).train(layer.training)
+    return CompactBank.of(bank * dynamic, mask, values, expand=expand, folded=layer.sums_to_one, requires_grad=bank.requires_grad).train(layer.training)

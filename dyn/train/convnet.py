@@ -38,7 +38,6 @@ from dyn.train.trainer import check_world, on_gpu, own_device, world
 
 SAME = ("epochs", "images", "batch_size", "model.backbone", "model.stem", "model.dropout", "model.pretrained", "model.reduction", "data", "optim", "classify",
         "trainer.accumulate", "trainer.precision")  # what a row and its control share
-FAMILY = {"static": "", "dyconv": "dyconv_", "condconv": "condconv_", "odconv": "odconv_", "pad": "padnet_"}  # of the names in timm's registry
 CLAIM = "PAD-Net's abstract: with 30 % dynamic parameters better than fully dynamic (ResNet-50 on ImageNet, +0.7 points of top-1 accuracy)"
 IMAGENET = (1000, 50_000)  # classes, validation images
 TOLERANCE = 0.01  # between the logits of a network and of its compact form, of the largest; TF32 rounds to 0.001
@@ -85,9 +84,14 @@ def open_data(cfg: Any, run: Any, rank: int = 0) -> ImageData:
 def build(cfg: Any, model: Any, classes: int) -> nn.Module:
     """The network of a ModelConfig as it starts, all positions dynamic; the random state is set by the seed."""
     torch.manual_seed(cfg.seed)
+    return make_network(**_network(model, classes), pretrained=model.pretrained)
+
+
+def _network(model: Any, classes: int) -> dict[str, Any]:
+    """The arguments of `make_network`."""
     kind = {"static": None, "pad": "dyconv"}.get(model.method, model.method)
-    return make_network(model.backbone, kind, partial=model.method == "pad", num_kernels=model.num_kernels, reduction=model.reduction, scales=model.scales,
-                        stem=model.stem, pretrained=model.pretrained, num_classes=classes, drop_rate=model.dropout)
+    return dict(backbone=model.backbone, kind=kind, partial=model.method == "pad", num_kernels=model.num_kernels, reduction=model.reduction,
+                scales=model.scales, stem=model.stem, num_classes=classes, drop_rate=model.dropout)
 
 
 def _length(cfg: Any, run: Any, data: ImageData, models: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,13 +203,10 @@ def _finish(cfg: Any, run: Any, data: ImageData, name: str, model: Any, trained:
         run.log("compact form: {parameters:,} parameters, accuracy {accuracy:.4f} on {images:,} images, {trained accuracy:.4f} before; "
                 "largest difference of logits {difference:.1e}".format(**result["compact"]))
     if cfg.export and name == cfg.model.method:
-        arguments = {"num_classes": len(data.classes), "stem": model.stem, "drop_rate": model.dropout}
-        arguments |= {} if model.method == "static" else {"num_kernels": model.num_kernels, "reduction": model.reduction}
-        arguments |= {"scales": model.scales} if model.method == "pad" else {}
         folder = run.folder / "export"
         folder.mkdir(exist_ok=True)
         save_file({key: value.cpu().contiguous() for key, value in made.state_dict().items()}, folder / "model.safetensors")
-        about = {"timm": FAMILY[model.method] + model.backbone, "arguments": arguments, "compact": made is not net, "classes": data.classes, "data": data.what}
+        about = {"network": _network(model, len(data.classes)), "compact": made is not net, "classes": data.classes, "data": data.what}
         (folder / "model.json").write_text(json.dumps(about, indent=1) + "\n")
     return result
 

@@ -134,11 +134,11 @@ class ClassifyConfig:
 def check_trainings(cfg: Any, **least: int) -> None:
     """ValueError for settings of an experiment on labelled examples that cannot be, before anything is loaded.
 
-    `cfg` has seed, epochs, minutes, batch_size, eval_batch_size, workers and trainer; `least`: the smallest values of more of its fields.
+    `cfg` has seed, epochs, minutes, batch_size, eval_batch_size, workers and trainer; `least`: the smallest values of more of its fields (which may be null).
     """
     for name, value in ({"batch_size": 1, "eval_batch_size": 1, "workers": 0, "seed": 0} | least).items():
-        if getattr(cfg, name) < value:
-            raise ValueError(f"{name}={getattr(cfg, name)} must be at least {value}")
+        if (found := getattr(cfg, name)) is not None and found < value:
+            raise ValueError(f"{name}={found} must be at least {value}")
     if cfg.epochs <= 0 or (cfg.minutes is not None and cfg.minutes <= 0):
         raise ValueError(f"epochs={cfg.epochs} and minutes={cfg.minutes} must be above 0")
     for name, instead in {"max_steps": "epochs", "seed": "seed"}.items():

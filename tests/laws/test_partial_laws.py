@@ -185,11 +185,70 @@ def test_files(tmp_path):
 def test_damaged_files_are_refused():
     state = compact(network()).state_dict()
     state["1.partial.bits"][0] ^= 1  # one bit alone: of many, as many could be lost as won
-    with pytest.raises(RuntimeError, match=r"1.partial.: the bits say \d+ of 216 positions; dynamic \[4, \d+\] and static \[\d+\] do not fit 4 sets"):
+    says = r"1.partial.: the bits say \d+ of 216 positions; dynamic torch.float32 \[4, \d+\] and static torch.float32 \[\d+\] do not fit 4 sets"
+    with pytest.raises(RuntimeError, match=says):
         compact(network(None)).load_state_dict(state)
     del state["1.partial.bits"]
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"1.partial.bits\""):
         compact(network(None)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name, change", [
+    ("static", lambda t: t.sum()), ("static", lambda t: t[:, None]), ("static", lambda t: t[:0]), ("dynamic", lambda t: t.long()), ("dynamic", lambda t: t[:2]),
+], ids=["a number", "two axes", "empty", "integers", "fewer sets"])
+def test_compact_values_of_another_form_are_refused(name, change):
+    state = compact(network()).state_dict()
+    state[f"1.partial.{name}"] = change(state[f"1.partial.{name}"])
+    with pytest.raises(RuntimeError, match=r"1.partial.: the bits say .* do not fit 4 sets"):
+        compact(network(None)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda state: state.update({"1.partial.mask": torch.zeros(1, dtype=torch.bool)}), r"must be bool \[6, 4, 3, 3\], one set .* got torch.bool \[1\]"),
+    (lambda state: state.update({"1.partial.mask": state["1.partial.mask"].float()}), r"must be bool .* got torch.float32"),
+    (lambda state: state.pop("1.partial.static"), "1.partial has scales='both', and the file no static values"),
+])
+@pytest.mark.parametrize("keep", [None, 0.3])
+def test_masked_files_that_do_not_fit_are_refused(change, says, keep):
+    state = dict(network().state_dict())
+    change(state)
+    with pytest.raises(RuntimeError, match=says):
+        network(keep).load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6])
+def test_loading_keeps_the_compact_parameters_and_their_training(keep):
+    model, source = compact(network()), compact(network(keep))
+    model[4].requires_grad_(False)
+    steps = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.load_state_dict(source.state_dict())
+    assert not any(p.requires_grad for p in model[4].parameters())
+    model(torch.randn(2, 3, 9, 9)).square().mean().backward()
+    before = [p.detach().clone() for p in model[1].partial.parameters()]
+    steps.step()
+    assert all(not torch.equal(old, p) for old, p in zip(before, model[1].partial.parameters(), strict=True))
+
+
+def test_compact_weights_that_are_frozen_or_empty_are_not_trained():
+    frozen = network()
+    frozen.requires_grad_(False)
+    assert not any(p.requires_grad for p in compact(frozen).parameters())
+    for keep in (0.0, 1.0):
+        net = layer(keep=keep)
+        made = dict(compact(net).partial.named_parameters())
+        assert [made[name].requires_grad for name in ("dynamic", "static")] == [keep == 1.0, keep == 0.0]
+    other = compact(layer(keep=0.0))
+    other.load_state_dict(compact(layer(keep=0.4)).state_dict())
+    assert other.partial.dynamic.requires_grad and other.partial.dynamic.numel()
+
+
+@pytest.mark.parametrize("expand", [False, True])
+def test_compact_files_are_assigned_to_what_has_no_memory(expand):
+    model, images = network().eval(), torch.randn(2, 3, 9, 9)
+    state = compact(model).state_dict()
+    bare = compact(network(0.6).eval(), expand).to("meta")
+    bare.load_state_dict(state, assign=True)
+    torch.testing.assert_close(bare(images), model(images))
 
 
 @pytest.mark.parametrize("expand", [False, True])

@@ -5,12 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file
 
-import dyn.models  # noqa: F401  registers the family
 from dyn.data.images import ImageSource, open_images
+from dyn.models.resnet import make_network
 from dyn.nn.surgery import compact
 from dyn.run import main
 from dyn.train import convnet
@@ -38,9 +37,10 @@ def test_the_compact_form_is_what_the_formula_says(folder):
     assert cost["condconv"]["stored_parameters"] == cost["condconv"]["total_parameters"] > cost["stored_parameters"]
 
 
-def test_the_export_loads_by_its_name_in_timm(folder):
+def test_the_export_loads_by_what_it_says(folder):
     about = json.loads((folder / "export" / "model.json").read_text())
-    net = compact(timm.create_model(about["timm"], **about["arguments"]))
+    assert about["compact"]
+    net = compact(make_network(**about["network"]))
     net.load_state_dict(load_file(folder / "export" / "model.safetensors"))
     held = open_images(ImageSource(path=str(folder / "tiny"), size=16), log=lambda _: None).validation
     batch = held.batch(torch.arange(len(held)).numpy(), None)
@@ -48,7 +48,7 @@ def test_the_export_loads_by_its_name_in_timm(folder):
         right = (net.eval()(batch["images"]).argmax(1) == batch["labels"]).double().mean().item()
     assert right == json.loads((folder / "result.json").read_text())["metrics"]["compact/accuracy"]
     with torch.no_grad():
-        expanded = compact(timm.create_model(about["timm"], **about["arguments"]), expand=True)
+        expanded = compact(make_network(**about["network"]), expand=True)
         expanded.load_state_dict(load_file(folder / "export" / "model.safetensors"))
         torch.testing.assert_close(expanded.eval()(batch["images"]), net(batch["images"]))
 

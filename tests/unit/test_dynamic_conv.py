@@ -152,12 +152,17 @@ def test_odconv_trains_on_a_batch_of_one(caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("make", [
-    (lambda: DynamicConv2d(8, 8, 3, num_kernels=0), r"DynamicConv2d\(8, 8, 3\): num_kernels=0 and reduction=16 must be at least 1"),
+    (lambda: DynamicConv2d(8, 8, 3, num_kernels=0), r"DynamicConv2d\(8, 8, 3\): num_kernels=0 and reduction=16 must be integers, at least 1"),
     (lambda: CondConv2d(8, 9, 3, groups=4), r"groups=4 must divide both numbers of channels"),
     (lambda: ODConv2d(8, 8, 3, form="best"), "form='best' is unknown; allowed: auto, loop"),
     (lambda: DynamicConv2d(8, 8, 3, padding="same"), "padding='same' must be given in numbers"),
     (lambda: DynamicConv2d(8, 8, (3, 3, 3)), "must be an int or two"),
-], ids=["kernels", "groups", "form", "padding", "size"])
+    (lambda: DynamicConv2d(8, 4, 0), r"DynamicConv2d\(8, 4, 0\): 0 must be an int or two, at least 1"),
+    (lambda: DynamicConv2d(8, 4, 3, stride=0), "0 must be an int or two, at least 1"), (lambda: DynamicConv2d(8, 4, 3, padding=-1), "-1 must be .* at least 0"),
+    (lambda: DynamicConv2d(8, 4, 3, num_kernels=2.5), "num_kernels=2.5 and reduction=16 must be integers, at least 1"),
+    (lambda: DynamicConv2d(8, 4, 3)(torch.zeros(8, 5, 5)), r"DynamicConv2d takes \[B, 8, H, W\]; got \[8, 5, 5\]"),
+    (lambda: ODConv2d(8, 4, 3)(torch.zeros(2, 4, 5, 5)), r"ODConv2d takes \[B, 8, H, W\]; got \[2, 4, 5, 5\]"),
+], ids=["kernels", "groups", "form", "padding", "size", "no size", "no stride", "negative padding", "half a kernel", "three axes", "channels"])
 def test_errors(make):
     with pytest.raises(ValueError, match=make[1]):
         make[0]()

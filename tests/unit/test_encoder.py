@@ -4,18 +4,21 @@ import copy
 import inspect
 import json
 import logging
+import pickle
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 from dyn.core.partition import kept_count
 from dyn.data.tiny import tiny_tokenizer
+from dyn.models import encoder
 from dyn.models.encoder import FAMILIES, make_moe, moe_layers
 from dyn.nn.count import count_parameters, macs_per_sentence
 from dyn.nn.partial import CRITERIA, compact, make_partial
@@ -272,6 +275,26 @@ def test_files_that_do_not_fit(tmp_path):
     (tmp_path / "compact" / "config.json").write_text(json.dumps(config | {"moe_dynamic": [1, 2]}))
     with pytest.raises(ValueError, match=r"has modes of 2 layers of experts in the form 'compact'; the model has 6"):
         kind.from_pretrained(tmp_path / "compact")
+
+
+@pytest.mark.parametrize("change", [{"moe_dynamic": [None, 1, 1, 1, 1, 1]}, {"moe_scales": "prune"}, {"moe_dynamic": ["a", 1, 1, 1, 1, 1]}], ids=str)
+def test_configurations_that_are_not_the_files(change, tmp_path):
+    model = partial()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    if "moe_dynamic" in change:
+        change = {"moe_dynamic": change["moe_dynamic"][:1] + config["moe_dynamic"][1:]}
+    file.write_text(json.dumps(config | change))
+    with pytest.raises((ValueError, StrictDataclassFieldValidationError), match=r"of other settings|moe_dynamic|has a dynamic positions"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_models_are_pickled():
+    for model in (partial(), compact(partial())):
+        assert pickle.dumps(model) and getattr(encoder, type(model).__name__) is type(model)
+    with pytest.raises(AttributeError, match="no attribute 'MoeGPT2Model'"):
+        encoder.MoeGPT2Model  # noqa: B018
 
 
 def test_other_models_of_a_configuration_stay_as_they_are():

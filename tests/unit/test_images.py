@@ -196,6 +196,14 @@ def test_a_folder_in_the_hubs_layout(tmp_path, monkeypatch):
     assert torch.equal(data.validation.pixels, pixels[18:]) and data.validation.labels.tolist() == labels[18:].tolist()
     with pytest.raises(ValueError, match="no data set; looked for a folder"):
         open_images(ImageSource(path="someone/else"), **silent)
+    rows = {"img": [None, *pixels[19:].permute(0, 2, 3, 1).numpy()], "label": labels[18:].tolist()}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path))
+    with pytest.raises(ValueError, match=r"path='someone/stripes', test, row 0: not a readable image \(no image\)"):
+        open_images(ImageSource(path="someone/stripes", size=16), **silent)
+    rows = {"img": list(pixels[18:].permute(0, 2, 3, 1).numpy()), "label": [0, 1, None, 0, 1, 2]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path))
+    with pytest.raises(ValueError, match="path='someone/stripes', test, row 2: no label in 'label'"):
+        open_images(ImageSource(path="someone/stripes", size=16), **silent)
 
 
 def test_labels_out_of_range():
@@ -233,8 +241,17 @@ def test_settings_that_do_not_fit(settings, message):
         open_images(ImageSource(path="digits", **settings), **silent)
 
 
+def test_an_augmentation_that_timm_does_not_have(tmp_path):
+    with pytest.raises(ValueError, match=r"auto_augment='nonsense' is no policy of timm \(.*allowed are words such as rand-m9"):
+        open_images(ImageSource(path=tiny_image_folder(tmp_path / "f", count=6, size=80), auto_augment="nonsense"), **silent)
+
+
 def test_folders_that_do_not_fit(tmp_path):
     folder = Path(tiny_image_folder(tmp_path / "f", count=6))
+    (folder / "train" / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: a class without images"):
+        open_images(ImageSource(path=str(folder)), **silent)
+    (folder / "train" / "empty").rmdir()
     (folder / "val" / "other").mkdir()
     with pytest.raises(ValueError, match="other is no class of train"):
         open_images(ImageSource(path=str(folder)), **silent)

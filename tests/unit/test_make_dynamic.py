@@ -1,5 +1,6 @@
 """Conversion of any CNN's convolutions, timm's registry included."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -98,9 +99,24 @@ def test_shared_modules_flags_and_unfit_convolutions(caplog):
     assert "2 convolutions stay static" in caplog.text and "3, 4" in caplog.text
 
 
+def conv(*channels):
+    return nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(channels)))
+
+
+@pytest.mark.parametrize(("model", "static"), [
+    (lambda: nn.ModuleDict({"stem": conv(3, 4, 4), "body": conv(4, 4, 4, 4), "head": conv(4, 2)}), {"stem.0", "stem.1", "head.0"}),
+    (lambda: nn.Sequential(nn.Identity(), nn.ModuleDict({"features": conv(3, 4, 4, 4), "classifier": conv(4, 2)})), {"1.features.0", "1.classifier.0"}),
+    (lambda: nn.ModuleDict({"features": conv(3, 4, 4, 4, 4)}), {"features.0"}),
+    (lambda: timm.create_model("resnet26d"), {"conv1.0", "conv1.3", "conv1.6"}),
+], ids=["a stem of two", "behind a wrapper", "one trunk", "resnet26d"])
+def test_stem_and_classifier_stay(model, static):
+    made = make_dynamic(model(), num_kernels=2)
+    assert {name for name, m in made.named_modules() if isinstance(m, nn.Conv2d)} == static
+
+
 @pytest.mark.parametrize(("model", "kwargs", "message"), [
     (nn.Linear(3, 4), dict(), r"Linear has no convolution \(nn.Conv2d\) to make dynamic"),
-    (nn.Sequential(nn.Conv2d(3, 4, 3)), dict(), "Sequential has no convolution left to make dyconv: the first of 0 is the stem"),
+    (nn.Sequential(nn.Conv2d(3, 4, 3)), dict(), "Sequential has no convolution left to make dyconv: the first of 0 is the stem's"),
     (nn.Sequential(nn.Conv2d(3, 4, 3)), dict(kind="dcd"), "kind='dcd' is unknown; allowed: dyconv, condconv, odconv"),
     (nn.Sequential(nn.Conv2d(3, 4, 3)), dict(start="zeros"), "start='zeros' is unknown; allowed: copies, one_copy, fresh"),
     (nn.Sequential(nn.Conv2d(3, 4, 3)), dict(noise=-1), "noise=-1 must be a number, not negative"),

@@ -325,7 +325,10 @@ def test_scale_ablations(scales):
 
 @pytest.mark.parametrize(("change", "message"), [
     (dict(keep=1.5), r"keep=1.5 must be a share in \[0, 1\] or an int count"), (dict(keep=-0.1), r"keep=-0.1 must be a share"),
-    (dict(keep=10_000), "must lie in 0..656"), (dict(rounds=0), "rounds=0 must be at least 1"),
+    (dict(keep=10_000), "must lie in 0..656"), (dict(rounds=0), "rounds=0 must be an integer, at least 1"),
+    (dict(rounds=2.5), "rounds=2.5 must be an integer"), (dict(rounds=0, keep=0.0), "rounds=0 must be"),
+    (dict(schedule="x", keep=1.0), "schedule='x' is unknown"),
+    (dict(scope="x", keep=0.0), "scope='x' is unknown"),
     (dict(schedule="cosine"), "schedule='cosine' is unknown; allowed: exponential, linear"),
     (dict(method="fisher"), "method='fisher' is unknown; allowed: snip, removal"),
     (dict(scales="x"), "scales='x' is unknown; allowed: both, s, d, none, prune"), (dict(batches=[]), "a gradient looks at data, and there are no batches"),
@@ -334,6 +337,11 @@ def test_scale_ablations(scales):
 def test_errors(change, message):
     with pytest.raises(ValueError, match=message):
         make_partial(**(dict(model=network(), batches=data(), loss_fn=loss) | change))
+
+
+def test_scores_need_autograd():
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"scores need autograd, which torch.inference_mode\(\) turns off"):
+        make_partial(network(), data(), loss)
 
 
 def test_models_without_dynamic_layers():

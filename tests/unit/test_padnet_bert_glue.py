@@ -58,6 +58,7 @@ def test_names_and_controls():
     (["tasks=[ax]"], "tasks=ax is unknown; allowed: cola"), (["tasks=[]"], r"tasks=\[\]: at least one"), (["tasks=[rte,rte]"], "each once"),
     (["data.task=cola"], "data.task=cola would be ignored"), (["model.keep=1.5"], r"keep=1.5 must lie in \[0, 1\]"), (["epochs=0"], "epochs=0.0"),
     (["model.num_experts_per_tok=9"], "num_experts_per_tok=9 must be at most num_experts=4"), (["trainer.max_steps=5"], "max_steps=5 would be ignored"),
+    (["compact_examples=-1"], "compact_examples=-1 must be at least 1"),
     (["beside=[pad]"], "must be methods other than"), (["trainer.strategy=fsdp2"], "trainer.strategy=ddp"),
 ])
 def test_settings_that_are_refused(words, message):

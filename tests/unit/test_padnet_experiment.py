@@ -79,6 +79,7 @@ def test_what_auto_stands_for():
     (["minutes=2", "trainer.devices=2"], "minutes=2.0 is for one device"),
     (["trainer.strategy=fsdp2", "trainer.devices=2"], "set trainer.strategy=ddp"),
     (["pretrained=true"], "stem=stride2 must be imagenet"),
+    (["compact_images=0"], "compact_images=0 must be at least 1"), (["model.partition_temperature=0"], "partition_temperature=0.0 must be above 0"),
     (["temperature_share=2"], "temperature_share=2.0 must lie in"),
     (["epochs=0"], "epochs=0.0 and minutes=None must be above 0")])
 def test_settings_that_are_refused(words, message):
