@@ -60,8 +60,8 @@ def check_routed(op: str, tensors: Mapping[str, Tensor]) -> None:
     if not parameters[0].shape[0]:
         raise ValueError(f"{op} needs an expert at least; {given(tensors)}")
     K = idx_TK.shape[1] if idx_TK.dim() == 2 else 0
-    if K < 1 or idx_TK.shape != (len(x), K) or weight_TK.shape != (len(x), K):
-        raise ValueError(f"{op} needs idx and weight of one shape [T, K] with T={len(x)} and K >= 1; {given(tensors)}")
+    if K < 1 or idx_TK.shape != (x.shape[0], K) or weight_TK.shape != (x.shape[0], K):
+        raise ValueError(f"{op} needs idx and weight of one shape [T, K] with T={x.shape[0]} and K >= 1; {given(tensors)}")
     if idx_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{op}: idx must be int32 or int64; {given(tensors)}")
     if x.dtype not in DTYPES or weight_TK.dtype not in DTYPES:

@@ -191,8 +191,10 @@ def clear_skipped(ends: Ends, *tensors: Tensor) -> None:
 
 def row_block(idx_TK: Tensor, num_experts: int) -> int:
     """To what multiple an expert's rows are padded: only on CPU, and only where the padding is little beside the rows."""
-    rows_each = idx_TK.shape[0] * idx_TK.shape[1] // max(num_experts, 1)
-    return _ROW_BLOCK if idx_TK.device.type == "cpu" and rows_each >= 4 * _ROW_BLOCK else 1
+    if idx_TK.device.type != "cpu":
+        return 1
+    # A choice inside a graph for any number of tokens, which a condition would fix.
+    return torch.sym_ite(idx_TK.shape[0] * idx_TK.shape[1] >= 4 * _ROW_BLOCK * num_experts, _ROW_BLOCK, 1)
 
 
 def pad(ends_E: Tensor, slot_S: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dyn.ops import experts as experts_module
 from dyn.ops import rows
-from dyn.ops.experts import experts
+from dyn.ops.experts import experts, routed_linear
 from dyn.ops.route import route
 
 BACKENDS = [name for name in experts_module._BACKENDS if name != "triton"]  # which has tests/interpreter and tests/gpu
@@ -174,6 +174,31 @@ def default_dtype(dtype):
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("op", [experts, routed_linear])
+def test_exports_for_any_number_of_tokens(op, strict):
+    """Padded rows and others in one graph."""
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            _, gate_up, down, *_ = problem()
+            self.weights = torch.nn.ParameterList([gate_up, down] if op is experts else [gate_up])
+
+        def forward(self, x, idx, weight):
+            return op(x, *self.weights, idx, weight)
+
+    def some(T):
+        x, *_, idx, weight = problem(T)
+        return x.detach(), idx, weight.detach()
+
+    any_number = ({0: torch.export.Dim("T", min=1, max=4096)},) * 3
+    exported = torch.export.export(Module(), some(64), dynamic_shapes=any_number, strict=strict).module()
+    for T in (1, 3, 700):
+        assert (rows.row_block(some(T)[1], 5) > 1) == (T == 700)
+        torch.testing.assert_close(exported(*some(T)), Module()(*some(T)))
 
 
 def test_debug_in_a_graph():
