@@ -153,11 +153,12 @@ class MixtureLoader:
             yield self.assemble(self.drawn)
 
     def planned(self, num_batches: int | None = None) -> Iterator[tuple[int, int]]:
-        """What the next `num_batches` (None: `len(self)`) will be made of on all ranks together, as in `assemble`, as long as weights stay; moves nothing."""
+        """What the next `num_batches` (None: the rest, as `__iter__`) will be made of on all ranks together, as in `assemble`, as long as weights stay; moves
+        nothing."""
         ahead = copy.copy(self)
         ahead.used, ahead._orders = dict(self.used), dict(self._orders)
         ahead.rank, ahead.batch_size, ahead.world_size = 0, self.batch_size * self.world_size, 1
-        for _ in range(self.num_batches if num_batches is None else num_batches):
+        for _ in range(self.num_batches - self.step % self.num_batches if num_batches is None else num_batches):
             yield from ahead._draw()
 
     def _draw(self) -> list[tuple[int, int]]:

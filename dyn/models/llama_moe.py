@@ -14,14 +14,14 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
@@ -161,11 +161,11 @@ class LlamaMoeDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None, output_router_stats: bool = False, **kwargs) -> tuple[Tensor, ...]:
-        """[B, L, D] -> (hidden [B, L, D], the five statistics of `Routing.stats`)."""
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        """[B, L, D] -> (hidden [B, L, D], attention weights or None, the five statistics of `Routing.stats`)."""
+        attended, weights = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         mixed, routed = self.mlp(self.post_attention_layernorm(hidden_states), token_mask, output_router_stats)
-        return hidden_states + mixed, *routed.stats()
+        return hidden_states + mixed, weights, *routed.stats()
 
 
 @dataclass
@@ -179,6 +179,13 @@ class LlamaMoeOutput(CausalLMOutputWithPast):
     expert_load: Tensor | None = None
     expert_importance: Tensor | None = None
     dropped_mass: Tensor | None = None
+
+
+@dataclass
+class LlamaMoeModelOutput(BaseModelOutputWithPast):
+    """router_stats, where asked for: of every layer the five statistics of `Routing.stats`."""
+
+    router_stats: list[list[Tensor]] | None = None
 
 
 class LlamaMoePreTrainedModel(PreTrainedModel):
@@ -206,10 +213,8 @@ class LlamaMoePreTrainedModel(PreTrainedModel):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, Gate):
-            if hasattr(module, "weight"):
-                init.normal_(module.weight, mean=0.0, std=std)
-            if hasattr(module, "noise"):
-                init.zeros_(module.noise.weight)
+            for name, weight in module.named_parameters():
+                init.zeros_(weight) if name.startswith("noise") else init.normal_(weight, mean=0.0, std=std)
             if hasattr(module, "selection_bias"):
                 init.zeros_(module.selection_bias)
         elif isinstance(module, MoeFeedForward) and isinstance(module.score_scale, nn.Parameter):
@@ -230,9 +235,11 @@ class LlamaMoeModel(LlamaMoePreTrainedModel):
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
-                output_hidden_states: bool = False, output_router_stats: bool = False,
-                **kwargs) -> tuple[Tensor, Cache | None, list[Tensor] | None, list[list]]:
-        """-> (last hidden states [B, L, D], cache, hidden states of every layer or None, statistics of every layer)."""
+                output_hidden_states: bool | None = None, output_attentions: bool | None = None, output_router_stats: bool = False,
+                **kwargs) -> LlamaMoeModelOutput:
+        """Last hidden states [B, L, D], and what else is asked for. ValueError for attention weights where the implementation of attention makes none."""
+        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -248,14 +255,18 @@ class LlamaMoeModel(LlamaMoePreTrainedModel):
         masks = attention_mask if isinstance(attention_mask, dict) else {
             kind: (create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask)(**packed) for kind in set(self.config.layer_types)}
         position_embeddings = self.rotary_emb(hidden, position_ids)
-        history, stats = [hidden], []
+        history, attentions, stats = [], [], []
         for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
-            hidden, *layer_stats = layer(hidden, token_mask=token_mask, output_router_stats=output_router_stats, attention_mask=masks[kind],
+            history += [hidden] if output_hidden_states else []
+            hidden, weights, *layer_stats = layer(hidden, token_mask=token_mask, output_router_stats=output_router_stats, attention_mask=masks[kind],
                                          position_ids=position_ids, past_key_values=past_key_values, position_embeddings=position_embeddings, **kwargs)
-            history.append(hidden)
+            attentions += [weights] if output_attentions else []
             stats.append(layer_stats)
+        if any(weights is None for weights in attentions):
+            raise ValueError(f"output_attentions=True needs attn_implementation='eager'; {self.config._attn_implementation} makes no attention weights")
         hidden = self.norm(hidden)
-        return hidden, past_key_values if use_cache else None, [*history[:-1], hidden] if output_hidden_states else None, stats
+        return LlamaMoeModelOutput(last_hidden_state=hidden, past_key_values=past_key_values if use_cache else None, attentions=tuple(attentions) or None,
+                                   hidden_states=(*history, hidden) if output_hidden_states else None, router_stats=stats if output_router_stats else None)
 
 
 class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, GenerationMixin):
@@ -273,7 +284,7 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
-                output_hidden_states: bool | None = None, output_router_stats: bool | None = None, logits_to_keep: int | Tensor = 0,
+                output_router_stats: bool | None = None, logits_to_keep: int | Tensor = 0,
                 return_dict: bool | None = None, **kwargs) -> LlamaMoeOutput | tuple:
         """Next-token logits and, with `labels` [B, L] (-100 = ignored; shifted inside), the loss.
 
@@ -281,19 +292,23 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, GenerationMixin):
         """
         stats_wanted = self.training or labels is not None if output_router_stats is None else output_router_stats
         use_cache = (self.config.use_cache and not self.training and labels is None) if use_cache is None else use_cache
-        hidden, cache, history, stats = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
-            use_cache=use_cache, output_hidden_states=bool(output_hidden_states), output_router_stats=stats_wanted, **kwargs)
+        base = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+                          inputs_embeds=inputs_embeds, use_cache=use_cache, output_router_stats=stats_wanted, **kwargs)
+        hidden = base.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         logits = self.lm_head(hidden if isinstance(keep, int) else hidden[:, keep, :])
-        output = LlamaMoeOutput(logits=logits, past_key_values=cache, hidden_states=tuple(history) if history else None)
+        output = LlamaMoeOutput(logits=logits, past_key_values=base.past_key_values, hidden_states=base.hidden_states, attentions=base.attentions)
         if stats_wanted:
-            balance, z, output.expert_load, output.expert_importance, output.dropped_mass = (torch.stack(each) for each in zip(*stats, strict=True))
+            balance, z, output.expert_load, output.expert_importance, output.dropped_mass = (torch.stack(each) for each in zip(*base.router_stats, strict=True))
             output.balance_loss = balance.detach()
             output.aux_loss = self.config.balance_weight * balance.sum() + self.config.z_loss_weight * z.sum()
         if labels is not None:
             output.lm_loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-            output.loss = output.lm_loss + output.aux_loss if self.training and stats_wanted else output.lm_loss
+            output.loss = output.lm_loss
+            if self.training and stats_wanted:
+                # A caller that accumulates gives the targets of the whole step, and the loss above is this part's share of its mean: so is this.
+                items = kwargs.get("num_items_in_batch")
+                output.loss = output.lm_loss + output.aux_loss * (1.0 if items is None else (labels[:, 1:] != -100).sum() / items)
         return output if return_dict is not False else output.to_tuple()
 
     def update_selection_bias(self, expert_load: Tensor) -> None:
@@ -326,6 +341,7 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, GenerationMixin):
 
 
 AutoConfig.register(LlamaMoeConfig.model_type, LlamaMoeConfig)
+AutoModel.register(LlamaMoeConfig, LlamaMoeModel)
 AutoModelForCausalLM.register(LlamaMoeConfig, LlamaMoeForCausalLM)
 
 ScaleMode = Literal["n_over_k", "n", "k", "sqrt_kn", "learnable", "measured"]

@@ -5,6 +5,7 @@ N neurons of the dense feed-forward, D hidden size, E routed experts, F expert w
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import math
@@ -130,7 +131,9 @@ def from_dense(
     for layer, gate_ED in zip(moe.model.layers, gates, strict=bool(gates)):
         layer.mlp.gate.weight.data.copy_(gate_ED)
     if ratios is not None:
-        install_measured_scales(moe, ratios, flat)
+        with torch.random.fork_rng([moe.device] if moe.device.type == "cuda" else []):  # a gate that chooses by chance draws too
+            torch.manual_seed(seed)
+            install_measured_scales(moe, ratios, flat)
     details = {"overlap": overlap, "reinit": reinit, "features": features, "score_scale": score_scale or ("k" if gates else "n_over_k"),
                "calibration_tokens": sum(b.numel() for b in flat)}
     moe.construction = Construction(method=construction, seed=seed, source=name, source_hash=hasher.hexdigest(), source_license=license, details=details,
@@ -189,9 +192,16 @@ def check_family(config) -> None:
 
 
 def check_causal(dense: object) -> None:
-    """Raise ValueError for a network that is no decoder with a language-model head; a folder's or hub id's is made as one."""
-    if isinstance(dense, nn.Module) and not (hasattr(dense, "lm_head") and hasattr(getattr(dense, "model", None), "layers")):
+    """Raise ValueError for a network that is no decoder with a language-model head, or one whose linears have been replaced (by adapters, quantisation); a
+    folder's or hub id's is made as one."""
+    if not isinstance(dense, nn.Module):
+        return
+    if not (hasattr(dense, "lm_head") and hasattr(getattr(dense, "model", None), "layers")):
         raise ValueError(f"{type(dense).__name__} has no model.layers or no lm_head; give the causal language model, as AutoModelForCausalLM makes it")
+    for name, module in dense.model.layers.named_modules():
+        if name.endswith("_proj") and not (type(module) is nn.Linear and module.weight.is_floating_point()):
+            raise ValueError(f"model.layers.{name} is a {type(module).__name__}, where an nn.Linear of floating numbers was expected: merge adapters into the "
+                             "weights, or take the weights from before quantisation")
 
 
 def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, num_experts_per_tok, num_shared_experts=None, moe_intermediate_size=None,
@@ -249,10 +259,10 @@ def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, 
         raise ValueError("score_scale='measured' compares the routed sum with the dense feed-forward, so it needs num_shared_experts=0")
     if wrong := [c for c in scales if not 0 < c < math.inf]:
         raise ValueError(f"score_scale={wrong[0]} must be a finite number above 0: it multiplies what the experts add")
-    kept = {name: getattr(dense, name) for name in KEPT if hasattr(dense, name)}
+    kept = {name: copy.deepcopy(getattr(dense, name)) for name in KEPT if hasattr(dense, name)}
     bias = dense.model_type == "qwen2" or getattr(dense, "attention_bias", False)
     window = getattr(dense, "sliding_window", None)
-    kinds = getattr(dense, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"] * layers
+    kinds = list(getattr(dense, "layer_types", None) or ()) or ["full_attention" if window is None else "sliding_attention"] * layers
     return LlamaMoeConfig(
         **kept, head_dim=getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads, attention_bias=bias,
         attention_output_bias=bias and dense.model_type != "qwen2", qk_norm=dense.model_type == "qwen3", sliding_window=window, layer_types=kinds,
@@ -345,7 +355,7 @@ def _assemble(dense: PreTrainedModel, config: LlamaMoeConfig, state: dict[str, T
     left = [name for name, p in moe.named_parameters() if p.is_meta]
     assert not left, left
     if dense.generation_config is not None:
-        moe.generation_config = dense.generation_config
+        moe.generation_config = copy.deepcopy(dense.generation_config)
     return moe.train(dense.training)
 
 

@@ -95,14 +95,14 @@ def layer_coactivations(model: nn.Module, batches: Sequence[Tensor], layers: Seq
 
 
 class _Ratio:
-    """Running mean L1 norms of residual stream and feed-forward output; their ratio is section 2.3's rho."""
+    """Running L1 norms of residual stream and feed-forward output over tokens; their ratio is section 2.3's rho."""
 
     def __init__(self) -> None:
         self.residual = self.output = 0.0
 
     def add(self, residual: Tensor, output: Tensor) -> None:
-        self.residual += residual.float().abs().sum(-1).mean()
-        self.output += output.float().abs().sum(-1).mean()
+        self.residual += residual.abs().sum(dtype=torch.float64)
+        self.output += output.abs().sum(dtype=torch.float64)
 
     def value(self) -> float:
         return float(self.residual / self.output)

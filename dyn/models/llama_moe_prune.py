@@ -85,7 +85,7 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction | Se
     left = [name for name, p in small.named_parameters() if p.is_meta]
     assert not left, left
     if dense.generation_config is not None:
-        small.generation_config = dense.generation_config
+        small.generation_config = copy.deepcopy(dense.generation_config)
     return small.train(dense.training)
 
 

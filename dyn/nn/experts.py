@@ -51,6 +51,15 @@ class Choice(NamedTuple):
     std_TE: Tensor | None = None  # of the noise
 
 
+class Matrix(nn.Module):
+    """`weight` [O, I] alone, which its owner multiplies with in float32. No `nn.Linear`: what looks for those to put something in their place (adapters,
+    quantisation) would not be asked."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+
 @dataclass(frozen=True)
 class GateKind:
     """One kind of gate; `GATES` has them by name. D hidden size, E experts, K experts a token, T tokens.
@@ -81,7 +90,7 @@ def _matrix_logits(gate: Gate, x_TD: Tensor) -> Tensor:
 
 
 def _network(D: int, E: int) -> dict[str, nn.Module | nn.Parameter]:
-    return {"network": nn.Sequential(nn.Linear(D, E, bias=False), nn.Tanh(), nn.Linear(E, E, bias=False))}
+    return {"network": nn.Sequential(Matrix(D, E), nn.Tanh(), Matrix(E, E))}
 
 
 def _network_logits(gate: Gate, x_TD: Tensor) -> Tensor:
@@ -156,7 +165,7 @@ class Gate(nn.Module):
         for name, part in GATES[kind].parts(hidden_size, num_experts).items():
             setattr(self, name, part)
         if noise and GATES[kind].noise == "normal":
-            self.noise = nn.Linear(hidden_size, num_experts, bias=False)
+            self.noise = Matrix(hidden_size, num_experts)
         if balance == "bias":
             self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=torch.float32))
         self.reset_parameters()
@@ -214,7 +223,7 @@ class Gate(nn.Module):
         if clean_TE is not None:
             z = routing.z_loss(clean_TE, mask_T)
             chosen_T = (clean_TE.detach().softmax(-1).gather(-1, idx_TK) * (weight_TK.detach() != 0)).sum(-1)
-            dropped = 1 - (chosen_T.mean() if mask_T is None else (chosen_T * mask_T).sum() / mask_T.sum().clamp(min=1))
+            dropped = 1 - (chosen_T.mean() if mask_T is None else torch.where(mask_T, chosen_T, 0).sum() / mask_T.sum().clamp(min=1))
             if self.balance == "importance_load":
                 load = load_E
                 if std_TE is not None and self.num_experts_per_tok < E:
@@ -230,6 +239,14 @@ class Gate(nn.Module):
         if self.balance != "bias":
             raise ValueError(f"update_bias needs a gate with balance='bias'; this one has balance={self.balance!r}")
         self.selection_bias.copy_(routing.update_bias(self.selection_bias, load_E.to(self.selection_bias.device), rate))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        """The selection bias stays in float32 at least: its steps are lost in a narrower type."""
+        before = getattr(self, "selection_bias", None)
+        super()._apply(fn, recurse)
+        if before is not None and self.selection_bias.dtype.itemsize < before.dtype.itemsize:
+            self.selection_bias = before.to(self.selection_bias.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.num_experts_per_tok} of {self.num_experts}, kind={self.kind}, noise={self.has_noise}, balance={self.balance}"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import dyn.models  # noqa: F401  (registers dyn_llama_moe)
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense
@@ -103,6 +103,43 @@ def test_the_loss_has_every_layers_losses_times_their_weights():
     assert len(seen) == 3 and all(routed.z_loss > 0 for routed in seen)
     torch.testing.assert_close(output.aux_loss, wanted.to(output.aux_loss.dtype))
     torch.testing.assert_close(output.loss, output.lm_loss + wanted)
+
+
+def test_the_balance_loss_is_a_share_where_steps_are_accumulated():
+    """As transformers' Trainer does, who gives the targets of the whole step to every part of it."""
+    moe, gradients = from_dense(tiny(), num_experts=4, num_experts_per_tok=2).train(), []
+    moe.config.balance_weight = 1000.0
+    for parts in (1, 4):
+        moe.zero_grad()
+        for _ in range(parts):  # all alike, so that the balance is of the same tokens
+            moe(input_ids=IDS, labels=IDS, num_items_in_batch=torch.tensor(parts * IDS[:, 1:].numel())).loss.backward()
+        gradients.append(moe.model.layers[0].mlp.gate.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("where", ["config", "call"])
+def test_hidden_states_and_attention_are_given_out(where, tmp_path):
+    dense = tiny()
+    moe = from_dense(dense, num_experts=4, num_experts_per_tok=4, gate="uniform", score_scale="n").eval()
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    for model in (dense, moe):
+        model.set_attn_implementation("eager")
+        for name, value in wanted.items() if where == "config" else ():
+            setattr(model.config, name, value)
+    with torch.no_grad():
+        theirs, ours = (model(input_ids=IDS, **(wanted if where == "call" else {})) for model in (dense.eval(), moe))
+    for name in ("hidden_states", "attentions"):
+        assert len(ours[name]) == len(theirs[name])
+        for a, b in zip(ours[name], theirs[name], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    moe.config.output_attentions = False
+    moe.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="output_attentions=True needs attn_implementation='eager'; sdpa makes no attention weights"):
+        moe(input_ids=IDS, output_attentions=True)
+    moe.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(base(IDS).last_hidden_state, ours.hidden_states[-1])
 
 
 def test_padding_is_not_in_the_statistics():

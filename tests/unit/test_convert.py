@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dyn.models import llama_moe_convert
-from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense
+from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, prune_dense
 from dyn.models.llama_moe_construct import METHODS
 from dyn.nn.experts import Gate
 from dyn.nn.surgery import count_parameters, freeze, train_only
@@ -88,6 +89,39 @@ def test_measured_scale_restores_the_ratio_of_feed_forward_to_residual():
     exact = from_dense(dense, num_experts=4, num_experts_per_tok=4, gate="uniform", score_scale="measured", batches=BATCHES)
     assert exact.config.score_scale == pytest.approx([4.0, 4.0], rel=1e-4)
     assert all(r > 0 for r in dense_ratios(dense, BATCHES))
+
+
+def test_measured_scales_are_means_over_tokens_and_repeat():
+    from dyn.models.llama_moe_measure import dense_ratios
+    parts = [BATCHES[0][:1], *BATCHES[0][1:].split(3)]  # of other sizes
+    assert dense_ratios(tiny(), parts) == pytest.approx(dense_ratios(tiny(), BATCHES[:1]), rel=1e-5)
+    before, scales = torch.get_rng_state(), []
+    for _ in range(2):
+        settings = dict(gate="random", score_scale="measured", batches=BATCHES, seed=3)
+        scales.append(from_dense(tiny(), num_experts=4, num_experts_per_tok=2, **settings).config.score_scale)
+        torch.rand(3)
+    assert scales[0] == scales[1]
+    torch.set_rng_state(before)
+
+
+def test_the_result_shares_nothing_with_the_dense_model():
+    dense = tiny()
+    theta = dense.config.rope_parameters["rope_theta"]
+    for made in (from_dense(dense, num_experts=4, num_experts_per_tok=2), prune_dense(dense, 0.5, batches=BATCHES * 3)):
+        made.generation_config.max_new_tokens, made.config.rope_parameters["rope_theta"] = 7, 5.0
+    assert dense.generation_config.max_new_tokens is None and dense.config.rope_parameters["rope_theta"] == theta
+
+
+@pytest.mark.parametrize("change", ["adapter", "adapter on attention", "integers"])
+def test_linears_that_have_been_replaced_are_refused(change):
+    dense = tiny()
+    if change == "integers":
+        torch.ao.quantization.quantize_dynamic(dense, {torch.nn.Linear}, inplace=True)
+    else:
+        dense.add_adapter(LoraConfig(r=2, target_modules=["q_proj"] if "attention" in change else ["up_proj"]))
+    for convert in (lambda: from_dense(dense, num_experts=4, num_experts_per_tok=2), lambda: prune_dense(dense, 0.5, batches=BATCHES)):
+        with pytest.raises(ValueError, match=r"model.layers.0.*_proj is a Linear, where an nn.Linear of floating numbers was expected: merge adapters"):
+            convert()
 
 
 def test_budgets_by_layer_and_shared_experts(tmp_path):

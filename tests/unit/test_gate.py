@@ -30,6 +30,29 @@ def test_weights_are_float32_and_sum_to_one_where_the_kind_says_so(kind):
         assert routed.load_E.sum() == T * routed.idx_TK.shape[1]
 
 
+def test_the_selection_bias_stays_in_float32():
+    made = gate(balance="bias").to(torch.bfloat16)
+    made.selection_bias.fill_(0.5)
+    for _ in range(100):
+        made.update_bias(torch.tensor([9.0, 1, 1, 1, 1, 1]))
+    assert made.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(made.selection_bias, torch.tensor([0.4, *[0.6] * 5]), atol=1e-4, rtol=0)
+    assert gate(balance="bias").double().selection_bias.dtype == torch.float64
+
+
+def test_gates_are_left_alone_by_what_replaces_linears():
+    """Their weights are read, not called: what would be put in a Linear's place would not be asked."""
+    for kind in GATES:
+        noisy = GATES[kind].noise is not None
+        assert not any(isinstance(m, torch.nn.Linear) for m in gate(kind, noise=noisy).modules())
+
+
+def test_padding_may_hold_anything():
+    mask = torch.arange(T) < 40
+    nan = x().masked_fill(~mask[:, None], torch.nan)
+    assert gate()(nan, mask).dropped_mass == gate()(x(), mask).dropped_mass
+
+
 def test_linear_gate_is_top_k_of_the_logits_with_a_softmax_over_the_chosen():
     made = gate()
     top, index = (x() @ made.weight.T).topk(K)

@@ -187,6 +187,20 @@ def test_every_rank_reads_its_own(filled):
     assert all(torch.equal(w, torch.cat(parts)) for w, *parts in zip(whole, *ranks, strict=True))
 
 
+def test_a_mixture_in_the_middle_needs_the_rest_alone(filled):
+    """`filled` holds what the whole run draws and nothing behind it."""
+    loader, batches = mixture(), iter(mixture())
+    for _ in range(4):
+        next(batches)
+    whole = list(TaughtLoader(mixture(), filled))
+    first = iter(loader)
+    for _ in range(4):
+        next(first)
+    assert len(list(loader.planned())) == 2 * loader.batch_size
+    for batch, expected in zip(TaughtLoader(loader, filled), whole[4:], strict=True):
+        assert torch.equal(batch["teacher_ids"], expected["teacher_ids"])
+
+
 @pytest.mark.parametrize("stop", [1, 4])
 def test_resume_is_exact(filled, stop, tmp_path):
     whole, first = list(TaughtLoader(mixture(), filled)), TaughtLoader(mixture(), filled)
