@@ -51,7 +51,7 @@ def indexing(idx: Tensor, num_experts: int) -> dict[str, Callable[[], object]]:
         return flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts).cumsum(0)
 
     def ours() -> tuple[object, Tensor | None]:
-        ends, slot = rows_module.arrange("benchmark", idx, weights)
+        ends, slot = rows_module.arrange("benchmark", idx, len(weights), {"idx": idx})
         return rows_module.usable(ends, slot, weights), slot
 
     calls = {"torch": torch_index, "torch: sort": lambda: idx.flatten().sort(stable=True), f"{OURS}torch": ours}
@@ -69,7 +69,7 @@ def same_choice(have: object, want: tuple[Tensor, Tensor]) -> bool:
 
 
 def same_order(have: Tensor | tuple, want: tuple[Tensor, Tensor], num_experts: int) -> bool:
-    """Is what one of ours gives a stable sort by expert (padding, -1, apart), and do the experts' rows end where they should?"""
+    """Is what one of ours gives a stable sort by expert (padding, below 0, apart), and do the experts' rows end where they should?"""
     true_slot, true_ends = want
     if isinstance(have, Tensor):
         order = read_order(have, len(true_slot), num_experts)

@@ -136,6 +136,9 @@ def facts() -> dict[str, Any]:
 
 def commit() -> tuple[str | None, bool | None]:
     """The checkout's commit and whether files differ from it; without git or a checkout DYN_COMMIT, if it is set, and nothing known of changes."""
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != Path(__file__).resolve().parents[1]:  # installed somewhere below a checkout of the user's own
+        return os.environ.get("DYN_COMMIT") or None, None
     status = _git("status", "--porcelain")
     return _git("rev-parse", "HEAD") or os.environ.get("DYN_COMMIT") or None, None if status is None else bool(status)
 

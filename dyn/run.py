@@ -2,7 +2,7 @@
 
 Loads experiments/NAME.py by name: `Config` (a dataclass), `SWEEPS` (rows of each table), `main(cfg, run) -> metrics`, `plan(cfg) -> dict`.
 A run is a folder RUNS/NAME/DATE-DIGEST: config.yaml, stages.json, log.txt, metrics.jsonl, checkpoints/, result.json (also when it fails), report.html.
-Exit codes: 0 ok, 1 failed or refused, 130 cancelled by SIGINT, 143 by SIGTERM. Under torchrun or srun only rank 0 writes and prints.
+Exit codes: 0 ok, 1 failed or refused, 130 cancelled by SIGINT, 143 by SIGTERM, 129 by SIGHUP. Under torchrun or srun only rank 0 writes and prints.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from dyn import config, report
 from dyn.env import follow, keep_freed_memory, rank, world_size
-from dyn.runfolder import Cancelled, Interrupted, Run, create, ended_well, read_json, refused, unfinished
+from dyn.runfolder import Cancelled, Interrupted, Run, create, ended_well, read_json, refused, stop_signals, unfinished
 
 __all__ = ["Cancelled", "Run", "main"]
 
@@ -180,7 +180,7 @@ def _resume(experiment: ModuleType, name: str, path: Path, runs: Path, options: 
         if not choices:
             raise ValueError(f"resume=last: no unfinished run in {runs / name}")
     folder = next((choice for choice in choices if (choice / "stages.json").is_file()), None)
-    foreign = folder is not None and read_json(folder / "stages.json")["what"]["experiment"] != name
+    foreign = folder is not None and _experiment(folder) != name
     if folder is None or foreign or ended_well(folder):
         why = f"resume={asked}: no run folder" if folder is None else f"resume={asked}: not a run of {name}" if foreign else f"{folder} has finished"
         found = unfinished(runs / name)[:-6:-1]
@@ -194,6 +194,13 @@ def _resume(experiment: ModuleType, name: str, path: Path, runs: Path, options: 
         newer = "; a key that is absent there came later: resume with the version that began the run" * any("(absent) ->" in change for change in changes)
         raise ValueError(f"cannot resume {folder} with another config; start a new run or take these back{newer}:\n  " + "\n  ".join(changes))
     return folder
+
+
+def _experiment(folder: Path) -> str:
+    try:
+        return read_json(folder / "stages.json")["what"]["experiment"]
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder / 'stages.json'} is no run's: it does not say of which experiment") from None
 
 
 def _sweep(name: str, runs: Path, profile: str, sweep: str, cfgs: list[tuple[str, Any]]) -> int:
@@ -246,7 +253,7 @@ def _result(folder: Path, row: str, code: int, signum: int | None) -> dict[str, 
 
 
 def _child(command: list[str]) -> tuple[int, int | None]:
-    """Run a command in its own process group and pass SIGINT and SIGTERM on to it, once each time they come: its exit code, and the first signal, since a
+    """Run a command in its own process group and pass signals to stop on to it, once each time they come: its exit code, and the first signal, since a
     process that imports or that writes its result may end by its own code all the same."""
     caught: list[int] = []
     child: subprocess.Popen[bytes] | None = None
@@ -256,7 +263,7 @@ def _child(command: list[str]) -> tuple[int, int | None]:
         if child is not None:
             child.send_signal(signum)
 
-    kept = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
+    kept = {signum: signal.signal(signum, forward) for signum in stop_signals()}
     try:
         child = subprocess.Popen(command, process_group=0)
         for signum in caught:  # came before there was a child

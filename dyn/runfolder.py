@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from dyn import config, env, report
 
@@ -31,14 +31,14 @@ class Cancelled(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM, at a place that is not prepared for it or for the second time."""
+    """A signal to stop, at a place that is not prepared for it or for the second time."""
 
 
 class Run:
     """What an experiment sees of its run.
 
     folder, name, profile, row, digest, resumed; `cost` and `notes` go into result.json; `stop` is set while `graceful()` is on and
-    SIGINT or SIGTERM came. On ranks other than 0 nothing is written or printed.
+    a signal to stop came (SIGINT, SIGTERM, SIGHUP). On ranks other than 0 nothing is written or printed.
     """
 
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ class Run:
     def log(self, text: str) -> None:
         """Print a line with the elapsed time, and append it to log.txt."""
         if self._writes:
-            print(self._note(text), flush=True)
+            _say(self._note(text), sys.stdout)
 
     def _note(self, text: str) -> str:
         line = f"[{time.monotonic() - self._began:8.1f} s] {text}"
@@ -121,7 +121,7 @@ class Run:
 
     @contextlib.contextmanager
     def graceful(self) -> Iterator[threading.Event]:
-        """Inside, the first SIGINT or SIGTERM only sets `stop`; the work inside should then write a checkpoint and end.
+        """Inside, the first signal only sets `stop`; the work inside should then write a checkpoint and end.
 
         Raises Cancelled at the end when `stop` is set. A second signal raises KeyboardInterrupt at once.
         """
@@ -138,13 +138,13 @@ class Run:
 
     def listen(self) -> None:
         """Put our signal handlers back, after a library (Lightning's fit) has put its own over them."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in stop_signals():
             signal.signal(signum, self._on_signal)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Our signal handlers inside, the earlier ones after."""
-        kept = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+        kept = {signum: signal.getsignal(signum) for signum in stop_signals()}
         self.listen()
         try:
             yield
@@ -157,12 +157,13 @@ class Run:
         if not self._gentle or self.stop.is_set():
             raise Interrupted(signal.Signals(signum).name)
         self.stop.set()
-        if self._writes:  # os.write: print is not safe inside a handler
-            os.write(2, b"\nstopping at the next step, with a checkpoint; once more stops at once\n")
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            if self._writes:  # os.write: print is not safe inside a handler
+                os.write(2, b"\nstopping at the next step, with a checkpoint; once more stops at once\n")
 
     def finish(self, metrics: Mapping[str, Any], error: BaseException | None) -> int:
         """Write result.json (atomically) and the report, say where they are and how to go on; returns the exit code."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in stop_signals():
             signal.signal(signum, signal.SIG_IGN)
         status, code = self._verdict(error)
         if not self._writes:
@@ -180,19 +181,19 @@ class Run:
         if status == "failed":
             self._note("".join(traceback.format_exception(error)))
             if not isinstance(error, (ValueError, OSError)):
-                traceback.print_exception(error)
+                _say("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
         try:
             write_json(self.folder / "result.json", self._result(parts, status, error))
         except OSError as caught:
-            print(self._note(f"error: result.json is not written: {caught}"), file=sys.stderr)
+            _say(self._note(f"error: result.json is not written: {caught}"), sys.stderr)
             code = code or 1
         if status != "ok":
             why = signal.Signals(self._signum).name if status == "cancelled" and self._signum else _message(error)
-            print(self._note(f"{status}: {why}"), file=sys.stderr)
+            _say(self._note(f"{status}: {why}"), sys.stderr)
             if status == "cancelled" or self._state["stages"] or any((self.folder / "checkpoints").glob("*")):
                 words = f"NAME={self.name} PROFILE={self.profile} RESUME={self.folder}"
                 make, run = f"make exp {words}", f"python -m dyn.run {self.name} resume={self.folder}"
-                print(self._note(f"to resume: {make if Path('Makefile').is_file() else run}"), file=sys.stderr)
+                _say(self._note(f"to resume: {make if Path('Makefile').is_file() else run}"), sys.stderr)
         try:
             self.log(f"report: {report.write_report([self.folder], self.folder)}")
         except Exception as caught:  # a report that cannot be drawn must not change what the run was
@@ -226,6 +227,11 @@ class Run:
             "finished": _now(),
             "starts": self._state["starts"],
         }
+
+
+def stop_signals() -> list[signal.Signals]:
+    """What a run answers by a checkpoint and an end: SIGINT, SIGTERM and, unless it is ignored (nohup), the SIGHUP of a terminal that closes."""
+    return [signal.SIGINT, signal.SIGTERM, *([] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP])]
 
 
 def create(runs: Path, name: str, cfg: Any, *, profile: str, row: str = "") -> Path:
@@ -309,6 +315,15 @@ def _message(error: BaseException | None) -> str:
     text, home = str(error) or type(error).__name__, str(Path.home())
     text = text.replace(str(Path.cwd()) + os.sep, "")
     return text.replace(home + os.sep, "~" + os.sep) if len(home) > 1 else text
+
+
+def _say(line: str, stream: TextIO) -> None:
+    """Print a line. A reader that is gone (`| head`, a closed terminal) stops nothing: log.txt has the line."""
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):  # nor what is flushed at the very end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _now() -> str:

@@ -80,11 +80,14 @@ def select(model: nn.Module, params: str | Sequence[str] | None) -> dict[str, nn
     """Parameters by a regular expression that their names hold, by names, or (None) all trainable ones of two axes or more; tied ones once.
 
     Raises:
-        ValueError: none found, or a name that the model does not have.
+        ValueError: none found, a name that the model does not have, or what is no regular expression.
     """
     named = dict(model.named_parameters())
     if isinstance(params, str):
-        chosen = {name: p for name, p in named.items() if re.search(params, name)}
+        try:
+            chosen = {name: p for name, p in named.items() if re.search(params, name)}
+        except re.error as error:
+            raise ValueError(f"params={params!r} is no regular expression: {error}") from None
     elif params is None:
         chosen = {name: p for name, p in named.items() if p.requires_grad and p.ndim >= 2}
     else:

@@ -86,8 +86,10 @@ def from_dense(
                         num_shared_experts=num_shared_experts, moe_intermediate_size=moe_intermediate_size, overlap=overlap, gate=gate,
                         gate_noise=gate_noise, capacity_factor=capacity_factor, balance=balance, score_scale=score_scale)
     check_causal(dense)
-    if reinit and construction != "copy":
-        raise ValueError(f"reinit={reinit} belongs to construction='copy', got {construction!r}")
+    for setting, is_set, owner in ((f"reinit={reinit}", reinit, "copy"), ("overlap=True", overlap, "sharing_inter"),
+                                   (f"features={features!r}", features == "gate", "kmeans")):
+        if is_set and construction != owner:
+            raise ValueError(f"{setting} belongs to construction={owner!r}, got {construction!r}")
     if not 0.0 <= reinit <= 1.0:
         raise ValueError(f"reinit={reinit} must lie in [0, 1]")
     if features not in ("up", "gate"):
@@ -119,6 +121,7 @@ def from_dense(
             gates.append(fit.gate_ED)
         else:
             shared_S, groups_EF = method.split(_source(weights, config, i, overlap, features, seed, scores, adjacency))
+        _check_split(construction, shared_S, groups_EF, config, i)
         groups.append(groups_EF.cpu())
         shared.append(shared_S.cpu())
         state.update({f"model.layers.{i}.mlp.{k}": v for k, v in _experts(weights, shared_S, groups_EF, reinit, generator(seed, "reinit", i)).items()})
@@ -268,6 +271,19 @@ def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, 
         attention_output_bias=bias and dense.model_type != "qwen2", qk_norm=dense.model_type == "qwen3", sliding_window=window, layer_types=kinds,
         num_experts=E, num_experts_per_tok=_plain(ks), moe_intermediate_size=_plain(widths), num_shared_experts=_plain(shareds), gate=gate,
         gate_noise=gate_noise, capacity_factor=capacity_factor, balance=balance, score_scale=_plain(scales), learnable_scale=scale == "learnable")
+
+
+def _check_split(construction: str, shared_S: Tensor, groups_EF: Tensor, config: LlamaMoeConfig, i: int) -> None:
+    """ValueError for what a method of one's own did wrong: other sizes, neurons that there are not, one of them twice in an expert."""
+    sizes = (config.shared_width(i),), (config.num_experts, config.of_layer("moe_intermediate_size", i))
+    if (tuple(shared_S.shape), tuple(groups_EF.shape)) != sizes:
+        raise ValueError(f"construction={construction!r}, layer {i}: shared {list(shared_S.shape)} and groups {list(groups_EF.shape)} must be "
+                         f"{list(sizes[0])} and {list(sizes[1])}")
+    ids = torch.cat([shared_S.flatten(), groups_EF.flatten()]).sort().values
+    if ids.numel() and not 0 <= ids[0] <= ids[-1] < config.intermediate_size:
+        raise ValueError(f"construction={construction!r}, layer {i}: neurons {ids[0]}..{ids[-1]} lie outside 0..{config.intermediate_size - 1}")
+    if any((part.sort(-1).values.diff(dim=-1) == 0).any() for part in (shared_S, groups_EF)):
+        raise ValueError(f"construction={construction!r}, layer {i}: an expert holds a neuron twice")
 
 
 def _source(weights: list[Tensor], config: LlamaMoeConfig, i: int, overlap: bool, features: str, seed: int, scores: Tensor | None,

@@ -72,7 +72,7 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
     Args:
         model: with dynamic layers (`make_dynamic`, or experts that derive from `Banked`); a second call goes on from the modes that are there.
         batches, loss_fn: as in `dyn.core.saliency.score`; the same batches serve every round.
-        keep: a share in [0, 1] (0.0 is the static network, 1.0 the dynamic one), or an int, which is a count: 1 is a single position.
+        keep: a share in [0, 1], 0 the static network and 1 the dynamic one; an int from 2 on is a count.
         rounds, schedule: as in `dyn.core.rounds.kept_counts` (section 4.3).
         method: one of `CRITERIA`. Identical parameter sets have no mode-switch gradient (section 4.2): where all layers are so (with a budget for each layer:
             in those), snip ranks by removal and says so in the log.
@@ -99,6 +99,7 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
         how = "monotone=False ranks" if not monotone else "shuffle moves"
         raise ValueError(f"{how} positions that are static already, whose kernels are gone: {there[0]}; start from a fully dynamic model")
     total = sum(m.weight[0].numel() for m in layers.values())
+    keep = float(keep) if keep in (0, 1) else keep  # 1 means all, also where it is written as an int
     count = kept_counts(total, keep, rounds, schedule, "up")[-1]
     if scope not in get_args(Scope):
         raise ValueError(f"scope={scope!r} is unknown; allowed: {', '.join(get_args(Scope))}")

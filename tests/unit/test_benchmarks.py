@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,6 +210,16 @@ def test_the_commit_without_a_checkout(monkeypatch):
     assert measure.environment("cpu")["commit"] == "unknown" and env.facts()["commit"] is None
     monkeypatch.setenv("DYN_COMMIT", "abc")
     assert measure.environment("cpu")["commit"] == env.facts()["commit"] == "abc" and env.facts()["dirty"] is None
+
+
+def test_the_commit_of_a_foreign_checkout_is_not_ours(monkeypatch):
+    """An environment that lies in somebody's repository."""
+    answers = {"--show-toplevel": "/somebody/project", "HEAD": "their commit", "--porcelain": " M file"}
+    monkeypatch.setattr(env, "_git", lambda *words: answers[words[-1]])
+    monkeypatch.setenv("DYN_COMMIT", "ours")
+    assert env.commit() == ("ours", None)
+    answers["--show-toplevel"] = str(Path(env.__file__).parents[1])
+    assert env.commit() == ("their commit", True)
 
 
 def test_shapes_of_no_multiple_of_16_are_checked_on_a_gpu():

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from dyn.models import llama_moe_convert
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, prune_dense
-from dyn.models.llama_moe_construct import METHODS
+from dyn.models.llama_moe_construct import METHODS, Method
 from dyn.nn.experts import Gate
 from dyn.nn.surgery import count_parameters, freeze, train_only
 
@@ -172,13 +172,25 @@ def test_a_folder_is_consumed_when_its_graphs_are_all_in(tmp_path, monkeypatch):
     (dict(gate="switch"), "switch.*num_experts_per_tok=1"),
     (dict(gate="best"), "gate='best'"),
     (dict(balance="even"), "balance='even'"),
-    (dict(reinit=0.5), "reinit"),
+    (dict(reinit=0.5), "reinit"), (dict(overlap=True), "overlap=True belongs to construction='sharing_inter', got 'random'"),
+    (dict(features="gate"), "features='gate' belongs to construction='kmeans', got 'random'"),
     (dict(construction="kmeans", features="rows"), "features='rows' is unknown; allowed: up, gate"),
     (dict(construction="copy", reinit=2.0), r"\[0, 1\]"),
 ])
 def test_refusals_name_the_field(changes, words):
     with pytest.raises(ValueError, match=words):
         from_dense(tiny(), **dict(num_experts=4, num_experts_per_tok=2) | changes)
+
+
+@pytest.mark.parametrize(("groups", "message"), [
+    (lambda E, F: torch.zeros(E, F, dtype=torch.int64), "an expert holds a neuron twice"),
+    (lambda E, F: torch.arange(E * F).view(E, F) + 1, "neurons 1..24 lie outside 0..23"),
+    (lambda E, F: torch.arange(E * F).view(F, E), r"groups \[6, 4\] must be \[0\] and \[4, 6\]"),
+])
+def test_a_construction_of_ones_own_that_is_wrong(groups, message, monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", Method(lambda s: (torch.empty(0, dtype=torch.int64), groups(s.num_experts, s.group_size))))
+    with pytest.raises(ValueError, match=f"construction='mine', layer 0: .*{message}"):
+        from_dense(tiny(), num_experts=4, num_experts_per_tok=2, construction="mine")
 
 
 def test_other_families_are_refused_by_the_field(tmp_path):

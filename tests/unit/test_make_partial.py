@@ -13,7 +13,7 @@ from dyn.nn import partial as partial_module
 from dyn.nn.bank import Banked
 from dyn.nn.dynamic_conv import set_temperature
 from dyn.nn.partial import CRITERIA, compact, make_partial, switches
-from dyn.nn.surgery import count_parameters, make_dynamic
+from dyn.nn.surgery import count_parameters, dynamic_shares, make_dynamic
 
 TOTAL = 8 * 4 * 9 + 8 * 4 * 9 + 10 * 8
 
@@ -337,6 +337,12 @@ def test_scale_ablations(scales):
 def test_errors(change, message):
     with pytest.raises(ValueError, match=message):
         make_partial(**(dict(model=network(), batches=data(), loss_fn=loss) | change))
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_the_ends_of_the_scale_may_be_ints(keep):
+    model = make_partial(network(), data(), loss, keep=keep)
+    assert set(dynamic_shares(model).values()) == {keep}
 
 
 def test_scores_need_autograd():

@@ -222,7 +222,7 @@ def test_rescaled_survivors(form):
     (dict(loss_fn=None), r"method='snip' looks at a loss; give loss_fn"), (dict(params="nothing"), "finds no parameter of Host"),
     (dict(loss_fn=lambda m, b: loss(m, b) * 0), "all snip scores are 0"), (dict(loss_fn=lambda m, b: loss(m, b) * float("inf")), "finite scalar"),
     (dict(method="grasp", loss_fn=lambda m, b: loss(m, b) * 0), "all grasp scores are 0"), (dict(samples=0), "samples=0 must be 1 or more"),
-    (dict(rounds=0), "rounds=0 must be at least 1"), (dict(form="2:4", keep=0.6), "keeps exactly half"),
+    (dict(rounds=0), "rounds=0 must be an integer, at least 1"), (dict(form="2:4", keep=0.6), "keeps exactly half"),
     (dict(form="2:4", rounds=2, keep=0.5), "without rounds"),
     (dict(form="unit", prefix=True), r"adapters of kind 'prefix' \(prefix\) do not have"), (dict(form="unit", biases=True), "cannot be chosen by itself"),
     (dict(form="unit", params="head.weight"), "params=... names other weights"),

@@ -147,6 +147,19 @@ def test_broken_report_does_not_spoil_the_run(fake, capsys, monkeypatch):
     assert "no report: ZeroDivisionError" in capsys.readouterr().out
 
 
+def test_a_reader_that_is_gone_stops_nothing(fake):
+    """As in `| head -1`: what nobody reads any more stands in log.txt."""
+    broken = "import os, sys; os.close(1); r, w = os.pipe(); os.close(r); os.dup2(w, 1); "
+    command = broken + "from dyn.run import main; sys.exit(main(['fake', 'mode=value', 'profile=smoke']))"
+    assert subprocess.run([sys.executable, "-c", broken + "print('x', flush=True)"], capture_output=True, check=False).returncode  # so the pipe is broken
+    good = subprocess.run([sys.executable, "-c", command.replace("mode=value", "mode=ok")], capture_output=True, text=True, check=False)
+    assert good.returncode == 0 and "BrokenPipe" not in good.stderr, good.stderr
+    failed = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
+    assert failed.returncode == 1 and "BrokenPipe" not in failed.stderr
+    assert sorted(result(folder)["status"] for folder in folders()) == ["failed", "ok"]
+    assert all("report: " in (folder / "log.txt").read_text() for folder in folders())
+
+
 def test_refusals(fake, capsys):
     assert "nearest: 'fake'" in error_of(capsys, "fak")
     assert "there are: demo, paper, smoke" in error_of(capsys, "fake", "profile=big")
@@ -272,9 +285,10 @@ def test_a_folder_in_use_is_refused(fake, capsys):
 
 
 def test_signal_handlers_are_put_back(fake):
-    kept = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    kept = [signal.getsignal(signum) for signum in stops]
     main(["fake", "mode=bug"])
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == kept
+    assert [signal.getsignal(signum) for signum in stops] == kept
 
 
 def test_another_rank_follows_and_writes_nothing(fake, monkeypatch, capsys):

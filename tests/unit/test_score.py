@@ -112,6 +112,7 @@ def test_what_is_selected():
 
 @pytest.mark.parametrize(("kwargs", "words"), [
     (dict(method="snap"), "method='snap' is unknown; allowed: random, magnitude, snip"),
+    (dict(params="*.weight"), r"params='\*.weight' is no regular expression: nothing to repeat"),
     (dict(params="adapter"), "finds no parameter of Sequential; it has 0.weight"),
     (dict(params=["0.wait"]), r"no parameter '0\.wait'"),
     (dict(batches=[]), "looks at data, and there are no batches"),
