@@ -136,11 +136,11 @@ def facts() -> dict[str, Any]:
 
 def commit() -> tuple[str | None, bool | None]:
     """The checkout's commit and whether files differ from it; without git or a checkout DYN_COMMIT, if it is set, and nothing known of changes."""
-    top = _git("rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != Path(__file__).resolve().parents[1]:  # installed somewhere below a checkout of the user's own
+    top, _, name = (_git("rev-parse", "--show-toplevel", "HEAD") or "").partition("\n")
+    if Path(top).resolve() != Path(__file__).resolve().parents[1] or not name:  # installed somewhere below a checkout of the user's own
         return os.environ.get("DYN_COMMIT") or None, None
     status = _git("status", "--porcelain")
-    return _git("rev-parse", "HEAD") or os.environ.get("DYN_COMMIT") or None, None if status is None else bool(status)
+    return name, None if status is None else bool(status)
 
 
 def peak_memory() -> dict[str, int]:

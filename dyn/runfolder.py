@@ -157,8 +157,8 @@ class Run:
         if not self._gentle or self.stop.is_set():
             raise Interrupted(signal.Signals(signum).name)
         self.stop.set()
-        with contextlib.suppress(OSError):  # of a terminal that is gone
-            if self._writes:  # os.write: print is not safe inside a handler
+        if self._writes:
+            with contextlib.suppress(OSError):  # of a terminal that is gone; os.write: print is not safe inside a handler
                 os.write(2, b"\nstopping at the next step, with a checkpoint; once more stops at once\n")
 
     def finish(self, metrics: Mapping[str, Any], error: BaseException | None) -> int:

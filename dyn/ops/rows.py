@@ -213,7 +213,7 @@ def pad(ends_E: Tensor, slot_S: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 def places(slot_S: Tensor, weight_TK: Tensor) -> Tensor:
     """The row of every slot: int64 [T, K]."""
-    place = slot_S.new_empty(weight_TK.numel() + 1)  # the last takes what padding, -1, writes
+    place = slot_S.new_empty(weight_TK.numel() + 1)  # the last takes what padding writes
     place[slot_S.clamp(min=-1)] = torch.arange(slot_S.numel(), device=slot_S.device)
     return place[:-1].view(weight_TK.shape)
 
