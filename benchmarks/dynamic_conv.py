@@ -1,10 +1,12 @@
 """Time dynamic, partially dynamic and compact networks against the static ones that they were made from, and each form of each layer.
 
-    python -m benchmarks.dynamic_conv [--quick] [--tiny] [--only NAME] [--layers] [--out FOLDER] [--rounds N] [--threads N] [--cpu-time]
+    python -m benchmarks.dynamic_conv [--quick] [--tiny] [--only NAME] [--compile] [--layers] [--out FOLDER] [--rounds N] [--threads N] [--cpu-time]
 
 Writes dynamic_conv.md and dynamic_conv.json. All variants of a network run once a round, in a shuffled order, in one process: figures are medians over rounds
 with quartiles, ratios medians of (variant / static in the same round; variant / dynamic for inference). A training step is forward, loss, backward and SGD
-with momentum. `--layers` times every distinct layer of the network alone, forward and backward, in every form: what `dyn.ops.dynamic_conv.choose` is set by.
+with momentum. `--compile` times every network through `torch.compile` instead (on a GPU with CUDA graphs), in the forms that "auto" takes: the static one
+gains as well, and a GPU no longer waits for kernels to be launched, of which attention branches have many. `--layers` times every distinct layer of the
+network alone, forward and backward, in every form: what `dyn.ops.dynamic_conv.choose` is set by.
 On a CPU fp32; on a GPU bf16 autocast, channels_last, 224x224, batch 64.
 """
 
@@ -53,9 +55,9 @@ CUDA = [Case("resnet18", 64, 224), Case("resnet50", 64, 224), Case("mobilenetv2_
 class Bench:
     """The networks of one case and their data."""
 
-    def __init__(self, case: Case, device: str, width: float, clock: Callable[[], float]) -> None:
+    def __init__(self, case: Case, device: str, width: float, clock: Callable[[], float], compiled: bool = False) -> None:
         torch.manual_seed(0)
-        self.case, self.device, self.clock = case, device, clock
+        self.case, self.device, self.clock, self.forms = case, device, clock, ("auto",) if compiled else ("auto", *FAST)
         options = {"num_classes": case.classes} | ({"channels": tuple(int(c * width) for c in (64, 128, 256, 512)), "stem_width": int(64 * width)}
                                                    if width != 1 else {})
         partial = timm.create_model(f"padnet_{case.name}", **options)
@@ -64,6 +66,8 @@ class Bench:
         self.nets |= {"compact": compact(partial), "compact, expanded": compact(partial, expand=True)}
         layout = torch.channels_last if device == "cuda" else torch.contiguous_format
         self.nets = {name: net.to(device).to(memory_format=layout) for name, net in self.nets.items()}
+        mode = "reduce-overhead" if device == "cuda" else "default"
+        self.calls = {name: torch.compile(net, mode=mode) for name, net in self.nets.items()} if compiled else self.nets
         self.images = torch.randn(case.batch, 3, case.size, case.size, device=device).to(memory_format=layout)
         self.labels = torch.randint(case.classes, (case.batch,), device=device)
 
@@ -76,10 +80,10 @@ class Bench:
         optimizers = {name: torch.optim.SGD(self.nets[name].parameters(), 1e-3, momentum=0.9) for name in ("static", "dynamic", "partial")}
 
         def step(name: str, form: str) -> dict[str, float]:
-            net = _in_form(self.nets[name].train(), form)
+            _in_form(self.nets[name].train(), form)
             start = self.clock()
             with self.cast():
-                loss = F.cross_entropy(net(self.images), self.labels)
+                loss = F.cross_entropy(self.calls[name](self.images), self.labels)
             middle = self.clock()
             loss.backward()
             end = self.clock()
@@ -87,16 +91,16 @@ class Bench:
             optimizers[name].zero_grad()
             return {"forward": middle - start, "backward": end - middle, "time": self.clock() - start}
 
-        return {"static": lambda: step("static", "auto")} | {f"dynamic, {form}": lambda form=form: step("dynamic", form) for form in ("auto", *FAST)} | {
+        return {"static": lambda: step("static", "auto")} | {f"dynamic, {form}": lambda form=form: step("dynamic", form) for form in self.forms} | {
             "partial, auto": lambda: step("partial", "auto")}
 
     def inference(self) -> dict[str, Callable[[], dict[str, float]]]:
         """Variants of a forward pass in evaluation."""
         def run(name: str) -> dict[str, float]:
-            net = _in_form(self.nets[name].eval(), "auto")
+            _in_form(self.nets[name].eval(), "auto")
             start = self.clock()
             with torch.no_grad(), self.cast():
-                net(self.images)
+                self.calls[name](self.images)
             return {"time": self.clock() - start}
 
         return {name: lambda name=name: run(name) for name in self.nets}
@@ -118,15 +122,16 @@ class Bench:
         return found
 
 
-def _in_form(net: nn.Module, form: str) -> nn.Module:
+def _in_form(net: nn.Module, form: str) -> None:
     for m in net.modules():
         if isinstance(m, MixedConv2d):
             m.form = form
-    return net
 
 
-def summarise(variants: dict[str, Callable[[], dict[str, float]]], rounds: int, against: str) -> dict[str, dict]:
+def summarise(variants: dict[str, Callable[[], dict[str, float]]], rounds: int, against: str, compiled: bool) -> dict[str, dict]:
     """Seconds of every part, and the ratio of the whole."""
+    for run in 2 * list(variants.values()) if compiled else []:
+        run()  # compiles, then records a CUDA graph: the first round of those that are timed replays
     timed = time_rounds(variants, rounds)
     return {name: {part: spread([r[name][part] for r in timed]) for part in timed[0][name]}
             | {"ratio": spread([r[name]["time"] / r[against]["time"] for r in timed])} for name in variants}
@@ -165,7 +170,8 @@ def markdown(result: dict) -> str:
              f"Medians with quartiles; K = 4, partial networks at keep = {KEEP}. Ratios: to the static network in training, to the dynamic one in inference."]
     for table in result["networks"]:
         case = table["case"]
-        lines += ["", f"## {case['name']}, batch {case['batch']}, {case['size']}x{case['size']}, {table['rounds']} rounds"]
+        how = f"{table['rounds']} rounds" + (", compiled" if table["compiled"] else "")
+        lines += ["", f"## {case['name']}, batch {case['batch']}, {case['size']}x{case['size']}, {how}"]
         lines += ["", "| training step | ms | forward ms | backward ms | time / static |", "|---|---|---|---|---|"] if table["training"] else []
         lines += [f"| {name} | {cell(row['time'], 1e3, 1)} | {cell(row['forward'], 1e3, 1)} | {cell(row['backward'], 1e3, 1)} | {cell(row['ratio'])} |"
                   for name, row in table["training"].items()]
@@ -185,6 +191,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--quick", action="store_true", help="ResNet-18 alone, fewer rounds")
     parser.add_argument("--tiny", action="store_true", help="a narrow ResNet-10 on 32x32, for tests")
     parser.add_argument("--only", help="cases of this network alone (resnet50), or of this and this size (resnet50-224)")
+    parser.add_argument("--compile", action="store_true", help="networks through torch.compile, on a GPU with CUDA graphs")
     parser.add_argument("--layers", action="store_true", help="time every distinct layer too")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--rounds", type=int, help="default 11, quick 5, tiny 2")
@@ -206,11 +213,13 @@ def main(argv: list[str] | None = None) -> dict:
     clock, env = begin(device, args.cpu_time)
     result: dict = {"env": env, "networks": []}
     for case in cases:
-        bench = Bench(case, device, 0.125 if args.tiny else 1, clock)
+        bench = Bench(case, device, 0.125 if args.tiny else 1, clock, args.compile)
         print(f"{case.name}, batch {case.batch}, {case.size} ...", flush=True)
         result["networks"].append({
-            "case": asdict(case), "rounds": rounds, "stored": {name: count_parameters(net)["stored"] for name, net in bench.nets.items()},
-            "training": summarise(bench.training(), rounds, "static") if case.train else {}, "inference": summarise(bench.inference(), rounds, "dynamic"),
+            "case": asdict(case), "rounds": rounds, "compiled": args.compile,
+            "stored": {name: count_parameters(net)["stored"] for name, net in bench.nets.items()},
+            "training": summarise(bench.training(), rounds, "static", args.compile) if case.train else {},
+            "inference": summarise(bench.inference(), rounds, "dynamic", args.compile),
             "layers": measure_layers(bench, rounds) if args.layers else []})
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "dynamic_conv.json").write_text(json.dumps(result, indent=1))

@@ -19,6 +19,14 @@ def test_tiny(tmp_path, capsys):
     assert text.count("| dynamic, auto |") == 1 and text in capsys.readouterr().out
 
 
+def test_compiled(tmp_path, monkeypatch):
+    modes = []
+    monkeypatch.setattr(dynamic_conv.torch, "compile", lambda net, mode: modes.append(mode) or net)  # inductor takes minutes for a network on a CPU
+    (table,) = dynamic_conv.main(["--tiny", "--compile", "--out", str(tmp_path)])["networks"]
+    assert modes == ["default"] * 5 and set(table["training"]) == {"static", "dynamic, auto", "partial, auto"} and table["compiled"]
+    assert "2 rounds, compiled" in (tmp_path / "dynamic_conv.md").read_text()
+
+
 def test_arguments(capsys):
     for words, message in ((["--rounds", "1"], "must be 2 or more"), (["--only", "vgg"], "is none of the networks")):
         with pytest.raises(SystemExit):
