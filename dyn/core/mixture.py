@@ -56,12 +56,13 @@ class _Held(torch.autograd.Function):
     """bank (+ static * scale); backward zeroes the bank's gradient where the mask is False, and static's where it is True."""
 
     @staticmethod
-    def forward(ctx: Any, bank: Tensor, mask: Tensor, static: Tensor | None, scale: Tensor | None) -> Tensor:
+    def forward(ctx: Any, bank: Tensor, mask: Tensor, static: Tensor | None, scale: Tensor | None, fresh: bool) -> Tensor:
         ctx.save_for_backward(mask, static, scale)
+        ctx.fresh = fresh
         return bank.view_as(bank) if static is None else torch.addcmul(bank, static, scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, static, scale = ctx.saved_tensors
         mask = mask.to(grad.dtype)  # once: a product of floats and bools is cast number by number, which takes a CPU three times as long
         shared = factor = None
@@ -70,19 +71,20 @@ class _Held(torch.autograd.Function):
             shared = torch.addcmul(shared, shared, mask, value=-1)
             factor = (shared * static).sum().view_as(scale) if ctx.needs_input_grad[3] else None
             shared = shared * scale
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not grad.is_contiguous():
-            return grad * mask, None, shared, factor
-        return grad.mul_(mask), None, shared, factor  # fresh from the product that used the bank; a second one of K sets costs as much as a small convolution
+        if not ctx.fresh or torch.is_grad_enabled() or torch.compiler.is_compiling() or not grad.is_contiguous():
+            return grad * mask, None, shared, factor, None
+        return grad.mul_(mask), None, shared, factor, None
 
 
-def held(bank: Tensor, mask: Tensor, static: Tensor | None = None, scale: Tensor | float = 1.0) -> Tensor:
+def held(bank: Tensor, mask: Tensor, static: Tensor | None = None, scale: Tensor | float = 1.0, *, fresh: bool = False) -> Tensor:
     """`bank` [..., P], which is zero outside `mask` [P] already; its gradient there is exactly zero too, without a product with the mask in forward.
 
-    static: [P], zero inside the mask and held so; it comes into every set, times `scale` (a float or one number).
+    static: [P], zero inside the mask and held so; it comes into every set, times `scale` (a float or one number). fresh: the gradient comes from one product,
+    so nobody else reads it, and it is masked where it lies: a second one of K sets costs as much as a small convolution.
     """
     if static is not None and not isinstance(scale, Tensor):
         scale = bank.new_full((1,), scale)
-    return _Held.apply(bank, mask, static, None if static is None else scale)
+    return _Held.apply(bank, mask, static, None if static is None else scale, fresh)
 
 
 def partial_parts(bank: Tensor, mask: Tensor, static: Tensor | None, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:

@@ -63,12 +63,9 @@ def keep_masks(scores: Mapping[str, Tensor], keep: Keep = 0.6, scope: Scope = "g
         raise ValueError("keep_masks needs scores of at least one tensor, got none")
     if broken := [name for name, s in scores.items() if s.isnan().any()]:
         raise ValueError(f"scores of {', '.join(broken)} hold NaN, which cannot be ranked")
-    if scope not in ("global", "local", "erdos_renyi"):
-        raise ValueError(f"scope={scope!r} is unknown; allowed: global, local, erdos_renyi")
+    check_scope(scope, keep)
     if shuffle not in (None, "within_tensor"):
         raise ValueError(f"shuffle={shuffle!r} is unknown; allowed: None, within_tensor")
-    if scope == "local" and isinstance(keep, int):
-        raise ValueError(f"keep={keep} is a count, which scope='local' cannot share out; give a share")
     generator = torch.Generator().manual_seed(seed)
     if scope == "global":
         flat_N = torch.cat([s.detach().flatten() for s in scores.values()])
@@ -83,6 +80,14 @@ def keep_masks(scores: Mapping[str, Tensor], keep: Keep = 0.6, scope: Scope = "g
     if shuffle:
         masks = {name: _permuted(m, None if among is None else among[name], generator) for name, m in masks.items()}
     return masks
+
+
+def check_scope(scope: str, keep: Keep) -> None:
+    """ValueError for an unknown scope, and for a count as the budget of scope="local"."""
+    if scope not in ("global", "local", "erdos_renyi"):
+        raise ValueError(f"scope={scope!r} is unknown; allowed: global, local, erdos_renyi")
+    if scope == "local" and isinstance(keep, int):
+        raise ValueError(f"keep={keep} is a count, which scope='local' cannot share out; give a share")
 
 
 def _permuted(mask: Tensor, among: Tensor | None, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dyn.core.partition import Keep, Rounding, Scope, keep_masks, kept_count, refuse_uninformative
+from dyn.core.partition import Keep, Rounding, Scope, check_scope, keep_masks, kept_count, refuse_uninformative
 
 Schedule = Literal["exponential", "linear"]
 Masks = dict[str, Tensor]
@@ -27,7 +27,7 @@ def kept_counts(total: int, keep: Keep, rounds: int, schedule: Schedule = "expon
     if schedule not in ("exponential", "linear"):
         raise ValueError(f"schedule={schedule!r} is unknown; allowed: exponential, linear")
     last = kept_count(total, keep, rounding)
-    share = last / total if isinstance(keep, int) else float(keep)
+    share = last / max(total, 1) if isinstance(keep, int) else float(keep)
     between = (share ** (t / rounds) if schedule == "exponential" else 1 - (1 - share) * t / rounds for t in range(1, rounds))
     return [max(last, kept_count(total, min(1.0, s), rounding)) for s in between] + [last]
 
@@ -42,7 +42,7 @@ def partition_in_rounds(
     Args:
         score: current masks -> scores of the same names and shapes; called once a round, after `apply`.
         masks: where to start, usually all True; False positions never come back if `monotone`.
-        keep, rounding, scope, seed: as in `dyn.core.partition.keep_masks`; keep is a share of all positions.
+        keep, rounding, scope, seed: as in `dyn.core.partition.keep_masks`; keep is of all positions.
         rounds, schedule: as in `kept_counts`.
         monotone: a position that is out stays out; False ranks all positions anew each round (the official PAD-Net code).
         informative: name of a data-driven method whose scores are refused when they cannot tell positions apart.
@@ -52,6 +52,7 @@ def partition_in_rounds(
         ValueError: a budget out of range, scores of other shapes or that say nothing, fewer positions left than the budget keeps.
     """
     masks = {name: m.clone() for name, m in masks.items()}
+    check_scope(scope, keep)
     total = sum(m.numel() for m in masks.values())
     counts = kept_counts(total, keep, rounds, schedule, rounding)
     if monotone and (there := int(sum(m.sum() for m in masks.values()))) < counts[-1]:
@@ -63,7 +64,7 @@ def partition_in_rounds(
         if informative and 0 < count < total:
             refuse_uninformative(found, informative, masks if monotone else None)
         if monotone:
-            found = {name: s.float().masked_fill(~masks[name], -torch.inf) for name, s in found.items()}
+            found = {name: s.to(torch.promote_types(s.dtype, torch.float32)).masked_fill(~masks[name], -torch.inf) for name, s in found.items()}
         # A count is exact; local budgets are shares, the last one as it was given.
         budget = count if scope != "local" else keep if number + 1 == len(counts) else count / total
         new = keep_masks(found, budget, scope, seed + number, rounding)

@@ -97,12 +97,12 @@ def switch_loss(logits_TE: Tensor, idx_TK: Tensor, mask_T: Tensor | None = None)
     num_experts = probs_TE.shape[-1]
     load_E = hard_load(idx_TK, num_experts, mask_T).to(probs_TE.dtype)
     share_E = load_E / load_E.sum().clamp(min=1)
-    return num_experts * (share_E * _mean(probs_TE, mask_T)).sum()
+    return num_experts * (share_E * masked_mean(probs_TE, mask_T)).sum()
 
 
 def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
     """Mean over tokens of logsumexp(logits)^2, scalar: keeps the logits from drifting (ST-MoE). 0 without tokens."""
-    return _mean(_float(logits_TE).logsumexp(-1, keepdim=True) ** 2, mask_T).squeeze(0)
+    return masked_mean(_float(logits_TE).logsumexp(-1, keepdim=True) ** 2, mask_T).squeeze(0)
 
 
 def update_bias(bias_E: Tensor, load_E: Tensor, rate: float = 1e-3) -> Tensor:
@@ -136,7 +136,7 @@ def _mask(mask_T: Tensor, like: Tensor) -> Tensor:
     return mask_T.bool()[:, None]
 
 
-def _mean(values_TX: Tensor, mask_T: Tensor | None) -> Tensor:
+def masked_mean(values_TX: Tensor, mask_T: Tensor | None) -> Tensor:
     """Mean over the tokens that count, 0 if none does. `where`, not a product: padding may hold anything, NaN too."""
     if mask_T is None:
         return values_TX.sum(0) / max(len(values_TX), 1)

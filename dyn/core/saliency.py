@@ -56,7 +56,7 @@ def score(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, method: str =
     batches = list(batches) if batches is not None else []
     if not batches and (method in ("snip", "grasp") or (method == "synflow" and flow is None)):
         raise ValueError(f"method={method!r} looks at data, and there are no batches")
-    with _undisturbed(model, seed):
+    with _undisturbed(model, seed, runs=method in DATA_DRIVEN):
         named = {name: p.requires_grad_(True) for name, p in model.named_parameters(remove_duplicate=False) if name in names}
         factor = {name: p.detach() if weights is None else weights[name].to(p.dtype) for name, p in named.items()}
         found = METHODS[method](model, named, factor, batches, loss_fn, flow)
@@ -77,7 +77,8 @@ def gradient(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, params: st
 
 
 def select(model: nn.Module, params: str | Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """Parameters by a regular expression that their names hold, by names, or (None) all trainable ones of two axes or more; tied ones once.
+    """Parameters by a regular expression that their names hold, by names, or (None) all trainable ones of two axes or more; tied ones once, by any of
+    their names.
 
     Raises:
         ValueError: none found, a name that the model does not have, or what is no regular expression.
@@ -91,6 +92,7 @@ def select(model: nn.Module, params: str | Sequence[str] | None) -> dict[str, nn
     elif params is None:
         chosen = {name: p for name, p in named.items() if p.requires_grad and p.ndim >= 2}
     else:
+        named = dict(model.named_parameters(remove_duplicate=False))
         if unknown := [name for name in params if name not in named]:
             raise ValueError(f"{type(model).__name__} has no parameter {unknown[0]!r}; it has {', '.join(list(named)[:8])}, ...")
         chosen = {name: named[name] for name in params}
@@ -100,15 +102,15 @@ def select(model: nn.Module, params: str | Sequence[str] | None) -> dict[str, nn
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
-    """Evaluation mode, float32, no autocast, a seed of its own; all as before afterwards, gradients of what is scored gone."""
+def _undisturbed(model: nn.Module, seed: int, *, runs: bool = True) -> Iterator[None]:
+    """Evaluation mode, float32 (where the model `runs`), no autocast, a seed of its own; all as before afterwards, gradients of what is scored gone."""
     if torch.is_inference_mode_enabled():
         raise ValueError("scores need autograd, which torch.inference_mode() turns off; ask for them outside of it")
     training = [m for m in model.modules() if m.training]
     wanted = {p: p.requires_grad for p in model.parameters()}
     gradients = {p: p.grad for p in model.parameters()}
-    short = {t: t.data for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.dtype.itemsize < 4}
-    buffers = {b: b.clone() for b in model.buffers()}
+    buffers = {b: b.clone() for b in model.buffers()} if runs else {}
+    short = {t: t.data for t in (*wanted, *buffers) if runs and t.is_floating_point() and t.dtype.itemsize < 4}
     devices = sorted({t.device.index or 0 for t in (*wanted, *buffers) if t.is_cuda})
     try:
         for t in short:
@@ -133,14 +135,14 @@ def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
         scored = {p for p in wanted if p.requires_grad}
         for t, data in short.items():
             t.data = data
-        for b, value in buffers.items():
-            if b not in short:
-                b.copy_(value)
         for p, trainable in wanted.items():
             p.requires_grad_(trainable)
             p.grad = None if p in scored else gradients[p]
         for m in training:
             m.training = True
+        for b, value in buffers.items():
+            if b not in short and not b.equal(value):
+                b.copy_(value)
 
 
 def _wide(value: Any) -> Any:

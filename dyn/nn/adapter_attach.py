@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dyn.nn.adapter_build import AdapterConfig as AdapterConfig
 from dyn.nn.adapter_build import Kind, make_config, pieces
 from dyn.nn.adapter_modules import AdapterModule, Fusion, LoRA, Prefix, SharedPrefix
-from dyn.nn.adapter_sites import Active, Place, Site, check_place, choose, modules_of, open_site, sites
+from dyn.nn.adapter_sites import Active, Place, Site, check_place, choose, modules_of, open_site, own_parameters, sites
 
 
 def attach(model: nn.Module, kind: Kind, r: int | None = None, name: str = "default", *, head: bool | None = None, official: bool = False,
@@ -109,7 +109,8 @@ def _give_head(heads: Sequence[nn.Module], name: str, active: Active) -> None:
     if active.head_owner is None:
         active.head_owner = name
         for part in heads:
-            part.requires_grad_(True)
+            for p in own_parameters(part).values():
+                p.requires_grad_(True)
         return
     for part in heads:
         site = open_site(Place(part, "replace", 0), "heads", active)
@@ -151,11 +152,11 @@ def head_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Par
     if active.head_owner != name:
         return {f"{path}.{key}": p for path, m in modules_of(model, name).items() if not isinstance(m, AdapterModule) for key, p in m.named_parameters()}
     parts = hosts().find_host(model).heads
-    own = {id(p) for part in parts for key, p in part.named_parameters() if not key.startswith("heads.")}
+    own = {id(p) for part in parts for p in own_parameters(part).values()}
     return {key: p for key, p in model.named_parameters() if id(p) in own}
 
 
-def set_active(model: nn.Module, names: str | Sequence[str | None] | None, *, train: bool | None = None) -> nn.Module:
+def set_active(model: nn.Module, names: str | Sequence[str | None] | None, *, train: bool = False) -> nn.Module:
     """Choose who acts from now on: one adapter, a name for each sample of the batch (None: the host alone), or None for the host alone; returns the model.
 
     The choice must still stand when gradients are computed, where layers are checkpointed. Heads go with their adapters.
@@ -163,7 +164,7 @@ def set_active(model: nn.Module, names: str | Sequence[str | None] | None, *, tr
     Args:
         model: with adapters.
         names: as said. A batch of several times as many samples (beams) repeats each name.
-        train: True: train the adapters that act, with their heads, and freeze the others; None: leave that as it is.
+        train: True: train the adapters that act, with their heads, and freeze the others; False: leave that as it is.
 
     Raises:
         ValueError: an unknown name, a LoRA that is merged.
@@ -198,9 +199,8 @@ def detach(model: nn.Module, name: str = "default") -> nn.Module:
     if active.head_owner == name:
         active.head_owner = None
         for part in hosts().find_host(model).heads:
-            for key, p in part.named_parameters():
-                if not key.startswith("heads."):
-                    p.requires_grad_(False)
+            for p in own_parameters(part).values():
+                p.requires_grad_(False)
     del active.configs[name]
     if name in active.names:
         choose(active, None)
@@ -250,7 +250,7 @@ def merge(model: nn.Module, name: str | None = None) -> nn.Module:
         name: of a LoRA; None: the one that acts.
 
     Raises:
-        ValueError: no such adapter, one that is no LoRA (nothing else is linear), one that is merged already, several that act.
+        ValueError: no such adapter, one that is no LoRA (nothing else is linear), one that is merged already, several that act, a host's weight with a mask.
     """
     active = _known(model, name)
     refuse_merged(model)
@@ -260,6 +260,8 @@ def merge(model: nn.Module, name: str | None = None) -> nn.Module:
         (name,) = active.names
     if active.configs[name].kind != "lora":
         raise ValueError(f"adapter {name!r} is of kind {active.configs[name].kind}, which no weight can express; only lora can be merged")
+    if masked := [path for path, m in model.named_modules() for owner, _, _ in loras(model, name) if m is owner and "weight" in getattr(m, "_kept", ())]:
+        raise ValueError(f"{masked[0]}.weight is pruned, and a mask would take from a merged sum what it adds there; first drop_masks(model)")
     for owner, site, module in loras(model, name):
         weight = owner.weight
         site.original = weight.data

@@ -29,7 +29,7 @@ from dyn.core.partition import pack_bits, unpack_bits
 from dyn.nn.adapter_attach import adapter_parameters, adapters, attach, detach, head_parameters, hosts, keep_choice, refuse_merged, set_active
 from dyn.nn.adapter_build import make_config
 from dyn.nn.adapter_modules import AdapterModule
-from dyn.nn.adapter_sites import modules_of
+from dyn.nn.adapter_sites import modules_of, own_parameters
 from dyn.nn.masked import dense_weights, drop_masks, masks, set_masks
 
 _log = logging.getLogger(__name__)
@@ -123,6 +123,8 @@ def load_adapter(model: nn.Module, d: str | Path, name: str | None = None, *, he
         wanted = make_config(config["kind"], config["flags"], host, official=config["official"], head=there.head, layers=config["layers"])
         if wanted != there:
             raise ValueError(f"{folder} holds {wanted}; the adapter {name!r} that is attached is {there}")
+        if head_tensors and not there.head:
+            raise ValueError(f"{folder} has a head, the adapter {name!r} that is attached has none; attach(..., head=True), or load_adapter(..., head=False)")
         refuse_merged(model)
     try:
         _fill(model, name, folder, state, resize=there is None)
@@ -195,7 +197,7 @@ def short_names(model: nn.Module, name: str) -> dict[str, str]:
 
 def _below(host: nn.Module, part: nn.Module) -> dict[str, Tensor]:
     path = next(path for path, m in host.named_modules() if m is part)
-    return {f"{path}.{key}": p for key, p in part.named_parameters() if not key.startswith("heads.")}
+    return {f"{path}.{key}": p for key, p in own_parameters(part).items()}
 
 
 def _shape(tensors: Mapping[str, Tensor], key: str) -> list[int] | str:

@@ -18,6 +18,7 @@ from dyn.nn.adapter_attach import adapters, attach, head_parameters, hosts, lora
 from dyn.nn.adapter_build import PROJECTIONS
 from dyn.nn.adapter_files import replace_folder, short_names
 from dyn.nn.adapter_modules import LoRA
+from dyn.nn.adapter_sites import own_parameters
 from dyn.nn.masked import dense_weight
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -100,8 +101,7 @@ def import_peft(model: nn.Module, d: str | Path, name: str = "default", *, head:
         if (shapes := {part: list(t.shape) for part, t in pair.items()}) != wanted:
             raise ValueError(f"{folder}: {path} has shapes {shapes}; {type(host.model).__name__} needs {wanted}")
     heads = heads if head else {}
-    own = {f"{path}.{key}": p for path, m in host.model.named_modules() if any(m is part for part in host.heads) for key, p in m.named_parameters()
-           if not key.startswith("heads.")}
+    own = {f"{path}.{key}": p for path, m in host.model.named_modules() if any(m is part for part in host.heads) for key, p in own_parameters(m).items()}
     if wrong := [key for key, p in heads.items() if key not in own or own[key].shape != p.shape]:
         raise ValueError(f"{folder}: {wrong[0]} {list(heads[wrong[0]].shape)} is saved too, which {type(host.model).__name__} has not in its head; "
                          "import_peft(..., head=False) leaves such modules out")

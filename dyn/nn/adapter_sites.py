@@ -60,7 +60,7 @@ class Active:
         if rest or not times:
             raise ValueError(f"adapters were chosen for {self.batch} samples, the batch has {x.shape[0]}; call set_active again")
         rows = self.rows[name]
-        if rows.device != x.device:
+        if rows.device != x.device and not x.is_meta:  # shapes alone: the next batch has a device
             rows = self.rows[name] = rows.to(x.device)  # once, not at every place
         return rows if times == 1 else (rows[:, None] * times + torch.arange(times, device=x.device)).flatten()
 
@@ -81,7 +81,7 @@ class Site(nn.ModuleDict):
     def delta(self, name: str, x: Tensor) -> Tensor:
         """What adapter `name` adds, given its input, in the adapter's precision."""
         module = self[name]
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             x = x.to(next(module.parameters()).dtype)
         return module(x, [self[member](x) for member in module.members]) if isinstance(module, Fusion) else module(x)
 
@@ -195,6 +195,11 @@ def open_site(place: Place, role: str, active: Active) -> Site:
 def sites(model: nn.Module) -> dict[str, Site]:
     """All sites of a model by path."""
     return {path: m for path, m in model.named_modules() if isinstance(m, Site)}
+
+
+def own_parameters(part: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of a part of the host's head by name, without the adapters' copies of it."""
+    return {key: p for key, p in part.named_parameters() if not key.startswith("heads.")}
 
 
 def modules_of(model: nn.Module, name: str) -> dict[str, nn.Module]:

@@ -68,8 +68,10 @@ class Banked(nn.Module):
         """Values for positions that turn static; those that are static keep theirs."""
         if static not in get_args(StaticStart):
             raise ValueError(f"static={static!r} is unknown; allowed: {', '.join(get_args(StaticStart))}")
-        new = self.expected_set() if static == "mean" else self.draw(1, generator)[0]
-        there = self.partial
+        new, there = self.expected_set() if static == "mean" else self.draw(1, generator)[0], self.partial
+        if there is not None and static == "mean":  # what they come to now, seen through the other factor
+            lambda_d, lambda_s = there.scale()
+            new = new * (lambda_d / lambda_s)
         return new if there is None or there.mask is None or there.static is None else torch.where(there.mask, new, there.static)
 
     @torch.no_grad()
@@ -80,9 +82,9 @@ class Banked(nn.Module):
         optimiser can move them. The bank is a new parameter, so that one that was made before, with momentum of dead entries, moves nothing here. Without a
         static position there are no static parameters.
         """
-        partial, values = self.add_partial(self.partial.scales if self.partial else "both"), static if isinstance(static, Tensor) else self.static_start(static)
-        if mask.dtype != torch.bool or mask.shape != self.weight.shape[1:]:
+        if self.weight is not None and (mask.dtype != torch.bool or mask.shape != self.weight.shape[1:]):
             raise ValueError(f"mask must be bool {list(self.weight.shape[1:])}, one set of the bank; got {mask.dtype} {list(mask.shape)}")
+        partial, values = self.add_partial(self.partial.scales if self.partial else "both"), static if isinstance(static, Tensor) else self.static_start(static)
         if partial.phi is not None and ((partial.scales == "s" and mask.all()) or (partial.scales == "d" and not mask.any())):
             partial.phi.requires_grad_(False)  # its factor is of no position, and processes wait for gradients of all that is trained
         if mask.all():
@@ -182,7 +184,7 @@ class PartialBank(nn.Module):
             return weight, gain
         if not self.settled:
             return partial_sets(weight, self.mask, self.static, static / dynamic), gain
-        return held(weight, self.mask, self.static, static / dynamic), gain
+        return held(weight, self.mask, self.static, static / dynamic, fresh=True), gain
 
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See `Banked.parts`."""
@@ -194,7 +196,7 @@ class PartialBank(nn.Module):
             return weight, None, gain
         if not self.settled:
             return (*partial_parts(weight, self.mask, self.static, static), gain)
-        return held(weight, self.mask), None if self.static is None else held(self.static, ~self.mask) * static, gain
+        return held(weight, self.mask, fresh=True), None if self.static is None else held(self.static, ~self.mask) * static, gain
 
     def extra_repr(self) -> str:
         return f"scales={self.scales}, " + ("all dynamic" if self.mask is None else f"mask {list(self.mask.shape)}")

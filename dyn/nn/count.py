@@ -102,8 +102,8 @@ def macs_per_sentence(model: nn.Module, length: int) -> int:
     def count(module: nn.Module, out: Tensor) -> int:
         if isinstance(module, nn.Linear):
             return out.numel() * module.in_features
-        gates = 0 if module.gate.kind in ("uniform", "random") else len(module.gate.weight if hasattr(module.gate, "weight") else module.gate.network[0].weight)
-        return (out.numel() * module.sets_per_input + out.shape[:-1].numel() * gates) * module.in_features
+        gate = sum(p.numel() for name, p in module.gate.named_parameters() if not name.startswith("noise"))  # of training alone
+        return out.numel() * module.sets_per_input * module.in_features + out.shape[:-1].numel() * gate
 
     ids = torch.ones(1, length, dtype=torch.int64, device="meta")
     attention = 2 * model.config.num_hidden_layers * length * length * model.config.hidden_size

@@ -81,8 +81,8 @@ class MixedConv2d(Banked):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, O, H', W']. ValueError for other axes or channels."""
         self._check(x_BCHW)
-        alpha_BK = self.alpha(x_BCHW)
-        if self._is_static():
+        alpha_BK = self.alpha(x_BCHW) if self.bias is not None or not self.is_static else None
+        if self.is_static:
             return self._with_bias(self._static(x_BCHW, self.partial.static_set()), alpha_BK)
         bank, weight, static = self.mixture(alpha_BK)
         y = dynamic_conv2d(x_BCHW, bank, weight, None, self.stride, self.padding, self.dilation, self.groups, self.form, static_OIhw=static)
@@ -96,13 +96,15 @@ class MixedConv2d(Banked):
         if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.in_channels:
             raise ValueError(f"{type(self).__name__} takes [B, {self.in_channels}, H, W]; got {list(x_BCHW.shape)}")
 
-    def _is_static(self) -> bool:
+    @property
+    def is_static(self) -> bool:
+        """Is the layer compact without a dynamic position? Its attention then weighs biases alone."""
         return isinstance(self.partial, CompactBank) and self.partial.num_dynamic == 0
 
     def _static(self, x_BCHW: Tensor, kernel_OIhw: Tensor) -> Tensor:
         return F.conv2d(x_BCHW, kernel_OIhw, None, self.stride, self.padding, self.dilation, self.groups)
 
-    def _with_bias(self, y_BOHW: Tensor, alpha_BK: Tensor) -> Tensor:
+    def _with_bias(self, y_BOHW: Tensor, alpha_BK: Tensor | None) -> Tensor:
         if self.bias is None:
             return y_BOHW
         return y_BOHW + mix(self.bias, alpha_BK)[:, :, None, None].to(y_BOHW.dtype)
@@ -274,12 +276,12 @@ class ODConv2d(MixedConv2d):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, O, H', W']. ValueError for other axes or channels."""
+        if self.is_static:
+            return super().forward(x_BCHW)
         self._check(x_BCHW)
         attention = self.attention
         h_BA = attention.trunk(x_BCHW)
         alpha_BK = self._alpha(h_BA)
-        if self._is_static():
-            return self._with_bias(self._static(x_BCHW, self.partial.static_set()), alpha_BK)
         sets, static, gain = self.parts()
         channel_BC, filter_BO, spatial = (None if v is None else v.sigmoid() for v in (self._head(h, h_BA) for h in
                                                                                        (attention.channel, attention.filter, attention.spatial)))
@@ -321,7 +323,8 @@ def attention_entropy(model: nn.Module, images_BCHW: Tensor) -> dict[str, float]
 
     with for_statistics(model), watch(list(layers.values()), look):
         model(images_BCHW)
-    return dict(zip(layers, torch.stack([found[i] for i in range(len(layers))]).tolist() if layers else [], strict=True))
+    reached = [name for i, name in enumerate(layers) if i in found]  # evaluation leaves auxiliary heads out
+    return dict(zip(reached, torch.stack([found[i] for i in sorted(found)]).tolist() if found else [], strict=True))
 
 
 def _pair(value: Size, where: str, least: int) -> tuple[int, int]:

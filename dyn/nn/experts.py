@@ -223,7 +223,7 @@ class Gate(nn.Module):
         if clean_TE is not None:
             z = routing.z_loss(clean_TE, mask_T)
             chosen_T = (clean_TE.detach().softmax(-1).gather(-1, idx_TK) * (weight_TK.detach() != 0)).sum(-1)
-            dropped = 1 - (chosen_T.mean() if mask_T is None else torch.where(mask_T, chosen_T, 0).sum() / mask_T.sum().clamp(min=1))
+            dropped = routing.masked_mean((1 - chosen_T)[:, None], mask_T).squeeze(0)
             if self.balance == "importance_load":
                 load = load_E
                 if std_TE is not None and self.num_experts_per_tok < E:

@@ -9,8 +9,9 @@ flat: the parameter is the 1-D tensor of surviving values, in the weight's own o
     forward pass to the backward pass. Zeros fill the values up to a multiple of 32: fused optimisers round what is left over from their vectors in another
     way, and the two forms are to train bit by bit alike.
 
-Nothing here is bound to a kind of module: hooks put what the forward pass is to see before the parameter, under its name. Copies of a model are whole, its
-parameters are the optimiser's, under DDP and FSDP2 too (`prune` first, then shard; masks are not sharded).
+Nothing here is bound to a kind of module: hooks put what the forward pass is to see before the parameter, under its name. Its parameters are the optimiser's,
+under DDP and FSDP2 too (`prune` first, then shard; masks are not sharded). Copies of a model are whole, but for the output projection of
+nn.MultiheadAttention, which is read past its module: in a copy that is to be trained, set its mask again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyn.core.partition import pack_bits, positions, unpack_bits
+from dyn.ops.arguments import autocast
 
 Form = Literal["mask", "flat"]
 LINE = 32  # values that no vectorised loop splits: 128 bytes of float32
@@ -120,10 +122,14 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor], form: Form = "mask"
         found[key] = [(m, n) for m, n in owners.values() if m._parameters[n] is p]
         if _is_sharded(p):
             raise ValueError(f"{key} is sharded over processes; set masks first, then shard")
+        if form == "flat" and isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise ValueError(f"{key} is read by nn.MultiheadAttention past its module's call, which form='flat' cannot serve; take form='mask'")
+        if optimizer is not None and p.shape != shape:
+            raise ValueError(f"{key} is in flat form, and its dense weight will be a new parameter, which the optimiser does not hold; make it afterwards")
         if form == "flat" and len(found[key]) > 1:
             raise ValueError(f"{key} is shared by {len(found[key])} modules, which form='flat' cannot serve; take form='mask'")
         for m, n in found[key]:
-            taken = _buffer(m, n, form)
+            taken = _buffer(m, n, form, mask.ndim)
             if hasattr(m, taken) and getattr(m, "_kept", {}).get(n, _Held("")).buffer != taken:
                 raise ValueError(f"{type(m).__name__} has something else named {taken!r}, where the mask of its {n!r} belongs")
     for key, mask in masks.items():
@@ -246,15 +252,16 @@ def _seen(module: nn.Module, name: str) -> Tensor:
     return torch.where(there, p, 0) if held.shape is None else _Scatter.apply(p, there, held.shape, held.count)
 
 
-def _buffer(module: nn.Module, name: str, form: Form) -> str:
-    weights = [n for n, p in module._parameters.items() if p is not None and (n == name or len(_dense_shape(module, n)) >= 2)]
+def _buffer(module: nn.Module, name: str, form: Form, axes: int) -> str:
+    # A bias beside its matrix is no weight, beside the vector of a norm it is one.
+    weights = [n for n, p in module._parameters.items() if p is not None and (n == name or len(_dense_shape(module, n)) >= axes)]
     what = "mask" if form == "mask" else "bits"
     return what if weights == [name] else f"{name}_{what}"
 
 
 def _hold(module: nn.Module, name: str, stored: Tensor, shape: torch.Size | None = None, count: int = 0, persistent: bool = True) -> None:
     """Remember a mask (or, given the dense shape, bits), and hang the hooks if this is the module's first."""
-    held = _Held(_buffer(module, name, "mask" if shape is None else "flat"), shape, count)
+    held = _Held(_buffer(module, name, "mask" if shape is None else "flat", len(module._parameters[name].shape if shape is None else shape)), shape, count)
     module.register_buffer(held.buffer, stored, persistent=persistent)
     if not hasattr(module, "_kept"):
         module._kept = {}
@@ -309,9 +316,7 @@ def _hide(module: nn.Module, *_: Any) -> None:
 def _flat_linear(module: nn.Linear, x: Tensor) -> Tensor:
     """nn.Linear's forward pass where the weight is flat."""
     held, values, bias = module._kept["weight"], module._parameters["weight"], module.bias
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+    x, values, bias = autocast(x, values, bias)
     return _Linear.apply(x, values, getattr(module, held.buffer), bias, held.shape, held.count)
 
 

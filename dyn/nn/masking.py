@@ -22,6 +22,7 @@ from dyn.core.rounds import Masks, Schedule, partition_in_rounds
 from dyn.core.saliency import APART, DATA_DRIVEN, METHODS, Loss, score, select, together
 from dyn.nn.adapter_attach import refuse_merged
 from dyn.nn.adapter_modules import STD, AdapterModule
+from dyn.nn.adapter_sites import adapter_modules
 from dyn.nn.masked import apply_masks, dense_weight, dense_weights, drop_masks, masks, set_masks
 from dyn.nn.structured import Units, narrow, two_of_four
 
@@ -85,8 +86,8 @@ def prune(model: nn.Module, batches: Iterable[Any] | None = None, loss_fn: Loss 
         samples: read batches until they have so many examples (by the length of their first tensor); None: all.
         shuffle: "within_tensor" permutes every mask inside its tensor, among positions that were left: the control that tells a criterion from its layer
             ratios.
-        rescale: divide what survives in each tensor by the square root of its kept share, so that pruning does not shrink what the adapter adds at the start
-            (section 7.12).
+        rescale: divide what survives in each tensor by the square root of its share of what there was, so that pruning does not shrink what the adapter adds
+            at the start (section 7.12).
         seed: of random scores, ties, stand-ins and the shuffle.
         flow: of synflow, as in `dyn.core.saliency.score`.
 
@@ -151,11 +152,11 @@ def prune(model: nn.Module, batches: Iterable[Any] | None = None, loss_fn: Loss 
                            among=None if units else start)
     _agree(found)
     if units:
-        narrow(model, units, found)
+        narrow(units, found)
     else:
         set_masks(model, found, "flat" if form == "flat" else "mask")
     if rescale:
-        _rescale(model, found, expand)
+        _rescale(model, expand(found), expand(start))
     _log.info("prune: %d of %d %s kept in %d tensors (%s, %s)", sum(int(m.sum()) for m in found.values()), total, "units" if units else "weights",
               len(chosen), method, form)
     return model
@@ -175,7 +176,7 @@ def _share(keep: Any, form: str) -> Fraction:
 
 def _adapter_weights(model: nn.Module, name: str | None, biases: bool, prefix: bool, fusion: bool) -> dict[str, nn.Parameter]:
     """What pruning takes of a model's adapters, by key."""
-    blocks = {path: m for path, m in model.named_modules() if isinstance(m, AdapterModule)}
+    blocks = adapter_modules(model)
     names = sorted({m.adapter_name for m in blocks.values()})
     if not blocks:
         raise ValueError(f"prune: {type(model).__name__} has no adapter; attach one first, or say with params=... which weights to prune")
@@ -299,7 +300,7 @@ def _agree(found: Masks) -> None:
 
 
 @torch.no_grad()
-def _rescale(model: nn.Module, found: Masks, expand: Callable[[Masks], Masks]) -> None:
-    for key, mask in expand(found).items():
-        if kept := mask.float().mean().item():
-            model.get_parameter(key).mul_(kept**-0.5)
+def _rescale(model: nn.Module, found: Masks, start: Masks) -> None:
+    for key, mask in found.items():
+        if mask.any():
+            model.get_parameter(key).mul_((mask.sum() / start[key].sum()) ** -0.5)

@@ -20,7 +20,7 @@ from dyn.core.partition import Keep, Scope, keep_masks
 from dyn.core.rounds import Masks, Schedule, kept_counts, partition_in_rounds
 from dyn.core.saliency import APART, Loss, gradient, score
 from dyn.nn.bank import Banked, CompactBank, PartialBank, StaticStart
-from dyn.nn.dynamic_conv import DynamicConv2d, set_temperature
+from dyn.nn.dynamic_conv import DynamicConv2d, MixedConv2d, set_temperature
 from dyn.nn.linear_experts import LinearExperts
 
 _log = logging.getLogger(__name__)
@@ -28,7 +28,15 @@ _log = logging.getLogger(__name__)
 Layers = dict[str, Banked]
 
 
-class PartialConv2d(DynamicConv2d):
+class _WithModes:
+    def __init__(self, *args, mask: Tensor | None = None, static: Tensor | StaticStart = "mean", scales: Scales = "both", **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_partial(scales)
+        if mask is not None:
+            self.partition(mask, static)
+
+
+class PartialConv2d(_WithModes, DynamicConv2d):
     """A DY-Conv layer with modes from the start (section 3.2). Any other kind gets them by `layer.add_partial(scales)` and `layer.partition(mask, static)`.
 
     Args:
@@ -38,14 +46,8 @@ class PartialConv2d(DynamicConv2d):
         The others as in `DynamicConv2d`.
     """
 
-    def __init__(self, *args, mask: Tensor | None = None, static: Tensor | StaticStart = "mean", scales: Scales = "both", **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.add_partial(scales)
-        if mask is not None:
-            self.partition(mask, static)
 
-
-class PartialExperts(LinearExperts):
+class PartialExperts(_WithModes, LinearExperts):
     """Linear experts with modes from the start (section 3.2): E'_e = lambda_d M * W_e + lambda_s (1 - M) * static.
 
     Args:
@@ -53,12 +55,6 @@ class PartialExperts(LinearExperts):
         static, scales: as in `PartialConv2d`.
         The others as in `LinearExperts`.
     """
-
-    def __init__(self, *args, mask: Tensor | None = None, static: Tensor | StaticStart = "mean", scales: Scales = "both", **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.add_partial(scales)
-        if mask is not None:
-            self.partition(mask, static)
 
 
 def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: Keep = 0.3, rounds: int = 3, schedule: Schedule = "exponential",
@@ -282,6 +278,8 @@ def compact(model: nn.Module, expand: bool = False) -> nn.Module:
     for m in made.modules():
         if isinstance(m, Banked) and isinstance(m.partial, CompactBank) and m.weight is not None:
             m.weight = None
+        if isinstance(m, MixedConv2d) and m.is_static and m.bias is None:
+            m.attention.requires_grad_(False)  # nothing asks it, and processes wait for gradients of all that is trained
     return made
 
 

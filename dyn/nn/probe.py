@@ -64,4 +64,6 @@ def taylor_scores(model: nn.Module, modules: Sequence[nn.Module], batches: Seque
                 targets += batch.shape[0] * (batch.shape[1] - 1)
     finally:
         start.remove()
+    if absent := [str(i) for i, s in enumerate(scores) if not isinstance(s, Tensor)]:
+        raise ValueError(f"the loss of loss_fn does not depend on modules {', '.join(absent)} of those that are to be scored")
     return torch.stack([s.cpu() for s in scores]) / targets

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from dyn.core.rounds import Masks
 from dyn.nn.adapter_modules import AdapterModule
 from dyn.nn.masked import dense_weight
-
-Masks = dict[str, Tensor]
 
 
 class Units:
@@ -57,7 +56,7 @@ class Units:
 
 
 @torch.no_grad()
-def narrow(model: nn.Module, units: Units, masks: Masks) -> None:
+def narrow(units: Units, masks: Masks) -> None:
     """Leave the kept units alone in every bottleneck, whose matrices become smaller; what it computes is what it computed with the others at zero."""
     for path, (block, first, second) in units.pairs.items():
         inner, outer = (block.get_submodule(key.rpartition(".")[0].removeprefix(f"{path}.")) for key in (first, second))

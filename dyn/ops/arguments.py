@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the autocast dtype where autocast is on for the device of the first and that is not float64; else, and where torch's own operations cast
-    none (numbers of other kinds, float64), as they are."""
+    none (numbers of other kinds, float64), as they are. None stays None."""
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:  # meta has no autocast state
         return tensors
-    return tuple(t.to(torch.get_autocast_dtype(device)) if t.dtype in DTYPES[1:] else t for t in tensors)
+    return tuple(t.to(torch.get_autocast_dtype(device)) if t is not None and t.dtype in DTYPES[1:] else t for t in tensors)
 
 
 def unobserved(*tensors: Tensor) -> bool:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyn.ops.arguments import check_devices, given
+from dyn.ops.arguments import autocast, check_devices, given
 
 Pair = tuple[int, int]
 Window = tuple[Pair, Pair, Pair]  # stride, padding, dilation
@@ -55,16 +55,13 @@ def dynamic_conv2d(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, bias_KO
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown form, one that cannot take spatial_Bhw.
     """
-    device = x_BCHW.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and x_BCHW.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        x_BCHW, bank_KOIhw = x_BCHW.to(dtype), bank_KOIhw.to(dtype)
-        bias_KO, static_OIhw = (None if t is None else t.to(dtype) for t in (bias_KO, static_OIhw))
+    x_BCHW, bank_KOIhw, bias_KO, static_OIhw = autocast(x_BCHW, bank_KOIhw, bias_KO, static_OIhw)
     _check(x_BCHW, bank_KOIhw, alpha_BK, bias_KO, groups, spatial_Bhw, static_OIhw)
     window = _pair(stride), _pair(padding), _pair(dilation)
-    if bank_KOIhw.shape[3:] == (1, 1) and not any(window[1]):  # a 1x1 kernel looks at nothing between its steps
-        (down, right), window = window[0], ((1, 1), *window[1:])
-        x_BCHW = x_BCHW[:, :, ::down, ::right]
+    if bank_KOIhw.shape[3:] == (1, 1):  # looks at nothing between its steps
+        (down, right), (top, left) = window[:2]
+        window = (1, 1), (0, 0), (1, 1)
+        x_BCHW = (F.pad(x_BCHW, (left, left, top, top)) if top or left else x_BCHW)[:, :, ::down, ::right]
     if form == "auto":
         form = choose(x_BCHW, bank_KOIhw, window, spatial_Bhw is not None)
     if form not in FORMS:
@@ -169,14 +166,10 @@ def _unfold(x_BCHW: Tensor, bank_KOIhw: Tensor, alpha_BK: Tensor, static_OIhw: T
     B, G, (O, I, h, w), (stride, padding, dilation) = x_BCHW.shape[0], groups, bank_KOIhw.shape[1:], window
     height, width = _out_size(x_BCHW, bank_KOIhw, window)
     kernels = _mixed(bank_KOIhw, alpha_BK, static_OIhw, spatial_Bhw).reshape(B * G, O // G, I * h * w)
-    if (h, w) == (1, 1):  # the patches of a 1x1 kernel are x itself
-        x_BCHW = F.pad(x_BCHW, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x_BCHW
-        patches = x_BCHW[:, :, :: stride[0], :: stride[1]]
-        if G == 1 and patches.stride(1) == 1:  # channels_last, and y as well: nothing is copied unless a stride skips
-            patches_BLI = patches.permute(0, 2, 3, 1).reshape(B, height * width, I)
-            return torch.bmm(patches_BLI, kernels.transpose(1, 2)).view(B, height, width, O).permute(0, 3, 1, 2)
-    else:
-        patches = F.unfold(x_BCHW, (h, w), dilation, padding, stride)
+    if (h, w) == (1, 1) and G == 1 and x_BCHW.stride(1) == 1:  # channels_last, and y as well: nothing is copied unless a stride skips
+        patches_BLI = x_BCHW.permute(0, 2, 3, 1).reshape(B, height * width, I)
+        return torch.bmm(patches_BLI, kernels.transpose(1, 2)).view(B, height, width, O).permute(0, 3, 1, 2)
+    patches = x_BCHW if (h, w) == (1, 1) else F.unfold(x_BCHW, (h, w), dilation, padding, stride)
     return torch.bmm(kernels, patches.reshape(B * G, I * h * w, height * width)).view(B, O, height, width)
 
 

@@ -59,9 +59,7 @@ def routed_linear(
 
     Raises ValueError for shapes, dtypes or devices that do not fit and for an unknown backend.
     """
-    x_TI, weight_EOI = autocast(x_TI, weight_EOI)
-    if bias_EO is not None:
-        (bias_EO,) = autocast(bias_EO)
+    x_TI, weight_EOI, bias_EO = autocast(x_TI, weight_EOI, bias_EO)
     tensors = _named(x_TI, weight_EOI, idx_TK, weight_TK, bias_EO)
     if x_TI.dim() != 2 or weight_EOI.dim() != 3 or x_TI.shape[1] != weight_EOI.shape[2]:
         raise ValueError(f"routed_linear needs x [T, I] and weight_EOI [E, O, I]; {given(tensors)}")
@@ -115,9 +113,7 @@ def partial_routed_linear(
 
     Returns y_TO in x's dtype. Raises ValueError as `routed_linear` does, for a mask or static part of another shape, and for an unknown form.
     """
-    x_TI, dynamic_EOI, static_OI = autocast(x_TI, dynamic_EOI, static_OI)
-    if bias_EO is not None:
-        (bias_EO,) = autocast(bias_EO)
+    x_TI, dynamic_EOI, static_OI, bias_EO = autocast(x_TI, dynamic_EOI, static_OI, bias_EO)
     tensors = {"x": x_TI, "dynamic": dynamic_EOI, "static": static_OI, "mask": mask_OI} | ({} if bias_EO is None else {"bias": bias_EO})
     shapes = (x_TI.shape[:1] + dynamic_EOI.shape[2:], dynamic_EOI.shape, *[dynamic_EOI.shape[1:]] * 2, dynamic_EOI.shape[:2])
     if mask_OI.dtype != torch.bool or dynamic_EOI.dim() != 3 or any(t.shape != shape for t, shape in zip(tensors.values(), shapes, strict=False)):

@@ -70,14 +70,15 @@ def _eager(
     logits_TE: Tensor, k: int, renormalise: bool, scale: float, score: str, bias_E: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     logits_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
-    scores = logits_TE.sigmoid if score == "sigmoid" else lambda: logits_TE.softmax(-1)
+    local = score == "softmax" and renormalise  # the chosen scores over their sum, without a pass over all experts
+    score_TE = None if local and bias_E is None else logits_TE.sigmoid() if score == "sigmoid" else logits_TE.softmax(-1)
     # Scores rise with logits, so without a bias the logits choose: tiny scores underflow to ties, their logits do not.
-    choice_TE = logits_TE if bias_E is None else scores() + bias_E.to(logits_TE.dtype)
+    choice_TE = logits_TE if bias_E is None else score_TE + bias_E.to(logits_TE.dtype)
     idx_TK = choice_TE.detach().topk(k, dim=-1).indices
-    if score == "softmax" and renormalise:  # the chosen scores over their sum, without a pass over all experts
+    if local:
         weight_TK = logits_TE.gather(-1, idx_TK).softmax(-1)
     else:
-        weight_TK = scores().gather(-1, idx_TK)
+        weight_TK = score_TE.gather(-1, idx_TK)
         if renormalise:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=torch.finfo(weight_TK.dtype).tiny)
     return idx_TK, weight_TK if scale == 1 else weight_TK * scale

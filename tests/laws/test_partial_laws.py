@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dyn.core.mixture import held
 from dyn.nn.bank import Banked, CompactBank
 from dyn.nn.count import count_parameters
 from dyn.nn.dynamic_conv import KINDS, DynamicConv2d
@@ -47,6 +48,40 @@ def test_the_equation(scales):
         if scales != "prune":
             kernel = kernel + static * ~mask * net.partial.static
         torch.testing.assert_close(net(x())[b : b + 1], F.conv2d(x()[b : b + 1], kernel, alpha[b] @ net.bias, padding=1))
+
+
+def test_a_gradient_that_others_read_is_left_alone():
+    a, b, mask = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True), torch.tensor([True, False, True])
+    (held(a, mask) + held(b, ~mask)).sum().backward()
+    assert torch.equal(a.grad, mask.float().expand(2, 3)) and torch.equal(b.grad, (~mask).float().expand(2, 3))
+
+
+@pytest.mark.parametrize("kind", ["dyconv", "condconv"])
+def test_equal_kernels_that_turn_static_change_nothing(kind):
+    net = layer(kind, keep=None, phi=1.0)
+    nn.init.constant_(net.weight, 0.3)
+    if kind == "condconv":
+        nn.init.zeros_(net.attention.weight)
+    before = net(x())
+    net.partition(torch.rand(6, 4, 3, 3) < 0.4)
+    torch.testing.assert_close(net(x()), before)
+
+
+def test_a_mask_that_is_refused_leaves_no_trace():
+    net = DynamicConv2d(4, 6, 3)
+    with pytest.raises(ValueError, match="mask must be bool"):
+        net.partition(torch.ones(3, 3, dtype=torch.bool))
+    assert net.partial is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_attention_of_a_static_layer_is_not_trained(kind, bias):
+    net = compact(layer(kind, keep=0.0, bias=bias))
+    net(x()).sum().backward()
+    unused = {name for name, p in net.named_parameters() if p.requires_grad and p.grad is None and "partial" not in name}
+    assert not unused or (kind == "odconv" and bias and all(name.split(".")[1] in ("channel", "filter", "spatial") for name in unused))
+    assert any(p.requires_grad for p in net.attention.parameters()) == bias
 
 
 @pytest.mark.parametrize("scales", SCALES)

@@ -9,6 +9,8 @@ from torch import nn
 from dyn.nn.adapter import adapter_parameters, adapters, attach, detach, fusion_penalty, head_parameters, merge, set_active, unmerge
 from dyn.nn.adapter_modules import Bottleneck, Fusion, LoRA
 from dyn.nn.adapter_sites import adapter_modules
+from dyn.nn.count import macs_per_sentence
+from dyn.nn.masking import drop_masks, prune
 
 
 def first(model):
@@ -128,6 +130,13 @@ def test_the_last_head_trains(tiny_host, family, task, parts):
     assert not head_parameters(attach(tiny_host(family, task), "pfeiffer", 4, head=False))
 
 
+def test_a_head_that_is_free_again_trains_alone(tiny_host):
+    model = attach(attach(tiny_host(), "pfeiffer", 4, "a"), "pfeiffer", 4, "b")
+    attach(detach(model, "a"), "pfeiffer", 4, "c")
+    assert {key for key, p in model.named_parameters() if p.requires_grad} == set(adapter_parameters(model, "c")) | set(head_parameters(model, "c"))
+    assert set(head_parameters(model, "c")) == {"classifier.weight", "classifier.bias"}
+
+
 def test_attaching_freezes_the_others(tiny_host):
     model = attach(attach(tiny_host(), "pfeiffer", 4, "a"), "pfeiffer", 4, "b")
     assert not any(p.requires_grad for p in (*adapter_parameters(model, "a").values(), *head_parameters(model, "a").values()))
@@ -141,6 +150,12 @@ def test_attaching_freezes_the_others(tiny_host):
 def test_albert_shares_with_its_layers(tiny_host):
     model = attach(tiny_host("albert", num_hidden_layers=5), "houlsby", 4)
     assert len(adapter_modules(model)) == 2
+
+
+def test_multiplications_are_counted_beside_adapters(tiny_host, tiny_text):
+    model = attach(tiny_host(), "lora", 4)
+    set_active(model, ["default", None])
+    assert macs_per_sentence(set_active(model, "default"), 8) > macs_per_sentence(tiny_host(), 8) and model(**tiny_text())[0].isfinite().all()
 
 
 @pytest.mark.parametrize("chunk", [0, 3])
@@ -184,6 +199,16 @@ def test_what_cannot_be_chosen_or_merged(tiny_host):
     attach(detach(unmerge(model), "a"), "fusion", name="f", members=["b"])
     with pytest.raises(ValueError, match="'b' is a member of the fusion 'f'"):
         detach(model, "b")
+
+
+def test_a_pruned_weight_takes_no_merge(tiny_host, tiny_text):
+    for form in ("mask", "flat"):
+        model = attach(prune(tiny_host(), None, None, "magnitude", params="query.weight", form=form), "lora", 4)
+        before = model(**tiny_text())[0]
+        with pytest.raises(ValueError, match=r"query.weight is pruned.*first drop_masks"):
+            merge(model)
+        assert torch.equal(model(**tiny_text())[0], before)
+        merge(drop_masks(model))
 
 
 def test_fusion_by_hand():

@@ -253,6 +253,11 @@ def test_another_host_is_refused(tiny_host, tmp_path, family, settings, words):
 
 
 def test_other_shapes_leave_the_model_as_it_was(tiny_host, tiny_text, tmp_path):
+    save_adapter(stir(attach(tiny_host(), "lora", 4)), tmp_path / "h")
+    bare = attach(tiny_host(), "lora", 4, head=False)
+    with pytest.raises(ValueError, match=r"has a head, the adapter .default. that is attached has none"):
+        load_adapter(bare, tmp_path / "h")
+    load_adapter(bare, tmp_path / "h", head=False)
     save_adapter(stir(attach(tiny_host(), "lora", 4, where="ffn", head=False)), tmp_path / "a")
     plain, busy = tiny_host(intermediate_size=48), stir(attach(tiny_host(intermediate_size=48), "houlsby", 4, "mine"), "mine")
     for model in (plain, busy):

@@ -21,6 +21,10 @@ def test_macs(family):
     make_moe(model, 4, 2)
     moe = dense + LAYERS * L * (2 * D * F + 4 * (D + F))
     assert macs_per_sentence(model, L) == moe and model.training
+    other = BertModel(BertConfig(**SIZES))
+    hidden = make_moe(other, 4, 2, gate="mlp").encoder.layer[0].output.dense.gate.network[0].weight.shape[0]
+    gates = LAYERS * L * (hidden * (D + F + 8) - 4 * (D + F))
+    assert family == "albert" or macs_per_sentence(other, L) - moe == gates
     make_partial(model, None, None, keep=0.5, method="random")
     assert macs_per_sentence(model, L) == macs_per_sentence(compact(model), L) == moe
 

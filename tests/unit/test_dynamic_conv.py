@@ -185,6 +185,8 @@ def test_entropy_of_the_attention(kind):
     set_temperature(net, 1e6)
     assert attention_entropy(net, images)["3"] == pytest.approx(1.0) or kind == "condconv"
     assert attention_entropy(nn.Sequential(nn.Conv2d(3, 4, 3)), images) == {}
+    net[3].skipped = DynamicConv2d(3, 4, 3)  # a branch of training alone
+    assert attention_entropy(net, images).keys() == found.keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)

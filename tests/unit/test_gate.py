@@ -53,6 +53,14 @@ def test_padding_may_hold_anything():
     assert gate()(nan, mask).dropped_mass == gate()(x(), mask).dropped_mass
 
 
+def test_no_token_that_counts_drops_nothing():
+    one = gate().eval()
+    for tokens, mask in ((x()[:0], None), (x(), torch.zeros(T, dtype=torch.bool))):
+        assert one(tokens, mask).dropped_mass == 0
+    numbers = torch.arange(T) % 2
+    assert torch.equal(one(x(), numbers).dropped_mass, one(x(), numbers.bool()).dropped_mass)
+
+
 def test_linear_gate_is_top_k_of_the_logits_with_a_softmax_over_the_chosen():
     made = gate()
     top, index = (x() @ made.weight.T).topk(K)

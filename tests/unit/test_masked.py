@@ -240,9 +240,27 @@ def test_shared_weights_and_readers_past_the_call():
         optimizer.step()
         optimizer.zero_grad()
     assert all(not model.get_parameter(k)[~m].any() and model.get_parameter(k)[m].all() for k, m in masks(model).items())
-    with pytest.raises(ValueError, match="is shared by 2 modules"):
+    with pytest.raises(ValueError, match=r"read by nn.MultiheadAttention past its module's call"):
         set_masks(model, {"attention.out_proj.weight": mask}, "flat")
+    tied = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    tied["a"].weight = tied["b"].weight
+    with pytest.raises(ValueError, match="is shared by 2 modules"):
+        set_masks(tied, {"a.weight": mask}, "flat")
     assert not masks(drop_masks(model)) and [k for k in model.state_dict() if "mask" in k] == []
+
+
+def test_a_norm_has_a_mask_for_its_weight_and_one_for_its_bias():
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+    nn.init.ones_(model[0].bias)
+    wanted = {"0.weight": torch.tensor([1, 1, 0, 0]).bool(), "0.bias": torch.tensor([0, 1, 1, 1]).bool(), "1.bias": torch.tensor([1, 0, 0, 1]).bool()}
+    set_masks(model, wanted)
+    assert all(torch.equal(masks(model)[k], m) and torch.equal(model.get_parameter(k) != 0, m) for k, m in wanted.items())
+    assert {k for k in model.state_dict() if "mask" in k} == {"0.weight_mask", "0.bias_mask", "1.bias_mask"} and not masks(drop_masks(model))
+
+
+def test_shapes_alone():
+    model = set_masks(nn.Linear(6, 4), {"weight": torch.rand(4, 6) < 0.5}, "flat").to("meta")
+    assert model(torch.empty(2, 6, device="meta")).shape == (2, 4)
 
 
 def test_masks_that_change_in_training_clear_the_moments():
@@ -330,6 +348,10 @@ def test_refusals_of_forms():
         set_masks(model, some(model), "sparse")
     with pytest.raises(ValueError, match="make it afterwards"):
         set_masks(model, some(model), "flat", optimizer=torch.optim.SGD(model.parameters()))
+    with pytest.raises(ValueError, match=r"down.weight is in flat form, and its dense weight will be a new parameter"):
+        flat = set_masks(Net(), some(model), "flat")
+        set_masks(flat, some(model), optimizer=torch.optim.SGD(flat.parameters()))
+    assert flat.down.weight.ndim == 1
     model.down.mask = 3
     with pytest.raises(ValueError, match="Linear has something else named 'mask', where the mask of its 'weight' belongs"):
         set_masks(model, some(model))

@@ -101,6 +101,12 @@ def test_rounds_are_monotone_unless_asked(scope):
     assert any((new[n] > old[n]).any() for old, new in zip(seen, seen[1:], strict=False) for n in new)
 
 
+def test_a_count_that_cannot_be_shared_out_is_refused_before_anything_is_scored():
+    with pytest.raises(ValueError, match="keep=50 is a count"):
+        partition_in_rounds(lambda masks: pytest.fail("scored"), {"a": torch.ones(100, dtype=torch.bool)}, keep=50, rounds=3, scope="local")
+    assert kept_counts(0, 0, 2) == [0, 0]
+
+
 def test_scores_that_say_nothing_are_refused():
     ones = {"w": torch.ones(6, dtype=torch.bool)}
     with pytest.raises(ValueError, match="all snip scores are 0: they say nothing"):

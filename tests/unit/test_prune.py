@@ -209,6 +209,14 @@ def test_rescaled_survivors(form):
         torch.testing.assert_close(two, one * share**-0.5)
 
 
+def test_what_was_pruned_before_is_not_made_up_for_again():
+    once, twice = Host(kinds=("bottleneck",)), Host(kinds=("bottleneck",))
+    prune(once, None, None, "magnitude", keep=0.25, scope="local", rescale=True)
+    for keep in (0.5, 0.25):
+        prune(twice, None, None, "magnitude", keep=keep, scope="local", rescale=True)
+    torch.testing.assert_close(dense_weights(twice), dense_weights(once))
+
+
 @pytest.mark.parametrize(("settings", "words"), [
     (dict(keep=0.0), r"keep=0\.0 must be a share in \(0, 1\]"), (dict(keep=1.5), r"keep=1\.5 must be"), (dict(keep=-0.2), "must be a share"),
     (dict(keep=2), "keep=2 must be a share"), (dict(keep=float("nan")), "keep=nan must be"), (dict(keep=True), "keep=True must be"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 
-from dyn.core.saliency import taylor
+from dyn.core.saliency import METHODS, score, select, taylor
 
 
 @pytest.fixture
@@ -38,6 +38,29 @@ def test_bfloat16_is_summed_in_float32():
     score_N = taylor(h_TN, torch.ones_like(h_TN))
     assert score_N.dtype == torch.float32
     assert score_N.tolist() == pytest.approx([4096 * h_TN[0, 0].item()] * 2, rel=1e-5)
+
+
+def test_everything_is_put_back_around_buffers_that_share_memory():
+    net = torch.nn.Linear(3, 2)
+    net.register_buffer("shared", torch.zeros(1, 4).expand(3, 4))
+    net.weight.requires_grad_(False)
+    net.bias.grad = torch.ones(2)
+    version = net.shared._version
+    score(net, [torch.randn(4, 3)], lambda m, x: m(x).square().sum(), "snip", ["weight"])
+    assert net.training and not net.weight.requires_grad and net.bias.requires_grad and net.bias.grad.all() and net.shared._version == version
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+def test_what_runs_nothing_widens_nothing(method, monkeypatch):
+    net, seen = torch.nn.Linear(3, 2).bfloat16(), []
+    monkeypatch.setitem(METHODS, method, lambda model, *rest, of=METHODS[method]: seen.append(model.bias.dtype) or of(model, *rest))
+    assert score(net, None, None, method)["weight"].dtype == torch.float32 and seen == [torch.bfloat16]
+
+
+def test_a_tied_parameter_is_found_by_any_name():
+    net = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(3, 3)})
+    net["b"].weight = net["a"].weight
+    assert score(net, None, None, "magnitude", ["b.weight"]).keys() == {"b.weight"} and select(net, None).keys() == {"a.weight"}
 
 
 def test_follows_exact_ablation_on_a_toy_network():
