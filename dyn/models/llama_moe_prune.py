@@ -29,7 +29,7 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction | Se
 
     Layer after layer, on the inputs that the already pruned model gives it, the most important neurons (and those that write massive activations) are kept
     and the down projection is refitted by ridge regression in closed form, towards the dense model's residual stream behind the layer. The refit is that of
-    construction="calibrated", so the difference between the two is what routing buys.
+    construction="calibrated", with the strength that suits it, so the difference between the two is what routing buys.
 
     Args:
         dense: Llama, Mistral, Qwen2 or Qwen3, or a folder or hub id of one; an object stays as it is.
