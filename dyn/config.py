@@ -126,11 +126,11 @@ def _set_words(tree: Any, schema: type, words: Sequence[str]) -> None:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise ValueError(f"expected key=value, got {word!r}")
-        key = _full_key(schema, key, word)
+        key = full_key(schema, key, word)
         _set(tree, schema, key, _parse(_hint(schema, key), text, word), place="command line")
 
 
-def _full_key(schema: type, key: str, word: str) -> str:
+def full_key(schema: type, key: str, word: str) -> str:
     """A key as it stands, or, where there is none of that name on top, the one dotted key that ends in it: construction -> model.construction."""
     if "." in key or _hint(schema, key) is not None:
         return key
@@ -170,7 +170,7 @@ def _set(tree: Any, schema: type, key: str, value: Any, place: str) -> None:
             parent = ".".join(key.split(".")[:depth])
             if OmegaConf.select(tree, parent) is None:
                 OmegaConf.update(tree, parent, OmegaConf.structured(_strip(_hint(schema, parent))))
-        OmegaConf.update(tree, key, value, merge=True)
+        OmegaConf.update(tree, key, value, merge=not isinstance(value, dict))  # a mapping replaces the one that was there
     except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
         reason = str(error).splitlines()[0]
         inner = "" if isinstance(value, _SCALARS) and "index" not in reason else f" ({reason})"

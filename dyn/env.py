@@ -23,19 +23,28 @@ VERSIONS = ("dyn", "torch", "lightning", "transformers", "datasets", "triton")
 _WAIT = timedelta(minutes=5)  # for rank 0 to say which folder the run has
 
 
-def rank() -> int:
-    """This process's rank, by the variables that torchrun, Lightning and srun set."""
-    return next((int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if key in os.environ), 0)
+def by_srun() -> bool:
+    """Did srun start several processes? A shell inside a job has SLURM's variables too, as one process."""
+    return "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def rank(devices: int = 1) -> int:
+    """This process's rank, by the variables that torchrun, srun and Lightning's launcher (`devices` on each machine) set."""
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"])
+    if by_srun():
+        return int(os.environ["SLURM_PROCID"])
+    return int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0))) * devices + local_rank()
 
 
 def local_rank() -> int:
     """This process's place on its machine, which is its GPU's number."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0) if by_srun() else 0))
 
 
 def world_size() -> int:
     """How many processes were started together by torchrun or srun."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1)))
+    return int(os.environ.get("WORLD_SIZE", os.environ["SLURM_STEP_NUM_TASKS"] if by_srun() else 1))
 
 
 # Lightning's own launcher copies the environment of rank 0; torchrun has a store; srun has the shared disk.
@@ -47,7 +56,7 @@ def announce(folder: Path, state: dict[str, Any]) -> None:
     message = json.dumps([str(folder), state])
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _store().set("dyn_run", message)
-    elif "SLURM_STEP_ID" in os.environ and world_size() > 1:
+    elif by_srun():
         whole = _slurm_file().with_suffix(".tmp")
         whole.write_text(message, encoding="utf-8")
         whole.replace(_slurm_file())
@@ -99,10 +108,12 @@ def once(folder: Path, make: Callable[[Path], None], rank: int) -> None:
             raise
         part.replace(folder)
         return
-    end = time.monotonic() + 7200
+    end, parent = time.monotonic() + 7200, os.getppid()
     while not folder.is_dir():
         if failed.exists():
             raise RuntimeError(f"rank 0 could not make {folder.name}; its own message says why")
+        if os.getppid() != parent:
+            raise RuntimeError(f"who started this process is gone, and {folder.name} is not there")
         if time.monotonic() > end:
             raise TimeoutError(f"waited two hours for rank 0 to make {folder.name}")
         time.sleep(0.5)
@@ -116,8 +127,9 @@ def link(old: str, new: str) -> None:
         shutil.copyfile(old, new)
 
 
-def facts() -> dict[str, Any]:
-    """Versions, commit, device, threads, world size and platform; no path and no host name."""
+def facts(*, cpu: bool = False, processes: int = 1) -> dict[str, Any]:
+    """Versions, commit, device (`cpu`: whatever GPU there is), threads, world size (`processes` that are still to be launched) and platform; no path and no
+    host name."""
     import torch
 
     versions = {name: _version(name) for name in VERSIONS}
@@ -127,9 +139,9 @@ def facts() -> dict[str, Any]:
         "versions": {name: version for name, version in versions.items() if version},
         "commit": name,
         "dirty": changed,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU: {_cpu()}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and not cpu else f"CPU: {_cpu()}",
         "threads": torch.get_num_threads(),
-        "world_size": world_size(),
+        "world_size": max(world_size(), processes),
         "platform": f"{platform.system()} {platform.machine()}",
     }
 

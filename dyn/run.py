@@ -1,8 +1,10 @@
-"""Run an experiment: python -m dyn.run NAME [profile=demo] [sweep=table] [only=2] [resume=folder|last] [dry=1] [runs=runs] [key=value ...]
+"""Run an experiment: python -m dyn.run NAME [profile=demo] [sweep=table] [only=2] [resume=folder|last|auto] [dry=1] [runs=runs] [key=value ...]
 
 Loads experiments/NAME.py by name: `Config` (a dataclass), `SWEEPS` (rows of each table), `main(cfg, run) -> metrics`, `plan(cfg) -> dict`.
+resume=last goes on with the newest unfinished run; auto with the newest of this very config, or begins it: a command that a queue may repeat.
 A run is a folder RUNS/NAME/DATE-DIGEST: config.yaml, stages.json, log.txt, metrics.jsonl, checkpoints/, result.json (also when it fails), report.html.
-Exit codes: 0 ok, 1 failed or refused, 130 cancelled by SIGINT, 143 by SIGTERM, 129 by SIGHUP. Under torchrun or srun only rank 0 writes and prints.
+Exit codes: 0 ok, 1 failed or refused, 130 cancelled by SIGINT, 143 by SIGTERM, 129 by SIGHUP, 138 by SIGUSR1. Under torchrun or srun only rank 0 writes and
+prints.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def _run(name: str, words: list[str]) -> int:
     if rank() > 0:
         return 0 if "dry" in options else _execute(experiment, Run.join(*follow()))
     runs, profile = Path(options.get("runs", "runs")), options.get("profile", "demo")
-    if "resume" in options:
+    if options.get("resume", "auto") != "auto":
         if "sweep" in options:
             raise ValueError("resume= takes one run; a row of a sweep is resumed by its own folder, without sweep=")
         folder = _resume(experiment, name, path, runs, options, words)
@@ -65,9 +67,13 @@ def _run(name: str, words: list[str]) -> int:
     if "dry" in options:
         return _dry(experiment, name, cfgs)
     if len(cfgs) > 1:
+        if "resume" in options:
+            raise ValueError(f"resume=auto takes one row of {len(cfgs)}; choose it by only=")
         return _sweep(name, runs, profile, options["sweep"], cfgs)
     [(row, cfg)] = cfgs
-    return _execute(experiment, Run.open(create(runs, name, cfg, profile=profile, row=row)))
+    begun = [folder for folder in unfinished(runs / name) if "resume" in options and _began(folder, row, cfg)]
+    folder = begun[-1] if begun else create(runs, name, cfg, profile=profile, row=row)
+    return _execute(experiment, Run.open(folder))
 
 
 def _split(words: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -125,7 +131,8 @@ def _import(name: str, path: Path) -> ModuleType:
 
 def _load(experiment: ModuleType, name: str, path: Path, profile: str, row: Mapping[str, Any], words: list[str]) -> Any:
     keys = {key: value for key, value in row.items() if key != "row"}
-    clash = sorted(keys.keys() & {word.partition("=")[0] for word in words})
+    given = {config.full_key(experiment.Config, word.partition("=")[0], word) for word in words}
+    clash = sorted(key for key in keys if any(key == full or key.startswith(f"{full}.") or full.startswith(f"{key}.") for full in given))
     if clash:
         raise ValueError(f"{', '.join(clash)}: set by the sweep's row {row['row']!r} and on the command line")
     return config.load(experiment.Config, name, profile, words, row=keys, root=path.parent.parent)
@@ -201,6 +208,15 @@ def _experiment(folder: Path) -> str:
         return read_json(folder / "stages.json")["what"]["experiment"]
     except (KeyError, TypeError):
         raise ValueError(f"{folder / 'stages.json'} is no run's: it does not say of which experiment") from None
+
+
+def _began(folder: Path, row: str, cfg: Any) -> bool:
+    """Has this row of this config begun there, and can it go on?"""
+    try:
+        what = read_json(folder / "stages.json")["what"]
+        return (what["row"], what["digest"]) == (row, config.digest(cfg)) and not refused(folder)
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def _sweep(name: str, runs: Path, profile: str, sweep: str, cfgs: list[tuple[str, Any]]) -> int:
@@ -298,7 +314,7 @@ def _table(lines: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    from dyn.run import main as entry  # experiments import dyn.run: one module, one Cancelled
+    from dyn.run import main as entry  # under the module's own name, so that its classes are there once
 
     keep_freed_memory()
     sys.exit(entry())

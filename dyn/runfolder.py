@@ -73,13 +73,15 @@ class Run:
         lock.flush()
         run = cls(folder, read_json(folder / "stages.json"))
         run._lock = lock
+        for stale in folder.rglob("*.failed"):  # of `env.once` in an earlier start
+            stale.unlink()
         env.announce(folder, run._state)
-        facts = env.facts()
+        facts = run._facts()
         if run.resumed:
             run.log(f"resuming {folder}")
             for change in config.differences(run._state["env"], facts):
                 run.log(f"warning: this run began elsewhere, so it will not be bitwise the same: {change}")
-        write_json(folder / "stages.json", run._state | {"starts": run._state["starts"] + 1, "env": run._state["env"] or facts})
+        write_json(folder / "stages.json", run._state | {"starts": run._state["starts"] + 1, "env": run._state["env"] or facts}, finite=False)
         run._state = read_json(folder / "stages.json")
         return run
 
@@ -87,6 +89,10 @@ class Run:
     def join(cls, folder: Path, state: dict[str, Any]) -> Run:
         """The same run on another rank."""
         return cls(folder, state)
+
+    def _facts(self) -> dict[str, Any]:
+        trainer = config.read_dict(self.folder / "config.yaml").get("trainer") or {}
+        return env.facts(cpu=trainer.get("accelerator") == "cpu", processes=trainer.get("devices", 1) * trainer.get("num_nodes", 1))
 
     @property
     def checkpoints(self) -> Path:
@@ -113,10 +119,9 @@ class Run:
         """
         done = self._state["stages"]
         if name not in done:
-            value = plain(fn())
-            done[name] = value
+            done[name] = plain(fn(), finite=False)
             if self._writes:
-                write_json(self.folder / "stages.json", self._state)
+                write_json(self.folder / "stages.json", self._state, finite=False)
         return done[name]
 
     @contextlib.contextmanager
@@ -191,9 +196,9 @@ class Run:
             why = signal.Signals(self._signum).name if status == "cancelled" and self._signum else _message(error)
             _say(self._note(f"{status}: {why}"), sys.stderr)
             if status == "cancelled" or self._state["stages"] or any((self.folder / "checkpoints").glob("*")):
-                words = f"NAME={self.name} PROFILE={self.profile} RESUME={self.folder}"
-                make, run = f"make exp {words}", f"python -m dyn.run {self.name} resume={self.folder}"
-                _say(self._note(f"to resume: {make if Path('Makefile').is_file() else run}"), sys.stderr)
+                run = f"python -m dyn.run {self.name} resume={self.folder}"
+                make = f"make exp NAME={self.name} PROFILE={self.profile} RESUME={self.folder}" if Path("Makefile").is_file() else run
+                _say(self._note(f"to resume: {make if env.world_size() == 1 else f'start as many processes again, each by: {run}'}"), sys.stderr)
         try:
             self.log(f"report: {report.write_report([self.folder], self.folder)}")
         except Exception as caught:  # a report that cannot be drawn must not change what the run was
@@ -212,7 +217,7 @@ class Run:
     def _result(self, parts: Mapping[str, Any], status: str, error: BaseException | None) -> dict[str, Any]:
         seconds = self._state["seconds"] + time.monotonic() - self._began
         self._state["seconds"] = seconds
-        write_json(self.folder / "stages.json", self._state)
+        write_json(self.folder / "stages.json", self._state, finite=False)
         return {
             "schema": SCHEMA,
             "what": self._state["what"],
@@ -222,7 +227,7 @@ class Run:
             "cost": parts["cost"] | {"wall_seconds": seconds} | env.peak_memory(),
             "notes": parts["notes"],
             "config": plain(config.read_dict(self.folder / "config.yaml")),
-            "env": env.facts(),
+            "env": self._facts(),
             "started": self._state["started"],
             "finished": _now(),
             "starts": self._state["starts"],
@@ -230,8 +235,9 @@ class Run:
 
 
 def stop_signals() -> list[signal.Signals]:
-    """What a run answers by a checkpoint and an end: SIGINT, SIGTERM and, unless it is ignored (nohup), the SIGHUP of a terminal that closes."""
-    return [signal.SIGINT, signal.SIGTERM, *([] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP])]
+    """What a run answers by a checkpoint and an end: SIGINT, SIGTERM, SIGUSR1 (a queue's warning) and, unless it is ignored (nohup), the SIGHUP of a terminal
+    that closes."""
+    return [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *([] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP])]
 
 
 def create(runs: Path, name: str, cfg: Any, *, profile: str, row: str = "") -> Path:
@@ -285,25 +291,25 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all."""
+def write_json(path: Path, value: Any, *, finite: bool = True) -> None:
+    """Write a file whole or not at all. Not `finite`: with NaN and Infinity, which Python alone reads."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=not finite) + "\n", encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def plain(value: Any) -> Any:
-    """Numbers, strings, lists and dicts of what main returned; nan and infinities as strings, which JSON lacks. TypeError for the rest."""
+def plain(value: Any, *, finite: bool = True) -> Any:
+    """Numbers, strings, lists and dicts of what main returned; `finite`: nan and infinities as strings, which JSON lacks. TypeError for the rest."""
     if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
+        return {str(key): plain(inner, finite=finite) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
+        return [plain(inner, finite=finite) for inner in value]
     if hasattr(value, "tolist"):  # tensors and arrays
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
+        return plain(value.tolist(), finite=finite)
+    if finite and isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, (str, int, float)):
         return value

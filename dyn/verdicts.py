@@ -74,10 +74,7 @@ def compare(group: Group, rows: Sequence[Group]) -> list[str]:
     lines = []
     for key in union(result["notes"].get("compare", main_keys(result)[:1]) for result in group.good):
         for name, control in controls.items():
-            ours, theirs = group.values("metrics", key), control.values("metrics", key)
-            seeds = [g.by_seed(key) for g in (group, control)]
-            if common := sorted(seeds[0].keys() & seeds[1].keys()):  # a seed that one side lacks is no difference between them
-                ours, theirs = ([values[seed] for seed in common] for values in seeds)
+            ours, theirs = _common(group, control, key)
             if not ours or not theirs:
                 lines.append(f"{group.row} against {name}, {key}: not measured in {name if ours else group.row}")
                 continue
@@ -89,7 +86,7 @@ def compare(group: Group, rows: Sequence[Group]) -> list[str]:
                 lines.append(f"{text}; one seed: no spread known")
             else:
                 verdict = ("lower" if a < b else "higher") if abs(a - b) > least else "no difference shown"
-                lines.append(f"{text}; smallest that the seeds could have shown {least:.2g}: {verdict}{_paired(*seeds)}")
+                lines.append(f"{text}; smallest that the seeds could have shown {least:.2g}: {verdict}{_paired(group.by_seed(key), control.by_seed(key))}")
     for name, control in controls.items():
         for found in resampled(group, control):
             lines.append(f"{group.row}, {found}" if isinstance(found, str) else f"{group.row} against {name}, {found}: {found.verdict()}")
@@ -177,8 +174,8 @@ def claims(group: Group, rows: Sequence[Group]) -> list[str]:
     lines = []
     missing = [name for name in union(result["notes"].get("controls", []) for result in group.good) if _control(name, group, rows) is None]
     for text, key, against, wants in union(map(itemgetter("text", "metric", "against", "wants"), r["notes"].get("claims", [])) for r in group.good):
-        control, ours = _control(against, group, rows), group.values("metrics", key)
-        theirs = [] if control is None else control.values("metrics", key)
+        control = _control(against, group, rows)
+        ours, theirs = (group.values("metrics", key), []) if control is None else _common(group, control, key)
         if not ours or not theirs or missing:
             lines.append(f"{text}: no verdict, control missing: {'; '.join(union([missing, [against] if not theirs else []]) or [group.row])}")
             continue
@@ -194,6 +191,15 @@ def claims(group: Group, rows: Sequence[Group]) -> list[str]:
         scale = "; the claim itself is not tested at this scale" if any(r["notes"].get("not_tested") for r in group.good) else ""
         lines.append(f"{text}: {verdict} ({reach}). Measured: {measured}{scale}")
     return lines
+
+
+def _common(group: Group, control: Group, key: str) -> tuple[list[float], list[float]]:
+    """A metric of both, of the seeds that both have if there are such: one that a side lacks is no difference between them."""
+    seeds = group.by_seed(key), control.by_seed(key)
+    common = sorted(seeds[0].keys() & seeds[1].keys())
+    if not common:
+        return group.values("metrics", key), control.values("metrics", key)
+    return [seeds[0][seed] for seed in common], [seeds[1][seed] for seed in common]
 
 
 def _control(name: str, group: Group, rows: Sequence[Group]) -> Group | None:

@@ -55,11 +55,16 @@ def partial_sets(bank: Tensor, mask: Tensor, static: Tensor | None, ratio: Tenso
 class _Held(torch.autograd.Function):
     """bank (+ static * scale); backward zeroes the bank's gradient where the mask is False, and static's where it is True."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, bank: Tensor, mask: Tensor, static: Tensor | None, scale: Tensor | None, fresh: bool) -> Tensor:
-        ctx.save_for_backward(mask, static, scale)
-        ctx.fresh = fresh
+    def forward(bank: Tensor, mask: Tensor, static: Tensor | None, scale: Tensor | None, fresh: bool) -> Tensor:
         return bank.view_as(bank) if static is None else torch.addcmul(bank, static, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
+        _, mask, static, scale, ctx.fresh = inputs
+        ctx.save_for_backward(mask, static, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import numbers
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Literal
@@ -36,7 +37,8 @@ def kept_count(total: int, keep: Keep, rounding: Rounding = "nearest") -> int:
         if not 0 <= keep <= total:
             raise ValueError(f"keep={keep} (an int is a count) must lie in 0..{total}")
         return keep
-    share = keep if isinstance(keep, Fraction) else Fraction(str(keep)) if isinstance(keep, float) and math.isfinite(keep) else None
+    number = isinstance(keep, numbers.Real) and not isinstance(keep, (bool, Fraction)) and math.isfinite(keep)
+    share = keep if isinstance(keep, Fraction) else Fraction(str(keep)) if number else None
     if share is None or not 0 <= share <= 1:
         raise ValueError(f"keep={keep!r} must be a share in [0, 1] or an int count")
     left_out = (1 - share) * total
@@ -173,7 +175,8 @@ def positions(mask: Tensor, count: int) -> Tensor:
 
 def _is_plain(t: Tensor) -> bool:
     """Does the tensor lie in memory that can be read at once, outside of any graph that is being made?"""
-    return type(t) is Tensor and t.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    return (type(t) is Tensor and t.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+            and torch._C._functorch.peek_interpreter_stack() is None)
 
 
 # The eight bools of every byte, as one number each.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 Loss = Callable[[nn.Module, Any], Tensor]  # loss_fn(model, batch) -> scalar
 Named = Mapping[str, Tensor]  # parameters by name
@@ -106,7 +106,7 @@ def _undisturbed(model: nn.Module, seed: int, *, runs: bool = True) -> Iterator[
     """Evaluation mode, float32 (where the model `runs`), no autocast, a seed of its own; all as before afterwards, gradients of what is scored gone."""
     if torch.is_inference_mode_enabled():
         raise ValueError("scores need autograd, which torch.inference_mode() turns off; ask for them outside of it")
-    training = [m for m in model.modules() if m.training]
+    modes = {m: m.training for m in model.modules()}
     wanted = {p: p.requires_grad for p in model.parameters()}
     gradients = {p: p.grad for p in model.parameters()}
     buffers = {b: b.clone() for b in model.buffers()} if runs else {}
@@ -138,8 +138,8 @@ def _undisturbed(model: nn.Module, seed: int, *, runs: bool = True) -> Iterator[
         for p, trainable in wanted.items():
             p.requires_grad_(trainable)
             p.grad = None if p in scored else gradients[p]
-        for m in training:
-            m.training = True
+        for m, mode in modes.items():
+            m.training = mode
         for b, value in buffers.items():
             if b not in short and not b.equal(value):
                 b.copy_(value)
@@ -224,7 +224,7 @@ def _synflow(model: nn.Module, named: Named, factor: Named, batches: Sequence[An
     kept = {t: t.data for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
     try:
         for t, data in kept.items():
-            t.data = data.abs()  # another memory: signs come back bit for bit
+            t.data = data.abs() if flow else data.abs().double()  # another memory: signs come back bit for bit. Products of whole networks leave float32
         gradients = _gradients((flow or (lambda m: _of_ones(m, batches[0])))(model), named)
         return {name: (w * g).abs() for (name, w), g in zip(factor.items(), gradients, strict=True)}
     finally:
@@ -236,8 +236,8 @@ def _of_ones(model: nn.Module, batch: Any) -> Tensor:
     x = batch if isinstance(batch, Tensor) else next(iter(batch.values() if isinstance(batch, Mapping) else batch))
     if not x.is_floating_point():
         raise ValueError(f"synflow sends ones through the network, whose input is {x.dtype}; give flow=... for networks over ids")
-    out = model(torch.ones_like(x, dtype=torch.promote_types(x.dtype, torch.float32)))
-    return (out if isinstance(out, Tensor) else out.logits).sum()
+    out = model(torch.ones_like(x, dtype=torch.float64))
+    return sum(t.sum() for t in tree_leaves(getattr(out, "logits", out)) if isinstance(t, Tensor))
 
 
 METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {"random": _random, "magnitude": _magnitude, "snip": _snip, "grasp": _grasp, "synflow": _synflow}

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -111,7 +112,7 @@ def tokenizer_hash(tokenizer) -> str:
 def shard(source: TextSource, tokenizer, folder: str, *, keep: Mapping[str, Filter | Callable[[str, str], bool]] | Sequence[str] | None = None,
           bos: bool | str = True, eos: bool | str = False, shard_tokens: int = 1 << 26, cache: str | None = None,
           accept: Callable[[list[str]], object] = lambda domains: None,
-          log: Callable[[str], None] = print) -> dict[str, dict[str, Tokens]]:
+          log: Callable[[str], None] = print, lead: bool = True) -> dict[str, dict[str, Tokens]]:
     """Domain -> split -> Tokens of a source: opened when they are in the cache, else made.
 
     An interrupted build goes on at the first missing shard and gives the same bytes. Several processes of one machine may call this at once:
@@ -128,6 +129,7 @@ def shard(source: TextSource, tokenizer, folder: str, *, keep: Mapping[str, Filt
         cache: where copies of remote shards are kept; None: dyn/tokens in the user's cache folder.
         accept: called with the names of the source's domains before any of its text is read; raises where they do not fit what is meant to be done with them.
         log: gets plain lines of progress where there is no terminal for a bar.
+        lead: False on all processes but one: they leave check sums to it, and the making of shards in a remote folder, which has no lock.
 
     Raises:
         ValueError: a tokenizer without the wanted BOS or EOS, an unknown filter, a domain without documents, whatever `streams` and `load` refuse.
@@ -139,13 +141,15 @@ def shard(source: TextSource, tokenizer, folder: str, *, keep: Mapping[str, Filt
     plan = {"format": FORMAT, "source": fields, "origin": origin(source), "tokenizer": tokenizer_hash(tokenizer), "bos": bos, "eos": eos,
             "filters": {name: repr(f) if hasattr(f, "domains") else name for name, f in filters.items()}, "shard_tokens": shard_tokens}
     store = Store(f"{folder.rstrip('/')}/{hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]}")
+    while not (lead or store.is_local or (store.index() or {}).get("complete")):
+        time.sleep(1)
     if not (store.index() or {}).get("complete"):
         with store.lock():
             index = store.index() or {**plan, "complete": False, "vocab_size": len(tokenizer), "domains": {}}
             if not index["complete"]:
                 with parallel_tokenizer():
                     _build(store, index, source, lambda texts: _encode(tokenizer, texts, begin, end, index["vocab_size"]), filters, accept, log)
-    return load(store.address, tokenizer, cache=cache)
+    return load(store.address, tokenizer, verify=lead, cache=cache)
 
 
 def load(folder: str, tokenizer=None, *, verify: bool = True, cache: str | None = None) -> dict[str, dict[str, Tokens]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, make_dataclass
 from typing import Any, Literal, get_args
@@ -21,8 +22,11 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, modeling_outputs
 from transformers import initialization as init
+from transformers.models.albert import modeling_albert
 from transformers.models.albert.modeling_albert import AlbertConfig, AlbertLayer
+from transformers.models.bert import modeling_bert
 from transformers.models.bert.modeling_bert import BertConfig, BertLayer
+from transformers.models.electra import modeling_electra
 from transformers.models.electra.modeling_electra import ElectraConfig, ElectraLayer
 from transformers.models.roberta.modeling_roberta import RobertaConfig, RobertaLayer
 from transformers.utils import ModelOutput
@@ -271,6 +275,7 @@ def __getattr__(name: str) -> type[PreTrainedModel]:
 def moe_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class that a dense encoder's becomes: the same with experts, its output with `aux_loss` and statistics."""
     config = next(c for c in CONFIGS.values() if issubclass(c, dense.config_class))
+    order = list(inspect.signature(dense.forward).parameters)[1:]
 
     @functools.wraps(dense.forward)
     def forward(self: Any, *args: Any, output_router_stats: bool | None = None, return_dict: bool | None = None, **kwargs: Any) -> Any:
@@ -281,9 +286,10 @@ def moe_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
         try:
             out = dense.forward(self, *args, return_dict=True, **kwargs)
             if wanted:
-                ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+                given = dict(zip(order, args, strict=False)) | kwargs  # heads differ in their order
+                ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
                 length = embeds.shape[-2] if ids is None else ids.shape[-1]
-                out = _with_statistics(self, out, layers, length, kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
+                out = _with_statistics(self, out, layers, length, given.get("attention_mask"))
         finally:
             for layer in layers:
                 layer.record = None
@@ -298,14 +304,17 @@ def _output_class(dense: type[ModelOutput]) -> type[ModelOutput]:
     """The same output with the balance loss, weighted and summed, and [applications of a layer of experts, E]: tokens, and sums of scores, of each expert."""
     if dense not in _outputs:
         fields = [(name, Tensor | None, None) for name in ("aux_loss", "expert_load", "expert_importance")]
-        _outputs[dense] = make_dataclass(f"Moe{dense.__name__}", fields, bases=(dense,), namespace={"__module__": __name__})
+        made = make_dataclass(f"Moe{dense.__name__}", fields, bases=(dense,), namespace={"__module__": __name__})
+        _outputs[dense] = globals()[made.__name__] = made  # where pickle looks
     return _outputs[dense]
 
 
 _outputs: dict[type[ModelOutput], type[ModelOutput]] = {}
 for _name in ("BaseModelOutputWithPooling", "BaseModelOutputWithPoolingAndCrossAttentions", "MaskedLMOutput", "SequenceClassifierOutput",
-              "TokenClassifierOutput", "QuestionAnsweringModelOutput", "MultipleChoiceModelOutput"):
+              "TokenClassifierOutput", "QuestionAnsweringModelOutput", "MultipleChoiceModelOutput", "NextSentencePredictorOutput"):
     _output_class(getattr(modeling_outputs, _name))  # made now, since torch.compile cannot trace the making of a class
+for _output in (modeling_bert.BertForPreTrainingOutput, modeling_albert.AlbertForPreTrainingOutput, modeling_electra.ElectraForPreTrainingOutput):
+    _output_class(_output)
 
 
 def _with_statistics(model: Any, out: ModelOutput, layers: list[LinearExperts], length: int, mask: Tensor | None) -> ModelOutput:

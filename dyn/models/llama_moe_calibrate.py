@@ -190,8 +190,8 @@ def walk(dense: nn.Module, batches: Sequence[Tensor], choose: Callable[[int, nn.
 
 def _refit(layer: nn.Module, mlp: nn.Module, streams: list[list[Tensor]], device: torch.device, features: Features, down_PD: Tensor, repair: float) -> Tensor:
     """The down projection [P, D] that brings the converted stream nearest to the dense one: what does this layer's own work, near the dense weights, and what
-    repairs errors of earlier layers, near zero. Behind a gate the repair is held back more, where it fits mainly noise that later layers would be asked to repair
-    in turn; kept neurons that are the same for all tokens lose by that (docs/llama_moe.md)."""
+    repairs errors of earlier layers, near zero. Behind a gate the repair is held back more, where it fits mainly noise that later layers would be asked to
+    repair in turn; kept neurons that are the same for all tokens lose by that (docs/llama_moe.md)."""
     width, hidden = down_PD.shape
     ridge = Ridge(width, 2 * hidden, down_PD)
     for theirs, ours in zip(*streams, strict=True):

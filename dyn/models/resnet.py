@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import timm
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg, register_model, register_notrace_module
 from timm.models.efficientnet import mobilenetv2_050, mobilenetv2_075, mobilenetv2_100
 from timm.models.resnet import BasicBlock, ResNet, resnet18, resnet34, resnet50, resnet101
 from torch import nn
@@ -25,6 +25,7 @@ from torch import nn
 from dyn.core.mixture import Scales
 from dyn.nn.bank import Banked
 from dyn.nn.convert_conv import make_dynamic
+from dyn.nn.dynamic_conv import KINDS
 
 
 def resnet10(pretrained: bool = False, **kwargs) -> ResNet:
@@ -106,4 +107,6 @@ def _entry(family: str, backbone: str) -> Callable[..., nn.Module]:
     return create
 
 
+for _kind in KINDS.values():
+    register_notrace_module(_kind)  # torch.fx takes such a layer whole: what it does depends on shapes
 ENTRIES = {f"{family}_{backbone}": register_model(_entry(family, backbone)) for family in FAMILIES for backbone in BACKBONES}

@@ -60,7 +60,9 @@ class Banked(nn.Module):
             kind = "a compact form" if isinstance(self.partial, CompactBank) else f"modes with scales={self.partial.scales!r}"
             raise ValueError(f"{type(self).__name__} has {kind} already; scales={scales!r} cannot be set")
         if self.partial is None:
-            self.partial = PartialBank(scales, device=self.weight.device, dtype=self.weight.dtype)
+            self.partial = PartialBank(scales, device=self.weight.device, dtype=self.weight.dtype).train(self.training)
+            if scales == "s":  # a factor of no position yet: see `partition`
+                self.partial.phi.requires_grad_(False)
         return self.partial
 
     @torch.no_grad()
@@ -85,8 +87,8 @@ class Banked(nn.Module):
         if self.weight is not None and (mask.dtype != torch.bool or mask.shape != self.weight.shape[1:]):
             raise ValueError(f"mask must be bool {list(self.weight.shape[1:])}, one set of the bank; got {mask.dtype} {list(mask.shape)}")
         partial, values = self.add_partial(self.partial.scales if self.partial else "both"), static if isinstance(static, Tensor) else self.static_start(static)
-        if partial.phi is not None and ((partial.scales == "s" and mask.all()) or (partial.scales == "d" and not mask.any())):
-            partial.phi.requires_grad_(False)  # its factor is of no position, and processes wait for gradients of all that is trained
+        if partial.scales == "s" or (partial.scales == "d" and not mask.any()):  # not a factor of no position: processes wait for gradients of what is trained
+            partial.phi.requires_grad_(partial.scales == "s" and self.weight.requires_grad and not mask.all())
         if mask.all():
             partial.hold(None, None)
             return
@@ -96,6 +98,16 @@ class Banked(nn.Module):
 
     def fit_form(self) -> None:
         """Compute in the way that suits the modes that are there now; called whenever they change, from files too."""
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make dead entries zero again, in place, as a layer with modes computes with them: after whatever writes parameters without asking for modes."""
+        partial = self.partial
+        if isinstance(partial, PartialBank) and partial.mask is not None and not self.weight.is_meta:
+            self.weight.masked_fill_(~partial.mask, 0)
+            if partial.static is not None:
+                partial.static.masked_fill_(partial.mask, 0)
+            self.fit_form()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Banked:
         """Banks, masks and static values stay in their order when a model is moved to channels_last, which tensors of five axes do not know."""
@@ -118,15 +130,8 @@ class Banked(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
-@torch.no_grad()
-def _settle(layer: Banked, _: object = None) -> None:
-    """Dead entries are zero, as a layer with modes computes with them (`PartialBank.hold`)."""
-    partial = layer.partial
-    if isinstance(partial, PartialBank) and partial.mask is not None and not layer.weight.is_meta:
-        layer.weight.masked_fill_(~partial.mask, 0)
-        if partial.static is not None:
-            partial.static.masked_fill_(partial.mask, 0)
-        layer.fit_form()
+def _settle(layer: Banked, _: object) -> None:  # not a lambda: layers are pickled
+    layer.settle()
 
 
 class PartialBank(nn.Module):

@@ -16,7 +16,8 @@ from dyn.nn.dynamic_conv import KINDS, MixedConv2d
 _log = logging.getLogger(__name__)
 
 Start = Literal["copies", "one_copy", "fresh"]
-CLASSIFIERS = ("classifier", "fc", "head", "last_linear", "pre_logits")  # where timm and torchvision keep a network's classifier
+CLASSIFIERS = ("classifier", "fc", "head", "last_linear", "pre_logits")  # where timm and torchvision keep a network's classifier, on top
+INNER = ("classifier", "aux_classifier", "cls_logits", "bbox_pred")  # the same of a part of a network: of a wrapped one, auxiliary, of a detector
 # Of timm and torchvision; the last is torchvision's RegNet.
 DOWN_SAMPLE = re.compile(r"(^|\.)(downsample|shortcut|project|skip|c1x1_w_s[12]|block\d+-\d+\.proj)(\.|$)")
 DOWN_SAMPLE_STATIC = ("condconv", "odconv")  # kinds that leave such convolutions static; the published counts arise this way (section 1.6)
@@ -27,8 +28,8 @@ def make_dynamic(model: nn.Module, kind: str = "dyconv", num_kernels: int = 4, r
     """Replace the convolutions of a CNN (timm, torchvision or your own) by dynamic ones, in place; returns the model.
 
     The stem (the first convolution, with the others of its module where those are less than half of all) and the classifier's convolutions stay static; with
-    condconv and odconv those of down-sample paths too. Convolutions that are no plain zero-padded `nn.Conv2d` (weight standardisation, padding that follows the
-    input's size) stay static, which the log says.
+    condconv and odconv those of down-sample paths too. Convolutions that are no plain zero-padded `nn.Conv2d` (weight standardisation, weight and spectral
+    norms, padding that follows the input's size), and those with hooks, stay static, which the log says.
 
     Args:
         kind: one of `dyn.nn.dynamic_conv.KINDS`.
@@ -42,6 +43,8 @@ def make_dynamic(model: nn.Module, kind: str = "dyconv", num_kernels: int = 4, r
     Raises:
         ValueError: an unknown kind or start, a model without convolutions to replace, a pattern of `skip` that finds none.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"make_dynamic takes a network, got {type(model).__name__}")
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; allowed: {', '.join(KINDS)}")
     if start not in get_args(Start):
@@ -71,11 +74,15 @@ def _convertible(model: nn.Module, kind: str, skip: list[str]) -> dict[str, nn.C
     parts = _parts(convs)
     stem = [name for name, part in parts.items() if part == next(iter(parts.values()))]
     stem = {convs[name] for name in (stem if 2 * len(stem) < len(convs) else stem[:1])}
-    chosen = {name: conv for name, conv in convs.items() if conv not in stem and parts[name] not in CLASSIFIERS
+    heads = {name for name, part in parts.items() if part in CLASSIFIERS or set(name.split(".")) & set(INNER)}
+    if heads:
+        _log.info("make_dynamic: %d convolutions stay static as the classifier's: %s", len(heads), ", ".join(sorted(heads)[:6]))
+    chosen = {name: conv for name, conv in convs.items() if conv not in stem and name not in heads
               and not any(re.search(pattern, name) for pattern in skip) and not (kind in DOWN_SAMPLE_STATIC and DOWN_SAMPLE.search(name))}
-    unfit = [name for name, conv in chosen.items() if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or _padding(conv) is None]
+    unfit = [name for name, conv in chosen.items() if not _is_plain(conv)]
     if unfit:
-        _log.warning("make_dynamic: %d convolutions stay static, as they are no plain zero-padded nn.Conv2d: %s", len(unfit), ", ".join(unfit[:6]))
+        _log.warning("make_dynamic: %d convolutions stay static, as they are no plain zero-padded nn.Conv2d, or others hang on them: %s", len(unfit),
+                     ", ".join(unfit[:6]))
         chosen = {name: conv for name, conv in chosen.items() if name not in unfit}
     if not chosen:
         if any(isinstance(m, MixedConv2d) for m in model.modules()):
@@ -90,6 +97,13 @@ def _parts(convs: dict[str, nn.Conv2d]) -> dict[str, str]:
     names = {name: name.split(".") for name in convs}
     shared = next((i for i, parts in enumerate(zip(*names.values(), strict=False)) if len(set(parts)) > 1), 0)
     return {name: parts[shared] for name, parts in names.items()}
+
+
+def _is_plain(conv: nn.Conv2d) -> bool:
+    """Zero-padded, real, its weight and bias parameters of its own (under a weight norm or a pruning they are made for each pass), nobody waiting at it."""
+    return (type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and _padding(conv) is not None and conv._parameters.get("weight") is not None
+            and not conv.weight.is_complex() and getattr(conv, "bias", None) is conv._parameters.get("bias")
+            and not (conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks))
 
 
 def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:

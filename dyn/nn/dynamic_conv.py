@@ -45,8 +45,10 @@ class MixedConv2d(Banked):
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         where = f"{type(self).__name__}({in_channels}, {out_channels}, {kernel_size})"
-        if any(not isinstance(n, int) or n < 1 for n in (num_kernels, reduction)):
-            raise ValueError(f"{where}: num_kernels={num_kernels} and reduction={reduction} must be integers, at least 1")
+        if any(not isinstance(n, int) or n < 1 for n in (in_channels, out_channels, num_kernels, reduction)):
+            raise ValueError(f"{where}: numbers of channels, num_kernels={num_kernels} and reduction={reduction} must be integers, at least 1")
+        if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"{where}: temperature={temperature} must be positive and finite")
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(f"{where}: groups={groups} must divide both numbers of channels")
         if form != "auto" and form not in FORMS:
@@ -73,6 +75,7 @@ class MixedConv2d(Banked):
         if self.bias is not None:
             self.bias.zero_()
         self.attention.reset_parameters()
+        self.settle()
 
     def carry(self) -> tuple[float, float]:
         """Set the attention so that a layer whose kernels are copies starts as one convolution, and say what to multiply that one's weight and bias by."""

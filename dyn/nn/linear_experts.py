@@ -54,6 +54,7 @@ class LinearExperts(Banked):
         self.weight.copy_(self.draw(len(self.weight)))
         if self.bias is not None:
             self.bias.zero_()
+        self.settle()
 
     def draw(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """N(0, 0.02^2), as encoders are initialised."""

@@ -26,6 +26,7 @@ from dyn.nn.linear_experts import LinearExperts
 _log = logging.getLogger(__name__)
 
 Layers = dict[str, Banked]
+Flow = Callable[[nn.Module], Tensor]
 
 
 class _WithModes:
@@ -59,7 +60,8 @@ class PartialExperts(_WithModes, LinearExperts):
 
 def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: Keep = 0.3, rounds: int = 3, schedule: Schedule = "exponential",
                  method: str = "snip", *, scope: Scope = "global", monotone: bool = True, scales: Scales = "both", static: StaticStart = "mean",
-                 temperature: float | None = 31.0, shuffle: Literal["within_tensor"] | None = None, seed: int = 0) -> nn.Module:
+                 temperature: float | None = 31.0, shuffle: Literal["within_tensor"] | None = None, seed: int = 0,
+                 flow: Flow | None = None) -> nn.Module:
     """Iterative Mode Partition: leave `keep` of the positions of all banks dynamic and make the others static, in place; returns the model (section 4).
 
     Exactly N - floor((1 - keep) N) positions stay dynamic. Weights are not trained meanwhile; gradients of the scored parameters are cleared; batch-norm
@@ -116,7 +118,7 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
         if count == 0:
             masks = {name: torch.zeros_like(mask) for name, mask in masks.items()}
         elif count < total or not all(mask.all() for mask in masks.values()):
-            criterion = CRITERIA[method](model, layers, batches, loss_fn, seed, scope)
+            criterion = CRITERIA[method](model, layers, batches, loss_fn, seed, scope, flow)
             with _at_temperature(model, temperature), _twice_differentiable(layers, method):
                 masks = partition_in_rounds(criterion, masks, keep=keep, rounds=rounds, schedule=schedule, scope=scope, seed=seed, rounding="up",
                                             monotone=monotone, informative=method if method in DATA_DRIVEN else None, apply=apply)
@@ -160,7 +162,7 @@ def _twice_differentiable(layers: Layers, method: str) -> Iterator[None]:
             m.backend = backend
 
 
-# Criteria: (model, layers, batches, loss_fn, seed, scope) -> a function of the current masks, to scores of the same shapes ------------------------------
+# Criteria: (model, layers, batches, loss_fn, seed, scope, flow) -> a function of the current masks, to scores of the same shapes ------------------------------
 
 Criterion = Callable[[Masks], dict[str, Tensor]]
 
@@ -186,9 +188,11 @@ def switches(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss
     return {name: found[_key(name, "partial.off")] + on for name, on in removal.items()}, removal
 
 
-def _snip(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int, scope: Scope) -> Criterion:
+def _snip(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int, scope: Scope, _: Flow | None) -> Criterion:
     by_removal: set[str] = set()  # layers that once were found degenerate are ranked alike in all rounds
     told: set[str] = set()
+    unseen = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats and not m.num_batches_tracked for m in model.modules())
+    hint = ". Batch norms have seen no data yet: where nothing gets through them, let the network see some batches in training mode first" if unseen else ""
 
     def scores(masks: Masks) -> dict[str, Tensor]:
         switch, removal = switches(model, layers, batches, loss_fn, seed)
@@ -207,7 +211,7 @@ def _snip(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, s
                            (blind - by_removal - told, "positions there turn static first")):
             if names:
                 _log.warning("make_partial: in %d of %d layers (%s, ...) the parameter sets, or their weights, are so alike that switching a position's mode "
-                             "changes nothing; %s", len(names), len(masks), min(names), how)
+                             "changes nothing; %s%s", len(names), len(masks), min(names), how, hint)
         if mute - told:
             _log.warning("make_partial: in %d of %d layers (%s, ...) no position has any effect on the loss (is a batch norm behind them zero, as timm "
                          "starts ResNets from scratch?); positions there turn static first", len(mute - told), len(masks), min(mute))
@@ -222,18 +226,18 @@ def _is_noise(switch: float, removal: float, eps: float) -> bool:
     return removal > 0 and switch <= eps**0.75 * removal
 
 
-def _removal(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int, _: Scope) -> Criterion:
+def _removal(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int, *_: Any) -> Criterion:
     return lambda masks: {name: s.abs() for name, s in switches(model, layers, batches, loss_fn, seed)[1].items()}
 
 
 def _over_sets(method: str) -> Callable[..., Criterion]:
     """A criterion for parameters, averaged over the K sets (section 4.6)."""
 
-    def make(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int, _: Scope) -> Criterion:
+    def make(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int, _: Scope, flow: Flow | None) -> Criterion:
         keys = {name: _key(name, "weight") for name in layers}
 
         def scores(_: Masks) -> dict[str, Tensor]:
-            found = score(model, batches, loss_fn, method, list(keys.values()), seed=seed)
+            found = score(model, batches, loss_fn, method, list(keys.values()), seed=seed, flow=flow)
             return {name: found[key].mean(0) for name, key in keys.items()}
 
         return scores
@@ -241,7 +245,7 @@ def _over_sets(method: str) -> Callable[..., Criterion]:
     return make
 
 
-def _random(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int, _: Scope) -> Criterion:
+def _random(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int, *_: Any) -> Criterion:
     generator = torch.Generator().manual_seed(seed + APART + 1)
     drawn = {name: torch.rand(m.weight.shape[1:], generator=generator).to(m.weight.device) for name, m in layers.items()}
     return lambda masks: drawn  # one draw for all rounds: a new one each would make more rounds no different from one
@@ -251,6 +255,18 @@ CRITERIA: dict[str, Callable[..., Criterion]] = {
     "snip": _snip, "removal": _removal, "random": _random, "magnitude": _over_sets("magnitude"), "grasp": _over_sets("grasp"), "synflow": _over_sets("synflow"),
 }
 DATA_DRIVEN = ("snip", "removal", "grasp", "synflow")
+
+
+def settle(model: nn.Module) -> nn.Module:
+    """Make the dead entries of all layers with modes zero again, in place; returns the model.
+
+    Adam and SGD leave them alone, since their gradients are exactly zero. Call it after each step of optimisers that mix the elements of a tensor (Muon), or
+    after writing parameters by hand: masked layers trust those zeros.
+    """
+    for m in model.modules():
+        if isinstance(m, Banked):
+            m.settle()
+    return model
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from dyn.nn.dynamic_conv import attention_entropy as attention_entropy
 from dyn.nn.dynamic_conv import set_temperature as set_temperature
 from dyn.nn.partial import compact as compact
 from dyn.nn.partial import make_partial as make_partial
+from dyn.nn.partial import settle as settle
 
 
 def freeze(model: nn.Module, *modules: nn.Module | type[nn.Module]) -> int:

@@ -39,7 +39,8 @@ from dyn.train.supervised import Supervised
 from dyn.train.trainer import check_world, on_gpu, own_device, world
 
 # What a row and its control share
-SAME = ("source", "tasks", "epochs", "batch_size", "data", "optim", "trainer.accumulate", "trainer.precision")
+SAME = ("source", "tasks", "epochs", "minutes", "batch_size", "data", "optim", "rates", "classify", "generate", "answer", "trainer.accumulate",
+        "trainer.precision", "trainer.devices", "trainer.num_nodes")
 ANSWERS = 12_000  # validation examples up to which a result holds what was said to each
 
 
@@ -92,7 +93,7 @@ def _best(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig, steps: 
     """The network trained at its rate, or at each of `cfg.rates`: the best of them on examples that are not reported. members: of a fusion, by task."""
     tried = {rate: run.stage(f"{name}-lr{rate:g}", functools.partial(_train, cfg, run, job, name, sparse, rate, steps, members))
              for rate in cfg.rates or [sparse.lr or cfg.optim.lr]}
-    best = max(tried.values(), key=lambda found: found["chosen by"])
+    best = max(tried.values(), key=lambda found: (not math.isnan(found["chosen by"]), found["chosen by"]))
     if cfg.rates:
         run.log(f"{sparse.what()}: lr {best['lr']:g} is best on the examples held out for that, {job.scores[0]} "
                 + ", ".join(f"{found['chosen by']:.4f} ({rate:g})" for rate, found in tried.items()))
@@ -209,7 +210,7 @@ def _train(cfg: Any, run: Any, job: Job, name: str, sparse: SparseConfig, rate: 
 
 
 def _keep(cfg: Any, run: Any, job: Job, label: str, sparse: SparseConfig, trained: Trained) -> dict[str, Any]:
-    """What was said to each example, and the adapter, as files; sizes in bytes of what a task needs beside its host, and of Adam's moments."""
+    """What was said to each example, and the adapter, as files; bytes of the adapter's file (its head lies in another), and of Adam's moments."""
     for split in job.data.validation:
         path = run.folder / "answers" / f"{label}-{split}.json"
         path.parent.mkdir(exist_ok=True)
@@ -264,7 +265,7 @@ def _numbers(cfg: Any, run: Any, jobs: Mapping[str, Job], results: Mapping[str, 
     metrics: dict[str, Any] = {}
     main, lead, first = _key(cfg.sparse), _lead(jobs), next(iter(results.values()))
     for name, found in first.items():
-        prefix, facts, cost = "" if name == main else f"{name}/", found["facts"], found["cost"]
+        prefix, facts, cost = "" if name == main else f"{name}/", found["facts"], dict(found["cost"])
         metrics |= {f"{prefix}{lead}": _mean(results, name, lead)}
         for task, by_net in results.items():
             inner = f"{prefix}{task}/" if task else prefix
@@ -313,7 +314,8 @@ def plan_adapters(cfg: Any, build: Callable[[], nn.Module], examples: int | None
     with torch.device("meta"):
         net = build()
         total = sum(p.numel() for p in net.parameters())
-        facts = sparsify(net, dataclasses.replace(sparse.members(), keep=1.0, factor=1, r=sparse.r * sparse.factor, shuffle=False), list, lambda *_: None,
+        facts = sparsify(net, dataclasses.replace(sparse.members(), keep=1.0, factor=1, r=sparse.r * sparse.factor, shuffle=False,
+                                              flags=sparse.members().made_flags()), list, lambda *_: None,
                          device="meta", log=lambda _: None)
     pruned = facts["weights"] - kept_count(facts["weights"], sparse.share()) if facts["weights"] else 0
     trained = facts["trained_parameters"] - pruned

@@ -87,6 +87,14 @@ class Rounds(Callback):
         self._done: int | None = None
         self.seconds = 0.0  # that rounds took
 
+    def state_dict(self) -> dict[str, float]:
+        """The seconds."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on counting."""
+        self.seconds = state["seconds"]
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """At the first micro-batch of a step."""
         step = trainer.global_step

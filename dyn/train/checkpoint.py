@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from dyn.train.callbacks import JsonlLogger, step_ended
 
@@ -167,21 +169,31 @@ class Checkpoints(Checkpoint):
 class Stop(Callback):
     """Ends training when `run.stop` is set (SIGINT, SIGTERM): at the end of the optimiser step, on one process also in the middle of a validation.
 
-    A checkpoint is written first; then `Stopped` is raised. All ranks agree on the step.
+    A checkpoint is written first; then `Stopped` is raised. All ranks agree on the step, which is the next one where there are several: they ask each other
+    beside the training, whose device is not waited for.
     """
 
     def __init__(self, run: Any, checkpoints: Checkpoints) -> None:
         self.run, self.checkpoints = run, checkpoints
+        self._asked: tuple[Any, Tensor] | None = None  # whether somebody was to stop at the last step, while it is being asked
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning has put its own signal handlers over the run's: put the run's back."""
         if threading.current_thread() is threading.main_thread():
             self.run.listen()
+        self._group = dist.new_group(backend="gloo") if trainer.world_size > 1 else None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """See the class."""
-        if step_ended(trainer, batch_idx) and trainer.strategy.reduce_boolean_decision(self.run.stop.is_set(), all=False):
+        if step_ended(trainer, batch_idx) and (self.run.stop.is_set() if self._group is None else self._anybody()):
             self._end(trainer)
+
+    def _anybody(self) -> bool:
+        asked, flag = self._asked, torch.tensor(int(self.run.stop.is_set()))
+        self._asked = dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True), flag
+        if asked is not None:
+            asked[0].wait()
+        return asked is not None and bool(asked[1])
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         """See the class; several ranks may not have the same batches left, so there the next step's end counts."""

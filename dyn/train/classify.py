@@ -72,15 +72,14 @@ class Classifier(Supervised):
         num_labels: C; 1: regression.
         metrics: names of METRICS, the leading one first.
         classify: smoothing, mixing, averaging, memory format.
-        head: path of the net's last layer, for `optim.head_lr`.
 
     Raises:
-        ValueError: metrics that do not fit, settings that exclude each other, no such head, an output that FSDP2 cannot look into.
+        ValueError: metrics that do not fit, settings that exclude each other, an output that FSDP2 cannot look into.
     """
 
     def __init__(self, net: nn.Module | Callable[[], nn.Module], optim: RecipeConfig, sets: Sequence[str], cfg: TrainerConfig, *, num_labels: int,
-                 metrics: Sequence[str] = ("accuracy",), classify: ClassifyConfig | None = None, head: str | None = None) -> None:
-        super().__init__(net, optim, sets, cfg, head=head)
+                 metrics: Sequence[str] = ("accuracy",), classify: ClassifyConfig | None = None) -> None:
+        super().__init__(net, optim, sets, cfg)
         self.classify = ClassifyConfig() if classify is None else classify
         mixed = self.classify.mixup or self.classify.cutmix
         if num_labels == 1 and (mixed or self.classify.label_smoothing):
@@ -102,6 +101,9 @@ class Classifier(Supervised):
         if self.classify.ema:
             for name, tensor in self._averaged().items():
                 self.average.register_buffer(_key(name), tensor.detach().clone())
+        # Of no use to send around in every step: what every process has alike by itself (DDP reads this name).
+        self._ddp_params_and_buffers_to_ignore = [f"average.{_key(name)}" for name, p in self.net.named_parameters() if self.classify.ema and p.requires_grad]
+        self._ddp_params_and_buffers_to_ignore += [name for name, b in self.named_buffers() if b.dtype == torch.bool]
         if self.classify.compile:
             self.net.compile()
 

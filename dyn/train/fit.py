@@ -64,9 +64,9 @@ def scoring(run: Any) -> Iterator[None]:
 
 def train_classifier(net: nn.Module | Callable[[], nn.Module], train: Any, validation: Mapping[str, Iterable], *, run: Any, name: str = "",
                      optim: RecipeConfig, trainer: TrainerConfig, num_labels: int, metrics: Sequence[str] = ("accuracy",),
-                     classify: ClassifyConfig | None = None, head: str | None = None, callbacks: Sequence[Callback] = ()) -> Trained:
+                     classify: ClassifyConfig | None = None, callbacks: Sequence[Callback] = ()) -> Trained:
     """`train_task` for a `Classifier`, with its arguments and errors."""
-    task = Classifier(net, optim, list(validation), trainer, num_labels=num_labels, metrics=metrics, classify=classify, head=head)
+    task = Classifier(net, optim, list(validation), trainer, num_labels=num_labels, metrics=metrics, classify=classify)
     return train_task(task, train, validation, run=run, name=name, callbacks=callbacks)
 
 

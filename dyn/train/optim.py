@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from dyn.models.hosts import find_host
 from dyn.nn.experts import Gate
 from dyn.nn.masked import flat_matrices
 
@@ -89,23 +90,29 @@ def schedule(cfg: RecipeConfig, total: int) -> Callable[[int], float]:
     return multiplier
 
 
-def recipe_optimizer(module: nn.Module, cfg: RecipeConfig, head: nn.Module | None = None) -> torch.optim.Optimizer:
-    """The recipe's optimiser over the trained parameters of `module`, those of its part `head` at the head's rate.
+def recipe_optimizer(module: nn.Module, cfg: RecipeConfig) -> torch.optim.Optimizer:
+    """The recipe's optimiser over the trained parameters of `module`, those of its head at the head's rate where one is set.
 
     Raises:
         ValueError: nothing is left to train, or a head's rate without a head.
     """
-    if cfg.head_lr is not None and head is None:
-        raise ValueError(f"optim.head_lr={cfg.head_lr}, but no head was named")
     groups = param_groups(module, cfg.weight_decay, cfg.decay_all)
     if not groups:
         raise ValueError(f"{type(module).__name__} has no parameter with requires_grad: everything is frozen")
     if cfg.head_lr is not None:
-        groups = _with_rate(groups, head.parameters(), cfg.head_lr)
+        groups = _with_rate(groups, _head(module), cfg.head_lr)
     fused = _fusable(groups) or None
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=fused)
+
+
+def _head(net: nn.Module) -> list[nn.Parameter]:
+    """What turns features into a task's output: the classifier of a network as timm makes them, the head of one of transformers."""
+    heads = [net.get_classifier()] if hasattr(net, "get_classifier") else find_host(net).heads
+    if not (found := [p for head in heads for p in head.parameters() if p.requires_grad]):
+        raise ValueError(f"optim.head_lr is set, and {type(net).__name__} has no head of its own that is trained")
+    return found
 
 
 def param_groups(module: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict]:

@@ -34,11 +34,11 @@ def shape(model: Any, dense: Any) -> Any:
 
 def memory_per_device(net: torch.nn.Module, *, batch_size: int, block_size: int, shards: int, bf16: bool, checkpointing: bool) -> dict[str, float]:
     """A first-order estimate in GiB: weights, gradients and Adam's moments of what is trained, in float32 cut into `shards`, the computing copy of two
-    layers and the embeddings, saved activations (only each layer's input with checkpointing, and one layer's inside), and the logits with their gradient
-    in float32."""
+    layers and the embeddings (of everything where weights are not cut: autocast keeps its copies), saved activations (only each layer's input with
+    checkpointing, and one layer's inside), and the logits with their gradient in float32."""
     config, counts, width = net.config, count_parameters(net), 2 if bf16 else 4
     tokens, hidden, layers = batch_size * block_size, config.hidden_size, config.num_hidden_layers
-    embeddings = 2 * config.vocab_size * hidden
+    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden
     per_layer = (counts["total"] - embeddings) / layers
     inner = counts["active"] - embeddings if counts["active"] > embeddings else counts["active"]
     # Inside a layer about one value is kept for each unit of every matrix product's input: norms and attention 8 D, the feed-forward 3 of its active width.
@@ -46,7 +46,7 @@ def memory_per_device(net: torch.nn.Module, *, batch_size: int, block_size: int,
     inside = tokens * (8 * hidden + 3 * ffn) * width
     parts = {
         "weights, gradients, moments": (4 * counts["total"] + 12 * counts["trainable"]) / shards,
-        "computing copy": (2 * per_layer + embeddings) * width if shards > 1 or bf16 else 0,
+        "computing copy": (2 * per_layer + embeddings if shards > 1 else counts["total"]) * width if shards > 1 or bf16 else 0,
         "activations": tokens * hidden * layers * width + inside if checkpointing else inside * layers,
         "logits": 2 * 4 * tokens * config.vocab_size,
     }

@@ -131,7 +131,7 @@ def load_corpus(cfg: Any, run: Any, source: Any, tokenizer: Any) -> Corpus:
         return {d: shares[data.stand_for.get(d, d)] for d in domains}
 
     tokens = shard(data.text, tokenizer, data.cache or str(cache_folder() / "tokens"), keep=_filters(cfg, source, tokenizer), bos=data.bos, accept=weigh,
-                   log=run.log)
+                   log=run.log, lead=world(cfg.trainer)[0] == 0)
     missing = [f"{d} has no {split} documents" for d in tokens for split in ("train", "validation") if split not in tokens[d]]
     if missing:
         raise ValueError(f"data.text.path={data.text.path}: {'; '.join(missing)}")
@@ -160,7 +160,7 @@ def _filters(cfg: Any, source: Any, tokenizer: Any) -> dict[str, Any]:
 def _measure_dense(cfg: Any, source: Any, tokenizer: Any, corpus: Corpus) -> dict[str, Any]:
     """The untrained dense model: losses (the references of dynamic weights), samples, and how many steps the time budget holds."""
     net = _pretrained(source)
-    samples = _samples(cfg, net, tokenizer)  # before evaluating, which may shard the network
+    samples = _samples(cfg, net, tokenizer) if world(cfg.trainer)[0] == 0 else []  # before evaluating, which may shard the network
     steps = cfg.steps()
     if cfg.minutes is not None:
         net.to(own_device(cfg.trainer))
@@ -184,7 +184,7 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
     if cfg.model.train == "gates" and name != "control":
         train_only(net, Gate)
     counts, flops = count_parameters(net), flops_per_token(net, cfg.data.block_size)
-    before = _samples(cfg, net, tokenizer) if kind != "dense" or cfg.model.start == "scratch" else dense["samples"]
+    before = dense["samples"] if kind == "dense" and cfg.model.start != "scratch" else _samples(cfg, net, tokenizer) if rank == 0 else []
     config = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_first=True, val_every=min(cfg.val_every(), math.ceil(steps / 2)))
     optim = dataclasses.replace(cfg.optim, warmup_steps=min(cfg.optim.warmup_steps, steps // 4), gate_lr=gate_lr(cfg, kind))
     load = ExpertLoad()

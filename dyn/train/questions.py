@@ -82,7 +82,7 @@ class QuestionAnswering(Supervised):
     f1_unanswerable and best_f1 (with the threshold chosen afterwards on the same questions: an upper bound). `answers`: set -> `Answer` by question.
 
     Args:
-        net, optim, sets, cfg, head: as in `Supervised`.
+        net, optim, sets, cfg: as in `Supervised`.
         questions: set -> the questions that its windows are of.
         unanswerable: may the answer be "none"?
         answer: how spans are read.
@@ -91,8 +91,8 @@ class QuestionAnswering(Supervised):
     unit = "windows"
 
     def __init__(self, net: nn.Module | Callable[[], nn.Module], optim: RecipeConfig, sets: Sequence[str], cfg: TrainerConfig, *,
-                 questions: Mapping[str, QuestionSet], unanswerable: bool, answer: AnswerConfig | None = None, head: str | None = None) -> None:
-        super().__init__(net, optim, sets, cfg, head=head)
+                 questions: Mapping[str, QuestionSet], unanswerable: bool, answer: AnswerConfig | None = None) -> None:
+        super().__init__(net, optim, sets, cfg)
         self.questions, self.unanswerable = dict(questions), unanswerable
         self.answer = AnswerConfig() if answer is None else answer
 

@@ -85,7 +85,7 @@ def full_steps(cfg: Any, examples: int) -> int:
 
 def epoch_steps(cfg: Any, examples: int) -> float:
     """Optimiser steps in an epoch."""
-    return examples // (cfg.batch_size * cfg.trainer.world_size) / cfg.trainer.accumulate
+    return max(1, examples // (cfg.batch_size * cfg.trainer.world_size)) / cfg.trainer.accumulate  # fewer examples than a batch are one
 
 
 def fitting_steps(cfg: Any, run: Any, wanted: Mapping[str, int], nets: Iterable[Callable[[], nn.Module]], data: Any,
@@ -140,10 +140,11 @@ def sentence_loss(net: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def scoring_batches(cfg: Any, data: SentenceData, count: int) -> list[Inputs]:
-    """`count` random training batches of the size of a step, for criteria that look at data; other ones than the training's first."""
-    size = min(cfg.batch_size * cfg.trainer.accumulate * cfg.trainer.world_size, len(data.train))
-    device = own_device(cfg.trainer)
-    return [_on(batch, device) for batch in ResumableLoader(data.train, batch_size=size, seed=cfg.seed + 1, num_batches=count)]
+    """Random training examples, as many as in `count` steps, for criteria that look at data; other ones than the training's first. In batches of the training's
+    own size, since one device scores."""
+    size, device = min(cfg.batch_size, len(data.train)), own_device(cfg.trainer)
+    number = count * max(1, min(cfg.batch_size * cfg.trainer.accumulate * cfg.trainer.world_size, len(data.train)) // size)
+    return [_on(batch, device) for batch in ResumableLoader(data.train, batch_size=size, seed=cfg.seed + 1, num_batches=number)]
 
 
 def scores(metrics: Mapping[str, float], data: SentenceData) -> dict[str, float]:

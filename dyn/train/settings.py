@@ -146,6 +146,10 @@ def check_trainings(cfg: Any, **least: int) -> None:
             raise ValueError(f"trainer.{name}={getattr(cfg.trainer, name)} would be ignored by this experiment; set {instead}")
     if cfg.minutes is not None and cfg.trainer.world_size > 1:
         raise ValueError(f"minutes={cfg.minutes} is for one device; give epochs for {cfg.trainer.world_size}")
+    if getattr(cfg.data, "tuning", 0) and not hasattr(cfg, "rates"):
+        raise ValueError(f"data.tuning={cfg.data.tuning} holds examples out for choosing learning rates, which this experiment does not; set 0")
+    if (mix := getattr(cfg, "classify", None)) and (mix.mixup or mix.cutmix) and not hasattr(cfg.data, "size"):
+        raise ValueError(f"classify.mixup={mix.mixup} and classify.cutmix={mix.cutmix} mix images, and these examples are none; set 0")
     if cfg.trainer.kind == "fsdp2":
         raise ValueError("these networks fit a device: set trainer.strategy=ddp")
 

@@ -61,7 +61,7 @@ class Summarisation(Supervised):
     rouge1, rouge2, rougeL (means over pairs, each once) and length (tokens written). `answers`: set -> `Summary` by pair.
 
     Args:
-        net, optim, sets, cfg, head: as in `Supervised`.
+        net, optim, sets, cfg: as in `Supervised`.
         tokenizer: turns what is written into text.
         pairs: set -> the pairs that its batches are of.
         generate: smoothing, and how the net writes.
@@ -73,8 +73,8 @@ class Summarisation(Supervised):
     unit = "pairs"
 
     def __init__(self, net: nn.Module | Callable[[], nn.Module], optim: RecipeConfig, sets: Sequence[str], cfg: TrainerConfig, *, tokenizer: Any,
-                 pairs: Mapping[str, SummarySet], generate: GenerateConfig | None = None, head: str | None = None) -> None:
-        super().__init__(net, optim, sets, cfg, head=head)
+                 pairs: Mapping[str, SummarySet], generate: GenerateConfig | None = None) -> None:
+        super().__init__(net, optim, sets, cfg)
         self.tokenizer, self.pairs = tokenizer, dict(pairs)
         self.generate = GenerateConfig() if generate is None else generate
 

@@ -30,26 +30,17 @@ class Supervised(Task):
         optim: optimiser and schedule, over `cfg.max_steps`.
         sets: names of the validation sets, in the order of the validation loaders.
         cfg: precision, logging.
-        head: path of the net's last layer, for `optim.head_lr`.
     """
 
-    def __init__(self, net: nn.Module | Callable[[], nn.Module], optim: RecipeConfig, sets: Sequence[str], cfg: TrainerConfig, *,
-                 head: str | None = None) -> None:
+    def __init__(self, net: nn.Module | Callable[[], nn.Module], optim: RecipeConfig, sets: Sequence[str], cfg: TrainerConfig) -> None:
         super().__init__(net, optim, sets, cfg)
-        self.head, self.examples = head, 0
+        self.examples = 0
         self.val_metrics: dict[str, float] = {}
         self.answers: dict[str, Any] = {}
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The recipe, by optimiser step."""
-        head = None
-        if self.head is not None:
-            try:
-                head = self.net.get_submodule(self.head)
-            except AttributeError:
-                parts = ", ".join(name for name, _ in self.net.named_children())
-                raise ValueError(f"head={self.head!r} is no part of {type(self.net).__name__}; it has {parts}") from None
-        optimizer = recipe_optimizer(self.net, self.optim, head)
+        optimizer = recipe_optimizer(self.net, self.optim)
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(self.optim, self.cfg.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
@@ -103,7 +94,7 @@ class Supervised(Task):
     def about(self) -> dict[str, Any]:
         """The head, and the names and shapes of the net's tensors: classes tell little."""
         shapes = ";".join(f"{name} {tuple(value.shape)}" for name, value in self.net.state_dict().items())
-        return {"tensors": zlib.crc32(shapes.encode()), "head": self.head}
+        return {"tensors": zlib.crc32(shapes.encode())}
 
 
 def gathered(rows: Any) -> Any:

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from dyn.nn.experts import Gate
 from dyn.nn.surgery import count_parameters
 from dyn.train.settings import TrainerConfig
 
@@ -103,6 +104,9 @@ class Task(LightningModule):
         mesh = self.device_mesh["data_parallel"]
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if self.cfg.precision == "bf16-mixed" else MixedPrecisionPolicy()
         blocks = set(getattr(self.net, "_no_split_modules", None) or ())
+        for module in list(self.net.modules()):
+            if isinstance(module, Gate):  # in float32, as everywhere; first, so that its block leaves it out
+                fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy())
         for module in list(self.net.modules()):
             if type(module).__name__ in blocks:
                 fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
@@ -32,6 +32,7 @@ __all__ = ["TrainerConfig", "check_world", "evaluate", "find_checkpoint", "fit",
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its notices on devices and tips would break up the progress lines
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's, about its own use of torch
+warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # values are the same on every rank already
 warnings.filterwarnings("ignore", message=".*SpearmanCorrcoef. will save all.*")  # of one validation set, and only at its end
 
 
@@ -94,6 +95,8 @@ def fit(trainer: Trainer, task: Task, train_loader: Any, val_loaders: Mapping[st
     if ckpt is not None:
         ckpt = str(verify_checkpoint(ckpt))
     stop.checkpoints.fresh = ckpt is None
+    if (found := getattr(train_loader, "rank", trainer.global_rank)) != trainer.global_rank:
+        raise ValueError(f"the training data are those of rank {found}, and this process has rank {trainer.global_rank}")
     shards = _share(val_loaders, trainer)
     with stop.run.graceful():
         try:
@@ -123,9 +126,7 @@ def validate(task: Task, val_loaders: Mapping[str, Iterable], cfg: TrainerConfig
 
 def world(cfg: TrainerConfig) -> tuple[int, int]:
     """(rank, number of processes) of this process, as torchrun, srun or Lightning's launcher set it; for loaders that are made before the trainer."""
-    local, node = env.local_rank(), int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0)))
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", node * cfg.devices + local))) if cfg.world_size > 1 else 0
-    return rank, cfg.world_size
+    return env.rank(cfg.devices) if cfg.world_size > 1 else 0, cfg.world_size
 
 
 def on_gpu(cfg: TrainerConfig) -> bool:
@@ -140,8 +141,10 @@ def own_device(cfg: TrainerConfig) -> torch.device:
 
 def check_world(cfg: TrainerConfig) -> None:
     """ValueError when another number of processes was started than the settings say."""
-    if (launched := env.world_size()) not in (1, cfg.world_size):
-        raise ValueError(f"{launched} processes were started, trainer.devices x trainer.num_nodes = {cfg.world_size}: set them to what is started")
+    launched, alone = env.world_size(), "RANK" not in os.environ and not env.by_srun() and not (cfg.num_nodes > 1 and "NODE_RANK" not in os.environ)
+    if launched != cfg.world_size and not (launched == 1 and alone):  # one process may still launch the others of its machine
+        raise ValueError(f"{launched} process{'es were' if launched > 1 else ' was'} started, trainer.devices x trainer.num_nodes = {cfg.world_size}: set them "
+                         "to what is started, and start on several machines by torchrun or srun")
 
 
 def _machine(cfg: TrainerConfig) -> dict[str, Any]:
@@ -151,12 +154,12 @@ def _machine(cfg: TrainerConfig) -> dict[str, Any]:
         raise ValueError("trainer.accelerator=gpu: torch finds no GPU here; allowed: auto, cpu")
     strategy: Any = "auto"
     if cfg.kind == "ddp":
-        strategy = DDPStrategy()
+        strategy = DDPStrategy(gradient_as_bucket_view=True)
     elif cfg.kind == "fsdp2":
         strategy = ModelParallelStrategy(data_parallel_size=cfg.world_size, tensor_parallel_size=1, save_distributed_checkpoint=False)
     plugins: list[Any] = [AtomicCheckpointIO()]
-    if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # our signal handlers see to it
+    if SLURMEnvironment.detect():  # one process in a job launches the others itself; our signal handlers see to the end
+        plugins.append(SLURMEnvironment(auto_requeue=False) if env.by_srun() else LightningEnvironment())
     return dict(accelerator="gpu" if cuda and cfg.accelerator != "cpu" else "cpu", devices=cfg.devices, num_nodes=cfg.num_nodes, strategy=strategy,
                 precision="bf16-mixed" if cfg.precision == "bf16-mixed" and cfg.kind != "fsdp2" else "32-true", plugins=plugins, num_sanity_val_steps=0,
                 use_distributed_sampler=False, enable_model_summary=False, inference_mode=False)

@@ -67,6 +67,15 @@ def test_equal_kernels_that_turn_static_change_nothing(kind):
     torch.testing.assert_close(net(x()), before)
 
 
+@pytest.mark.parametrize("form", ["masked", "compact"])
+def test_functional_gradients(form):
+    net = layer() if form == "masked" else compact(layer())
+    inputs, named = x(), {key: p.detach() for key, p in net.named_parameters()}
+    found = torch.func.grad(lambda p: torch.func.functional_call(net, p, (inputs,)).square().sum())(named)
+    net(inputs).square().sum().backward()
+    torch.testing.assert_close(found, {key: p.grad for key, p in net.named_parameters()})
+
+
 def test_a_mask_that_is_refused_leaves_no_trace():
     net = DynamicConv2d(4, 6, 3)
     with pytest.raises(ValueError, match="mask must be bool"):

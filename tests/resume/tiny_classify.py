@@ -46,6 +46,9 @@ class Attentive(nn.Module):
         self.temperature = math.nan
         self.register_buffer("mask", torch.rand(self.second.weight.shape) < 0.5)
 
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
     def forward(self, images: Tensor) -> Tensor:
         x = self.norm(self.stem(images)).relu()
         x = self.second(x).relu().mean((2, 3))
@@ -90,6 +93,9 @@ class Reader(nn.Module):
         self.embed, self.layer = nn.Embedding(30, 8), nn.TransformerEncoderLayer(8, 2, 16, dropout, batch_first=True)
         self.classifier = nn.Linear(8, 1)
 
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Said:
         x = self.layer(self.embed(input_ids), src_key_padding_mask=attention_mask == 0)
         return Said(logits=self.classifier(x[:, 0]), aux_loss=0.01 * x.square().mean())
@@ -111,12 +117,12 @@ def train(run: Run, cfg: Config) -> tuple[Classifier, dict[str, float]]:
         data, held = (ArrayImages(*tiny_pictures(count, seed=seed), [0.5] * 3, [0.25] * 3, pad=2, flip=True) for count, seed in ((26, 1), (10, 2)))
         net = Attentive(dropout)
         classify = ClassifyConfig(ema=0.9, **({} if cfg.plain else dict(mixup=0.3, label_smoothing=0.1)))
-        task = Classifier(net, optim, ["held"], cfg.trainer, num_labels=3, metrics=("accuracy", "f1"), classify=classify, head="classifier")
+        task = Classifier(net, optim, ["held"], cfg.trainer, num_labels=3, metrics=("accuracy", "f1"), classify=classify)
         callbacks = [KeepMask(net.keep), Temperature(lambda step: max(1.0, 30.0 - 3 * step), net.warm, log_every=1)]
     else:
         data, held = Sentences(26, 1), Sentences(10, 2)
         net = functools.partial(encoder, dropout, cfg.plain) if cfg.kind == "moe" else functools.partial(Reader, dropout)
-        task = Classifier(net, optim, ["held"], cfg.trainer, num_labels=1, metrics=("pearson", "spearman"), head="classifier")
+        task = Classifier(net, optim, ["held"], cfg.trainer, num_labels=1, metrics=("pearson", "spearman"))
         callbacks = []
     loader = ResumableLoader(data, batch_size=cfg.batch_size, num_batches=cfg.trainer.max_steps * cfg.trainer.accumulate, seed=5, rank=rank, world_size=size,
                              lengths=getattr(data, "lengths", None), workers=cfg.workers, drop_last=cfg.kind == "images")

@@ -136,7 +136,7 @@ def test_peaks_say_where_they_come_from(monkeypatch):
     source = f"measured rate of bfloat16 matrix products on this CPU, {torch.get_num_threads()} threads"
     assert speed.peak_flops(torch.device("cpu"), torch.bfloat16) == (5.0, source)
     gpu = torch.device("cuda")
-    sheets = {"H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100-SXM4-80GB": 312e12, "NVIDIA L4": 121e12, "L40S": 362e12,
+    sheets = {"H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "H200": 989e12, "H200 NVL": 835e12, "A100-SXM4-80GB": 312e12, "NVIDIA L4": 121e12, "L40S": 362e12,
               "NVIDIA A40": 150e12, "NVIDIA GH200 480GB": 989e12}
     for name, expected in sheets.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)

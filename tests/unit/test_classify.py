@@ -50,6 +50,9 @@ class Reader(nn.Module):
         torch.manual_seed(0)
         self.embed, self.classifier, self.aux = nn.Embedding(20, 8), nn.Linear(8, labels), aux
 
+    def get_classifier(self):
+        return self.classifier
+
     def forward(self, input_ids, attention_mask):
         weight = attention_mask[..., None].float()
         logits = self.classifier((self.embed(input_ids) * weight).sum(1) / weight.sum(1))
@@ -188,6 +191,8 @@ def test_the_average_is_what_is_validated(tmp_path):
     for step, state in enumerate(states, 1):
         decay = min(0.5, (1 + step) / (10 + step))
         expected = {k: v * decay + state[k] * (1 - decay) for k, v in expected.items() if v.is_floating_point()}
+    ignored = set(task._ddp_params_and_buffers_to_ignore)  # running statistics and their averages are sent around, weights' averages are not
+    assert ignored == {f"average.{k.replace('.', '|')}" for k, _ in task.net.named_parameters()} and ignored <= dict(task.named_buffers()).keys()
     assert task.averages().keys() == expected.keys()
     for key, value in task.averages().items():
         torch.testing.assert_close(value, expected[key])
@@ -221,7 +226,7 @@ def test_an_encoder_of_transformers_on_glue(tmp_path, monkeypatch):
     net.bert.embeddings.requires_grad_(False)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     task, losses, _ = train(tmp_path, net, config(max_steps=4), data.train, {**data.validation, "tuning": data.tuning}, num_labels=data.num_labels,
-                            metrics=data.metrics, head="classifier", optim=RecipeConfig(lr=1e-3, head_lr=1e-2))
+                            metrics=data.metrics, optim=RecipeConfig(lr=1e-3, head_lr=1e-2))
     assert set(losses) == {"validation", "tuning"} and "val/tuning/matthews" in task.val_metrics
     changed = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
     assert "classifier.weight" in changed and not any("embeddings" in k for k in changed)
@@ -271,11 +276,12 @@ def test_the_schedules():
 
 def test_groups_of_the_recipe():
     net = Reader(2)
-    groups = recipe_optimizer(net, RecipeConfig(lr=1e-3, head_lr=1e-2, weight_decay=0.1), net.classifier).param_groups
+    groups = recipe_optimizer(net, RecipeConfig(lr=1e-3, head_lr=1e-2, weight_decay=0.1)).param_groups
     assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups] == [(1e-3, 0.1, 1), (1e-2, 0.1, 1), (1e-2, 0.0, 1)]
     [group] = recipe_optimizer(net, RecipeConfig(decay_all=True)).param_groups
     assert group["weight_decay"] == 0.1 and len(group["params"]) == 3
-    with pytest.raises(ValueError, match="no head was named"):
+    net.get_classifier = lambda: nn.Identity()
+    with pytest.raises(ValueError, match="Reader has no head of its own that is trained"):
         recipe_optimizer(net, RecipeConfig(head_lr=1.0))
     with pytest.raises(ValueError, match="everything is frozen"):
         recipe_optimizer(net.requires_grad_(False), RecipeConfig())
@@ -295,8 +301,6 @@ def test_settings_that_are_refused(tmp_path):
         ClassifyConfig(ema=1.0)
     with pytest.raises(ValueError, match=r"classify.mixup=-1\.0"):
         ClassifyConfig(mixup=-1.0)
-    with pytest.raises(ValueError, match=r"head='nothing' is no part of Reader; it has embed, classifier"):
-        train(tmp_path, Reader(2), config(), Words(), Words(9), num_labels=2, head="nothing", optim=RecipeConfig(head_lr=1.0))
     with pytest.raises(ValueError, match="warmup_steps=6 must be smaller than max_steps=6"):
         Classifier(Reader(2), RecipeConfig(warmup_steps=6), ["v"], config(), num_labels=2)
 

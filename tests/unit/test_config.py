@@ -66,6 +66,11 @@ def test_layers_in_order(root):
     assert (cfg.seed, cfg.optim.lr, cfg.optim.kind) == (7, 0.5, "sgd")
 
 
+def test_a_mapping_replaces_the_one_that_was_there():
+    assert load("tags={b: 2}", row={"tags.a": 1.0}).tags == {"b": 2.0} and load("tags={}", row={"tags.a": 1.0}).tags == {}
+    assert load("tags.b=2", row={"tags.a": 1.0}).tags == {"a": 1.0, "b": 2.0}
+
+
 @pytest.mark.parametrize(
     ("word", "key", "value"),
     [

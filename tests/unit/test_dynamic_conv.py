@@ -152,7 +152,7 @@ def test_odconv_trains_on_a_batch_of_one(caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("make", [
-    (lambda: DynamicConv2d(8, 8, 3, num_kernels=0), r"DynamicConv2d\(8, 8, 3\): num_kernels=0 and reduction=16 must be integers, at least 1"),
+    (lambda: DynamicConv2d(8, 8, 3, num_kernels=0), r"DynamicConv2d\(8, 8, 3\): numbers of channels, num_kernels=0 and reduction=16 must be"),
     (lambda: CondConv2d(8, 9, 3, groups=4), r"groups=4 must divide both numbers of channels"),
     (lambda: ODConv2d(8, 8, 3, form="best"), "form='best' is unknown; allowed: auto, loop"),
     (lambda: DynamicConv2d(8, 8, 3, padding="same"), "padding='same' must be given in numbers"),
@@ -166,6 +166,14 @@ def test_odconv_trains_on_a_batch_of_one(caplog, monkeypatch):
 def test_errors(make):
     with pytest.raises(ValueError, match=make[1]):
         make[0]()
+
+
+@pytest.mark.parametrize(("arguments", "settings", "words"), [
+    ((8, 8, 3), dict(temperature=0.0), "temperature=0.0 must be positive"), ((8, 8, 3), dict(temperature=float("nan")), "temperature=nan"),
+    ((8, 0, 3), {}, "numbers of channels")])
+def test_layers_that_cannot_be(arguments, settings, words):
+    with pytest.raises(ValueError, match=words):
+        DynamicConv2d(*arguments, **settings)
 
 
 @pytest.mark.parametrize("kind", ["dyconv", "condconv", "odconv"])

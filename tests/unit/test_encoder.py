@@ -317,7 +317,7 @@ def replaced():
     (lambda: transformers.GPT2Model(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1)), {},
      r"GPT2Model \(model_type 'gpt2'\) is not supported; allowed: bert, roberta, albert"),
     (lambda: nn.Linear(3, 3), {}, r"Linear \(model_type None\) is not supported"), (lambda: make_moe(dense(), 4, 2), {}, "has experts already"),
-    (dense, dict(num_experts=2, num_experts_per_tok=3), r"num_experts_per_tok=3 must be between 1 and num_experts=2 \(make_moe\)"),
+    (dense, dict(num_experts=2, num_experts_per_tok=3), r"num_experts_per_tok=3 must be between 1 and num_experts=2, both integers \(make_moe\)"),
     (dense, dict(num_experts_per_tok=0), "num_experts_per_tok=0 must be between 1"),
     (dense, dict(where="in"), "where='in' is unknown; allowed: both, out, int"),
     (dense, dict(gate="top"), "gate='top' is unknown"),

@@ -157,8 +157,12 @@ def test_large_images_are_read_one_by_one_and_workers_do_not_matter(tmp_path, se
 def test_a_corrupt_image_is_named(tmp_path):
     folder = Path(tiny_image_folder(tmp_path / "large", count=6, size=80))
     bad = folder / "train" / "stripes1" / "0999.png"
-    bad.write_bytes(next((folder / "train" / "stripes1").glob("*.png")).read_bytes()[:200])
+    whole = next((folder / "train" / "stripes1").glob("*.png")).read_bytes()
+    bad.write_bytes(whole)
     data = open_images(ImageSource(path=str(folder), size=32), **silent)
+    bad.write_bytes(whole[:200])
+    with pytest.raises(ValueError, match=r"stripes1.0999\.png: not a readable image"):
+        open_images(ImageSource(path=str(folder), size=32), **silent)  # where it is one of those that are looked at
     with pytest.raises(ValueError, match=r"stripes1.0999\.png: not a readable image"):
         data.train.batch(np.arange(len(data.train)), None)
     bad.write_text("not an image")

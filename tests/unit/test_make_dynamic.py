@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import prune
 
 from dyn.models.resnet import ENTRIES, make_network
 from dyn.nn.bank import Banked
@@ -27,6 +28,29 @@ def network():
     return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, padding="same", stride=1), nn.ReLU(),
                          nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=4, bias=False), nn.ReLU(),
                          nn.Conv2d(16, 16, 3, groups=16, dilation=2, bias=False)).double().eval()
+
+
+def test_convolutions_that_others_hang_on_stay_static(caplog):
+    conv = lambda: nn.Conv2d(4, 4, 3)  # noqa: E731
+    normed = nn.utils.spectral_norm(conv()), nn.utils.parametrizations.weight_norm(conv())
+    model = nn.Sequential(conv(), *normed, conv(), conv(), conv(), conv().to(torch.complex64))
+    prune.random_unstructured(model[3], "weight", 0.5)
+    handle = model[4].register_forward_hook(lambda *_: None)
+    make_dynamic(model, start="fresh")
+    assert names(model) == ["5"] and "5 convolutions stay static" in caplog.text and "or others hang on them: 1, 2, 3, 4, 6" in caplog.text
+    handle.remove()
+
+
+def test_inner_classifiers_stay_static():
+    model = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=5, aux_loss=True)
+    assert {name for name, _ in make_dynamic(model, num_kernels=2).named_modules() if name in ("classifier.4", "aux_classifier.4")}.isdisjoint(names(model))
+    wrapped = nn.ModuleDict({"backbone": torchvision.models.squeezenet1_1(), "neck": nn.Conv2d(10, 10, 1)})
+    assert {"backbone.classifier.1", "neck"} & set(names(make_dynamic(wrapped))) == {"neck"}
+
+
+def test_features_are_traced_around_dynamic_layers():
+    found = timm.create_model("dyconv_resnet10", num_kernels=2, features_only=True, feature_cls="fx", out_indices=(1, 2))(torch.randn(1, 3, 32, 32))
+    assert [f.shape[1] for f in found] == [64, 128]
 
 
 @pytest.mark.parametrize("kind", KINDS)

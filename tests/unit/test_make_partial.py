@@ -12,7 +12,7 @@ from dyn.core.partition import kept_count
 from dyn.nn import partial as partial_module
 from dyn.nn.bank import Banked
 from dyn.nn.dynamic_conv import set_temperature
-from dyn.nn.partial import CRITERIA, compact, make_partial, switches
+from dyn.nn.partial import CRITERIA, compact, make_partial, settle, switches
 from dyn.nn.surgery import count_parameters, dynamic_shares, make_dynamic
 
 TOTAL = 8 * 4 * 9 + 8 * 4 * 9 + 10 * 8
@@ -255,6 +255,45 @@ def test_a_second_call_that_a_layer_cannot_fill():
     model = make_partial(network(), data(), loss, keep=0.3)
     with pytest.raises(ValueError, match=r"keep=0.2 with scope=local: .* has \d+ positions left and should keep \d+"):
         make_partial(model, None, None, keep=0.2, scope="local", method="random", seed=3)
+
+
+def test_dead_entries_that_somebody_moved_are_settled():
+    model = make_partial(network(), data(), loss, keep=0.3).eval()
+    before = model(data()[0][0])
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, Banked):  # as an optimiser that mixes elements does
+                m.weight.add_(~m.partial.mask)
+                m.partial.static.add_(m.partial.mask)
+    assert not torch.allclose(model(data()[0][0]), before)
+    torch.testing.assert_close(settle(model)(data()[0][0]), before)
+    layer = next(m for m in model.modules() if isinstance(m, Banked))
+    layer.reset_parameters()
+    assert not layer.weight[:, ~layer.partial.mask].any()
+
+
+def test_a_factor_waits_for_its_first_static_position():
+    model = network()
+    for m in model.modules():
+        if isinstance(m, Banked):
+            m.add_partial("s")
+    model.train()(data()[0][0]).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    make_partial(model, data(), loss, keep=0.3, scales="s")
+    assert all(m.partial.phi.requires_grad for m in model.modules() if isinstance(m, Banked))
+
+
+def test_modes_are_put_back_whatever_the_loss_does():
+    model = network().eval()
+    make_partial(model, data(), lambda m, batch: loss(m.train(), batch), keep=0.3)
+    assert not any(m.training for m in model.modules())
+
+
+def test_synflow_of_networks_that_take_no_ones():
+    with pytest.raises(ValueError, match=r"whose input is torch.int64; give flow="):
+        make_partial(network(), [(torch.ones(2, 3, dtype=torch.int64), None)], loss, method="synflow")
+    told = make_partial(network(), None, None, keep=0.3, method="synflow", rounds=1, flow=lambda m: m(torch.ones(1, *data()[0][0].shape[1:])).sum())
+    assert sum(int(m.partial.mask.sum()) for m in told.modules() if isinstance(m, Banked)) > 0
 
 
 @pytest.mark.parametrize(("scales", "keep"), [("s", 1.0), ("d", 0.0)])

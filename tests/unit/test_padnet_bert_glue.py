@@ -58,7 +58,8 @@ def test_names_and_controls():
     (["tasks=[ax]"], "tasks=ax is unknown; allowed: cola"), (["tasks=[]"], r"tasks=\[\]: at least one"), (["tasks=[rte,rte]"], "each once"),
     (["data.task=cola"], "data.task=cola would be ignored"), (["model.keep=1.5"], r"keep=1.5 must lie in \[0, 1\]"), (["epochs=0"], "epochs=0.0"),
     (["model.num_experts_per_tok=9"], "num_experts_per_tok=9 must be at most num_experts=4"), (["trainer.max_steps=5"], "max_steps=5 would be ignored"),
-    (["compact_examples=-1"], "compact_examples=-1 must be at least 1"),
+    (["compact_examples=-1"], "compact_examples=-1 must be at least 1"), (["data.tuning=0.5"], "data.tuning=0.5 holds examples out"),
+    (["classify.mixup=0.2"], "classify.mixup=0.2 and classify.cutmix=0.0 mix images"),
     (["beside=[pad]"], "must be methods other than"), (["trainer.strategy=fsdp2"], "trainer.strategy=ddp"),
 ])
 def test_settings_that_are_refused(words, message):
@@ -85,7 +86,7 @@ def test_scores_are_glues():
 
 def test_length(monkeypatch):
     cfg = smoke(["epochs=3.0", "batch_size=8"])
-    assert sentences.full_steps(cfg, 3668) == 3 * 458 and sentences.full_steps(cfg, 5) == 1
+    assert sentences.full_steps(cfg, 3668) == 3 * 458 and sentences.full_steps(cfg, 5) == 3  # an epoch of fewer examples than a batch is one
     wanted = {"mrpc": 300, "cola": 100}
     assert sentences.fitting_steps(cfg, None, wanted, [], data()) == wanted
     timed = dataclasses.replace(cfg, minutes=1.0)

@@ -180,6 +180,12 @@ def test_claims_beside_what_was_measured(ours, theirs, verdict):
     assert verdicts.claims(rows[1], rows) == []
 
 
+def test_claims_count_the_seeds_that_both_have():
+    rows = grouped(*partial("PAD", [0.70, 0.71, 0.9, 0.9], claims=[CLAIM]), *partial("dynamic", [0.70, 0.71], 1.0))
+    [line] = verdicts.claims(rows[0], rows)
+    assert line.startswith("PAD is better: undecided") and "difference +0" in line
+
+
 def test_a_claim_without_its_control_has_no_verdict():
     other = [item | {"config": item["config"] | {"data": "other"}} for item in partial("dynamic", [0.7, 0.7, 0.8])]
     rows = grouped(*partial("PAD", [0.8, 0.81, 0.82], claims=[CLAIM]), *other)

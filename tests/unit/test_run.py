@@ -100,10 +100,10 @@ def test_an_experiment_may_cancel_itself(fake, capsys):
 def test_result_that_cannot_be_written_is_an_error(fake, capsys, monkeypatch):
     write = runfolder.write_json
 
-    def full(path, value):
+    def full(path, value, **how):
         if path.name == "result.json":
             raise OSError(28, "No space left on device")
-        write(path, value)
+        write(path, value, **how)
 
     monkeypatch.setattr(runfolder, "write_json", full)
     assert main(["fake"]) == 1
@@ -113,10 +113,10 @@ def test_result_that_cannot_be_written_is_an_error(fake, capsys, monkeypatch):
 def test_a_sweep_on_a_full_disk_ends_with_its_table(fake, capsys, monkeypatch):
     write, create = runfolder.write_json, run.create
 
-    def full(path, value):
+    def full(path, value, **how):
         if path.name == "result.json":
             raise OSError(28, "No space left on device")
-        write(path, value)
+        write(path, value, **how)
 
     def at_first(*words, row, **more):
         if row == "third":
@@ -195,6 +195,34 @@ def test_one_row_of_a_sweep(fake):
     assert main(["fake", "sweep=table", "only=3", "profile=smoke"]) == 0
     made = result(folders()[0])
     assert made["what"]["row"] == "third" and made["config"]["optim"] == {"lr": 0.3, "kind": "sgd"}
+
+
+@pytest.mark.parametrize("word", ["lr=0.5", "optim.lr=0.5", "optim={lr: 0.5}"])
+def test_a_rows_settings_are_its_own_however_they_are_called(fake, capsys, word):
+    assert "optim.lr: set by the sweep's row 'third' and on the command line" in error_of(capsys, "fake", "sweep=table", "only=3", word)
+
+
+def test_a_command_that_a_queue_may_repeat(fake, capsys):
+    for _ in range(2):
+        main(["fake", "mode=value", "resume=auto"])
+    [begun] = folders()
+    assert result(begun)["starts"] == 2
+    (begun.with_name("foreign")).mkdir()
+    (begun.with_name("foreign") / "stages.json").write_text("{}")
+    main(["fake", "mode=value", "seed=1", "resume=auto"])
+    assert len(folders()) == 3, "another config is another run"
+    assert main(["fake", "resume=auto"]) == main(["fake", "resume=auto"]) == 0 and len(folders()) == 5, "one that has ended is begun anew"
+    assert "resume=auto takes one row of 3; choose it by only=" in error_of(capsys, "fake", "sweep=table", "resume=auto")
+
+
+def test_what_another_start_left_misleads_nobody(fake):
+    main(["fake", "mode=value"])
+    [folder] = folders()
+    (folder / "start").mkdir()
+    for marker in (folder / "converted.failed", folder / "start" / "pad.failed"):
+        marker.touch()
+    main(["fake", "resume=last"])
+    assert not list(folder.rglob("*.failed"))
 
 
 def test_resume_keeps_finished_stages(fake, capsys):
@@ -311,6 +339,9 @@ def test_plain_and_write_json(tmp_path):
     assert value == {"a": 1.5, "b": [1, ["inf", "-inf"]], "3": None, "c": [0, 1], "d": True}
     with pytest.raises(TypeError, match="object"):
         runfolder.plain({"x": object()})
+    assert math.isnan(runfolder.plain([torch.tensor(math.nan)], finite=False)[0])
+    runfolder.write_json(tmp_path / "x.json", {"a": math.inf}, finite=False)
+    assert runfolder.read_json(tmp_path / "x.json") == {"a": math.inf}
     runfolder.write_json(tmp_path / "x.json", {"a": 1})
     with pytest.raises(TypeError):
         runfolder.write_json(tmp_path / "x.json", {"a": object()})

@@ -13,20 +13,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dyn.data.mixture import MixtureLoader, validation_batches
 from dyn.data.tiny import tiny_tokens
 from dyn.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM
+from dyn.nn.experts import Gate
 from dyn.nn.surgery import freeze
 from dyn.train import trainer as trainer_module
 from dyn.train.callbacks import ExpertLoad, Throughput
 from dyn.train.checkpoint import AtomicCheckpointIO, find_checkpoint, newest_checkpoint, verify_checkpoint
 from dyn.train.optim import OptimConfig
 from dyn.train.tasks import CausalLM
-from dyn.train.trainer import TrainerConfig, evaluate, fit, make_trainer, world
+from dyn.train.trainer import TrainerConfig, check_world, evaluate, fit, make_trainer, world
 
 SHAPE = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
 DOMAINS = ["code", "docs"]
@@ -324,6 +327,8 @@ def test_refusals_come_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="torch finds no GPU"):
         make_trainer(config(accelerator="gpu"), FakeRun(tmp_path))
+    with pytest.raises(ValueError, match="the training data are those of rank 1, and this process has rank 0"):
+        train(tmp_path, dense(), cfg, loader(cfg, rank=1, world_size=2))
     for field in ("max_steps", "accumulate", "devices"):
         with pytest.raises(ValueError, match=f"trainer.{field}=0 must be at least 1"):
             config(**{field: 0})
@@ -345,14 +350,42 @@ def test_strategies_follow_the_number_of_processes(monkeypatch):
     several = trainer_module._machine(config(devices=8, num_nodes=2, precision="bf16-mixed"))
     assert isinstance(several["strategy"], ModelParallelStrategy) and several["precision"] == "32-true"  # FSDP2 has its own policy
     assert isinstance(trainer_module._machine(config(devices=2, strategy="fsdp2"))["strategy"], ModelParallelStrategy)
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"):
+    for name in ("RANK", "SLURM_PROCID", "SLURM_STEP_ID", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=r"1 process was started, trainer.devices x trainer.num_nodes = 4: .* by torchrun or srun"):
+        check_world(config(devices=2, num_nodes=2))
+    check_world(config(devices=2))
+    check_world(config())
     assert world(config(devices=2)) == (0, 2)
     monkeypatch.setenv("NODE_RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert world(config(devices=2, num_nodes=2)) == (3, 4) and world(config()) == (0, 1)
+    check_world(config(devices=2, num_nodes=2))  # one command on each machine, whose number it is told
+    monkeypatch.setenv("SLURM_PROCID", "0")  # a shell inside a job, whose variables are inherited
+    assert world(config(devices=2, num_nodes=2)) == (3, 4)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert world(config(devices=2, num_nodes=2)) == (0, 4)
+    with pytest.raises(ValueError, match="4 processes were started"):
+        check_world(config(devices=2))
     monkeypatch.setenv("RANK", "2")
     assert world(config(devices=2, num_nodes=2)) == (2, 4)
+
+
+def test_gates_stay_in_float32_where_weights_are_cut():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        task = CausalLM(moe(gate="mlp"), OptimConfig(warmup_steps=0), DOMAINS, config(precision="bf16-mixed"))
+        task._device_mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("data_parallel",))
+        task.configure_model()
+        seen: dict[str, set] = {}
+        for name, m in task.net.named_modules():
+            if isinstance(m, (torch.nn.Linear, Gate)):
+                m.register_forward_pre_hook(lambda m, _, name=name: seen.setdefault(name.rpartition(".")[2], set()).update(p.dtype for p in m.parameters()))
+        task.net(input_ids=torch.ones(1, 4, dtype=torch.int64))
+    finally:
+        dist.destroy_process_group()
+    assert seen["q_proj"] == {torch.bfloat16} and seen["gate"] == {torch.float32}
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
