@@ -36,7 +36,7 @@ from dyn.train.plan import GIB
 from dyn.train.settings import TrainerConfig
 from dyn.train.sparse import SparseConfig, mask_facts, prune_again, round_steps, sparsify
 from dyn.train.supervised import Supervised
-from dyn.train.trainer import check_world, on_gpu, own_device, world
+from dyn.train.trainer import check_world, on_threads, own_device, row_suffix, world
 
 # What a row and its control share
 SAME = ("source", "tasks", "epochs", "minutes", "batch_size", "data", "optim", "rates", "classify", "generate", "answer", "trainer.accumulate",
@@ -279,11 +279,10 @@ def _numbers(cfg: Any, run: Any, jobs: Mapping[str, Job], results: Mapping[str, 
         run.cost |= {name: cost} if prefix else cost
     metrics |= {f"train/steps/{task}".rstrip("/"): count for task, count in steps.items()}
     what = cfg.sparse.what()
-    suffix = run.row.removeprefix(what) if run.row.startswith(what) else ""
+    suffix = row_suffix(run, what)
     size = cfg.batch_size * cfg.trainer.accumulate * cfg.trainer.world_size
-    threads = "" if on_gpu(cfg.trainer) else f" on {torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}"
     counts = ", ".join(f"{count:,} steps of {size}{f' on {task}' if task else ''}" for task, count in steps.items())
-    about = f"{cfg.source}, {counts}{threads}{', one seed, networks side by side' if cfg.beside else ''}"
+    about = f"{cfg.source}, {counts}{on_threads(cfg.trainer)}{', one seed, networks side by side' if cfg.beside else ''}"
     job = next(iter(jobs.values()))
     against = {"dense": dataclasses.replace(cfg.sparse, keep=1.0, factor=1).what() + suffix, "full": SparseConfig(kind="none").what() + suffix}
     claims = job.claims.get(_claimed(cfg.sparse) or "", {}) if run.row else {}

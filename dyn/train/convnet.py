@@ -33,14 +33,15 @@ from dyn.nn.bank import Banked
 from dyn.nn.surgery import compact, macs_per_image, make_partial, set_temperature
 from dyn.train.annealing import AttentionEntropy, Temperature
 from dyn.train.fit import Trained, scoring, train_classifier
+from dyn.train.padnet import compare_forms, first_batches, forms_to_time, overall
 from dyn.train.speed import interleaved, seconds_per_micro_batch
-from dyn.train.trainer import check_world, on_gpu, own_device, world
+from dyn.train.trainer import check_world, on_gpu, on_threads, own_device, row_suffix, world
 
-SAME = ("epochs", "images", "batch_size", "model.backbone", "model.stem", "model.dropout", "model.pretrained", "model.reduction", "data", "optim", "classify",
-        "trainer.accumulate", "trainer.precision")  # what a row and its control share
+# What a row and its control share
+SAME = ("epochs", "images", "minutes", "batch_size", "model.backbone", "model.stem", "model.dropout", "model.pretrained", "model.reduction", "data", "optim",
+        "classify", "trainer.accumulate", "trainer.precision", "trainer.devices", "trainer.num_nodes")
 CLAIM = "PAD-Net's abstract: with 30 % dynamic parameters better than fully dynamic (ResNet-50 on ImageNet, +0.7 points of top-1 accuracy)"
 IMAGENET = (1000, 50_000)  # classes, validation images
-TOLERANCE = 0.01  # between the logits of a network and of its compact form, of the largest; TF32 rounds to 0.001
 
 
 def train_convnets(cfg: Any, run: Any) -> dict[str, Any]:
@@ -199,7 +200,8 @@ def _finish(cfg: Any, run: Any, data: ImageData, name: str, model: Any, trained:
     made = compact(net) if model.method == "pad" else net
     if made is not net:
         count = min(len(data.validation), cfg.compact_images or len(data.validation))
-        result["compact"] = {"parameters": sum(p.numel() for p in made.parameters())} | _compare(cfg, net, made, data, count, device)
+        found = compare_forms(net, made, lambda form, batch: form(batch["images"]), first_batches(data.validation, count, cfg.eval_batch_size, device))
+        result["compact"] = {"parameters": sum(p.numel() for p in made.parameters()), "images": count} | found
         run.log("compact form: {parameters:,} parameters, accuracy {accuracy:.4f} on {images:,} images, {trained accuracy:.4f} before; "
                 "largest difference of logits {difference:.1e}".format(**result["compact"]))
     if cfg.export and name == cfg.model.method:
@@ -209,22 +211,6 @@ def _finish(cfg: Any, run: Any, data: ImageData, name: str, model: Any, trained:
         about = {"network": _network(model, len(data.classes)), "compact": made is not net, "classes": data.classes, "data": data.what}
         (folder / "model.json").write_text(json.dumps(about, indent=1) + "\n")
     return result
-
-
-@torch.no_grad()
-def _compare(cfg: Any, net: nn.Module, made: nn.Module, data: ImageData, count: int, device: torch.device) -> dict[str, float]:
-    """Both forms on the first `count` validation images in float32. RuntimeError when their logits differ by more than rounding."""
-    right, ours, theirs, largest, difference = 0, 0, 0, 0.0, 0.0
-    for places in np.split(np.arange(count), range(cfg.eval_batch_size, count, cfg.eval_batch_size)):
-        batch = data.validation.batch(places, None)
-        images, labels = batch["images"].to(device), batch["labels"].to(device)
-        a, b = net(images), made(images)
-        ours, theirs = ours + int((a.argmax(1) == labels).sum()), theirs + int((b.argmax(1) == labels).sum())
-        right += int((a.argmax(1) == b.argmax(1)).sum())
-        largest, difference = max(largest, a.abs().max().item()), max(difference, (a - b).abs().max().item())
-    if not difference <= TOLERANCE * largest:
-        raise RuntimeError(f"the compact form's logits differ by {difference:.3g} from the trained network's, whose largest is {largest:.3g}")
-    return {"images": count, "accuracy": theirs / count, "trained accuracy": ours / count, "same answers": right / count, "difference": difference}
 
 
 # Time, figures, numbers
@@ -239,11 +225,7 @@ def _inference(cfg: Any, device: torch.device) -> Iterator[None]:
 def _timing(cfg: Any, data: ImageData, models: Mapping[str, Any]) -> dict[str, float]:
     """Seconds an image of a forward pass, medians over interleaved rounds: every network of the run, the static one, and compact forms."""
     device = own_device(cfg.trainer)
-    nets: dict[str, nn.Module] = {}
-    for name, model in ({"static": dataclasses.replace(cfg.model, method="static")} | dict(models)).items():
-        net = nets[name] = _partitioned(cfg, model, len(data.classes)).eval().to(device)
-        if model.method == "pad":
-            nets |= {f"{name}, compact": compact(net), f"{name}, compact, expanded": compact(net, expand=True)}
+    nets = forms_to_time(cfg, models, lambda model: _partitioned(cfg, model, len(data.classes)).eval().to(device))
     images = data.validation.batch(np.arange(min(cfg.timing_batch, len(data.validation))), None)["images"].to(device)
     if cfg.classify.channels_last:
         images, nets = images.contiguous(memory_format=torch.channels_last), {name: net.to(memory_format=torch.channels_last) for name, net in nets.items()}
@@ -256,7 +238,7 @@ def _timing(cfg: Any, data: ImageData, models: Mapping[str, Any]) -> dict[str, f
 def _draw(run: Any, results: Mapping[str, Any], model: Any) -> None:
     plots, rows = run.folder / "plots", figures.read_metrics(run.folder / "metrics.jsonl")
     by_network = {name: [row for row in rows if row.get("stage") == name] for name in results}
-    share = {result["what"]: (_overall(name, model), result["metrics"]["val/accuracy"]) for name, result in results.items()}
+    share = {result["what"]: (overall(name, model), result["metrics"]["val/accuracy"]) for name, result in results.items()}
     if len(share) > 1:
         figures.points(plots / "accuracy.png", share, "share of dynamic positions", "validation accuracy")
     figures.attention_curves(plots / "attention.png", {results[name]["what"]: lines for name, lines in by_network.items()})
@@ -266,10 +248,6 @@ def _draw(run: Any, results: Mapping[str, Any], model: Any) -> None:
         figures.by_layer(plots / "entropy.png", entropies, "entropy of the attention / log K", level={"equal weights": 1.0})
 
 
-def _overall(method: str, model: Any) -> float:
-    return {"static": 0.0, "pad": model.keep}.get(method, 1.0)
-
-
 def _numbers(cfg: Any, run: Any, data: ImageData, results: Mapping[str, Any], speed: Mapping[str, float], steps: int) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     table = [["network", "accuracy", "parameters, stored", "parameters, effective", "MACs an image", "ms an image", "time / static"]]
@@ -277,7 +255,7 @@ def _numbers(cfg: Any, run: Any, data: ImageData, results: Mapping[str, Any], sp
         prefix, compacted, counts = "" if name == cfg.model.method else f"{name}/", result.get("compact") or {}, result["cost"]
         times = {"": speed[name]} | ({f"{form}/": speed[f"{name}, {form}"] for form in ("compact", "compact, expanded")} if compacted else {})
         metrics |= {f"{prefix}accuracy": result["metrics"]["val/accuracy"], f"{prefix}loss": result["metrics"]["val/loss"],
-                    f"{prefix}dynamic share": _overall(name, cfg.model)}
+                    f"{prefix}dynamic share": overall(name, cfg.model)}
         metrics |= {f"{prefix}{form}time an image / static": seconds / speed["static"] for form, seconds in times.items()}
         metrics |= {f"{prefix}compact/{key}": value for key, value in compacted.items()}
         metrics |= {f"{prefix}attention/entropy": statistics.fmean(result["entropy"].values())} if result["entropy"] else {}
@@ -291,11 +269,9 @@ def _numbers(cfg: Any, run: Any, data: ImageData, results: Mapping[str, Any], sp
     metrics |= {"train/steps": steps, "train/images": steps * cfg.images_per_step()}
     main = [f"{prefix}{key}" for key in ("accuracy", "dynamic share", "time an image / static") for prefix in ("", *(f"{name}/" for name in cfg.beside))]
     what = cfg.model.what()
-    suffix = run.row.removeprefix(what) if run.row.startswith(what) else ""
-    threads = torch.get_num_threads()
-    machine = "" if on_gpu(cfg.trainer) else f" on {threads} CPU thread{'s' if threads > 1 else ''}"
+    suffix = row_suffix(run, what)
     about = (f"{cfg.model.backbone} at {cfg.data.size} x {cfg.data.size}, stem {cfg.model.stem}: {steps:,} steps of {cfg.images_per_step()} images"
-             f"{' for each network, one seed' if cfg.beside else ''}{machine}")
+             f"{' for each network, one seed' if cfg.beside else ''}{on_threads(cfg.trainer)}")
     full = (len(data.classes), len(data.validation)) == IMAGENET and cfg.model.backbone == "resnet50"
     claims = [{"text": CLAIM, "metric": "accuracy", "against": f"DY-Conv, K = 4{suffix}", "wants": "higher"}] if run.row and _is_claimed(cfg.model) else []
     run.notes |= {

@@ -15,10 +15,9 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from dyn import env, figures
@@ -31,14 +30,14 @@ from dyn.nn.experts import check_gate
 from dyn.nn.surgery import compact, count_parameters, dynamic_shares, macs_per_sentence, make_partial
 from dyn.train import sentences
 from dyn.train.fit import Trained, scoring, train_classifier
+from dyn.train.padnet import compare_forms, first_batches, forms_to_time, overall
 from dyn.train.plan import GIB
-from dyn.train.trainer import check_world, on_gpu, own_device, world
+from dyn.train.trainer import check_world, on_threads, own_device, row_suffix, world
 
 # What a row and its control share
 SAME = ("tasks", "epochs", "minutes", "batch_size", "model.source", "data", "optim", "classify", "trainer.accumulate", "trainer.precision", "trainer.devices",
         "trainer.num_nodes")
 CLAIM = "fully dynamic (MoE) BERT on GLUE: 1.9 points less average score than with 50 % dynamic parameters (the paper's abstract)"
-TOLERANCE = 0.01  # between the logits of a network and of its compact form, of the largest
 
 
 def train_encoders(cfg: Any, run: Any) -> dict[str, Any]:
@@ -146,8 +145,8 @@ def expert_load(cfg: Any, net: nn.Module, part: SentenceSet, limit: int = 256) -
         return []
     device, loads = next(net.parameters()).device, []
     net.eval()
-    for places in np.array_split(np.arange(min(limit, len(part))), math.ceil(min(limit, len(part)) / cfg.eval_batch_size)):
-        batch = {key: value.to(device) for key, value in part.batch(places, None).items() if key != "labels"}
+    for batch in first_batches(part, min(limit, len(part)), cfg.eval_batch_size, device):
+        batch.pop("labels")
         loads.append(net(**batch, output_router_stats=True).expert_load)
     return torch.stack(loads).sum(0).tolist()
 
@@ -157,7 +156,11 @@ def _finish(cfg: Any, run: Any, data: SentenceData, label: str, name: str, model
     net, result = trained.net.eval(), {}
     made = compact(net) if model.method == "pad" else net
     if made is not net:
-        result["compact"] = {"parameters": sum(p.numel() for p in made.parameters())} | _compare(cfg, net, made, next(iter(data.validation.values())))
+        part = next(iter(data.validation.values()))
+        count = min(len(part), cfg.compact_examples or len(part))
+        found = compare_forms(net, made, _logits, first_batches(part, count, cfg.eval_batch_size, next(net.parameters()).device))
+        result["compact"] = {"parameters": sum(p.numel() for p in made.parameters()), "examples": count} | {
+            key: found[key] for key in ("same answers", "difference")}
         run.log("compact form: {parameters:,} parameters; {same answers:.4f} of {examples:,} answers are the same, largest difference of logits "
                 "{difference:.1e}".format(**result["compact"]))
     if cfg.export and name == cfg.model.method:
@@ -167,19 +170,8 @@ def _finish(cfg: Any, run: Any, data: SentenceData, label: str, name: str, model
     return result
 
 
-@torch.no_grad()
-def _compare(cfg: Any, net: nn.Module, made: nn.Module, part: SentenceSet) -> dict[str, float]:
-    """Both forms on validation examples in float32. RuntimeError when their logits differ by more than rounding."""
-    count, device = min(len(part), cfg.compact_examples or len(part)), next(net.parameters()).device
-    same, largest, difference = 0, 0.0, 0.0
-    for places in np.array_split(np.arange(count), math.ceil(count / cfg.eval_batch_size)):
-        batch = {key: value.to(device) for key, value in part.batch(places, None).items() if key != "labels"}
-        a, b = net(**batch).logits, made(**batch).logits
-        same += int((a.argmax(-1) == b.argmax(-1)).sum())
-        largest, difference = max(largest, a.abs().max().item()), max(difference, (a - b).abs().max().item())
-    if not difference <= TOLERANCE * largest:
-        raise RuntimeError(f"the compact form's logits differ by {difference:.3g} from the trained network's, whose largest is {largest:.3g}")
-    return {"examples": count, "same answers": same / count, "difference": difference}
+def _logits(net: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    return net(**{key: value for key, value in batch.items() if key != "labels"}).logits
 
 
 # Time, figures, numbers
@@ -187,28 +179,20 @@ def _compare(cfg: Any, net: nn.Module, made: nn.Module, part: SentenceSet) -> di
 
 def _timing(cfg: Any, run: Any, data: SentenceData, models: Mapping[str, Any]) -> dict[str, float]:
     """Seconds an example of a forward pass: every network of the run, the static one, and compact forms."""
-    nets: dict[str, nn.Module] = {}
-    for name, model in ({"static": dataclasses.replace(cfg.model, method="static")} | dict(models)).items():
-        net = nets[name] = _partitioned(cfg, run, model, data)
-        if model.method == "pad":
-            nets |= {f"{name}, compact": compact(net), f"{name}, compact, expanded": compact(net, expand=True)}
+    nets = forms_to_time(cfg, models, lambda model: _partitioned(cfg, run, model, data))
     return sentences.seconds_per_example(cfg, nets, next(iter(data.validation.values())), cfg.timing_batch, cfg.timing_rounds)
 
 
 def _draw(run: Any, results: Mapping[str, Mapping[str, Any]], model: Any) -> None:
     plots, first = run.folder / "plots", next(iter(results.values()))
     if len(first) > 1:
-        points = {result["what"]: (_overall(name, model), _mean(results, name)) for name, result in first.items()}
+        points = {result["what"]: (overall(name, model), _mean(results, name)) for name, result in first.items()}
         figures.points(plots / "score.png", points, "share of dynamic positions", "score")
     if "pad" in first:
         lines = {task: list(found["pad"]["dynamic"].values()) for task, found in results.items()}
         figures.by_layer(plots / "dynamic.png", lines, "share of dynamic positions", level={"budget": model.keep})
     if loads := {f"{task}, {result['what']}": result["load"] for task, found in results.items() for result in found.values() if result["load"]}:
         figures.expert_load(plots / "load.png", loads)
-
-
-def _overall(method: str, model: Any) -> float:
-    return {"static": 0.0, "pad": model.keep}.get(method, 1.0)
 
 
 def _mean(results: Mapping[str, Mapping[str, Any]], name: str) -> float:
@@ -228,7 +212,7 @@ def _numbers(cfg: Any, run: Any, data: Mapping[str, SentenceData], results: Mapp
     first = next(iter(results.values()))
     for name in first:
         prefix = "" if name == cfg.model.method else f"{name}/"
-        metrics |= {f"{prefix}score": _mean(results, name), f"{prefix}dynamic share": _overall(name, cfg.model),
+        metrics |= {f"{prefix}score": _mean(results, name), f"{prefix}dynamic share": overall(name, cfg.model),
                     f"{prefix}time an example / static": speed[name] / speed["static"]}
         for task, found in results.items():
             metrics |= {f"{prefix}{task}/{key}": value for key, value in found[name]["scores"].items()}
@@ -243,8 +227,8 @@ def _numbers(cfg: Any, run: Any, data: Mapping[str, SentenceData], results: Mapp
         run.cost |= cost if not prefix else {name: cost}
     metrics |= {f"train/steps/{task}": count for task, count in steps.items()}
     what = cfg.model.what()
-    suffix = run.row.removeprefix(what) if run.row.startswith(what) else ""
-    threads = "" if on_gpu(cfg.trainer) else f" on {torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}, {cfg.trainer.precision}"
+    suffix = row_suffix(run, what)
+    threads = f"{on_threads(cfg.trainer)}, {cfg.trainer.precision}" if on_threads(cfg.trainer) else ""
     about = f"{cfg.model.source}, {', '.join(f'{count:,} steps on {task}' for task, count in steps.items())}, {cfg.sentences_per_step()} sentences each"
     full = cfg.model.source == "google-bert/bert-base-uncased" and {*data, NOT_IN_MEANS} == TASKS.keys() and not cfg.data.train_limit and cfg.minutes is None
     run.notes |= {

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from dyn.nn.experts import Gate
 from dyn.nn.surgery import count_parameters
@@ -107,6 +107,7 @@ class Task(LightningModule):
         for module in list(self.net.modules()):
             if isinstance(module, Gate):  # in float32, as everywhere; first, so that its block leaves it out
                 fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy())
+                register_fsdp_forward_method(module, "choose")
         for module in list(self.net.modules()):
             if type(module).__name__ in blocks:
                 fully_shard(module, mesh=mesh, mp_policy=policy)

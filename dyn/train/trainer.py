@@ -134,6 +134,17 @@ def on_gpu(cfg: TrainerConfig) -> bool:
     return torch.cuda.is_available() and cfg.accelerator != "cpu"
 
 
+def on_threads(cfg: TrainerConfig) -> str:
+    """What a report says of the machine: " on 2 CPU threads", nothing on a GPU."""
+    threads = torch.get_num_threads()
+    return "" if on_gpu(cfg) else f" on {threads} CPU thread{'s' * (threads > 1)}"
+
+
+def row_suffix(run: Any, what: str) -> str:
+    """What a row's name adds to its network, and its controls' names then too."""
+    return run.row.removeprefix(what) if run.row.startswith(what) else ""
+
+
 def own_device(cfg: TrainerConfig) -> torch.device:
     """Where a training with these settings computes here, for work outside of it: on GPUs this process's own, which a Trainer chooses only when it starts."""
     return torch.device("cuda", env.local_rank()) if on_gpu(cfg) else torch.device("cpu")

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from dyn.data.images import ImageSource, open_images
 from dyn.models.resnet import make_network
 from dyn.nn.surgery import compact
 from dyn.run import main
-from dyn.train import convnet
+from dyn.train.padnet import compare_forms, first_batches
 
 NAME = "padnet_resnet50"
 
@@ -55,11 +54,14 @@ def test_the_export_loads_by_what_it_says(folder):
 
 def test_a_compact_form_that_is_another_network_fails_the_run(folder):
     held = open_images(ImageSource(path=str(folder / "tiny"), size=16), log=lambda _: None)
-    cfg = SimpleNamespace(eval_batch_size=7)
     nets = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 3)) for _ in range(2)]
-    assert convnet._compare(cfg, nets[0], nets[0], held, 20, "cpu")["same answers"] == 1
+
+    def compared(*forms):
+        return compare_forms(*forms, lambda form, batch: form(batch["images"]), first_batches(held.validation, 20, 7, torch.device("cpu")))
+
+    assert compared(nets[0], nets[0])["same answers"] == 1
     with pytest.raises(RuntimeError, match="the compact form's logits differ by"):
-        convnet._compare(cfg, *nets, held, 20, "cpu")
+        compared(*nets)
 
 
 def test_the_report_says_what_was_done(folder):
