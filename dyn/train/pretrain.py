@@ -131,7 +131,7 @@ def load_corpus(cfg: Any, run: Any, source: Any, tokenizer: Any) -> Corpus:
         return {d: shares[data.stand_for.get(d, d)] for d in domains}
 
     tokens = shard(data.text, tokenizer, data.cache or str(cache_folder() / "tokens"), keep=_filters(cfg, source, tokenizer), bos=data.bos, accept=weigh,
-                   log=run.log, lead=world(cfg.trainer)[0] == 0)
+                   log=run.log, lead=env.rank() == 0)
     missing = [f"{d} has no {split} documents" for d in tokens for split in ("train", "validation") if split not in tokens[d]]
     if missing:
         raise ValueError(f"data.text.path={data.text.path}: {'; '.join(missing)}")
