@@ -28,7 +28,8 @@ from dyn.nn.probe import for_statistics
 MOST_EXPERTS = 32  # routed experts of a layer where the caller asks for fewer: finer groups score better and run slower
 SAMPLE = 65_536  # tokens that groups and gates are fitted on at most; regressions use all
 RIDGE = 0.1  # of the mean diagonal of the weighted Gram matrix
-REPAIR_RIDGE = 1.0  # the same for what repairs earlier layers' errors on routed activations
+REPAIR_RIDGE = 1.0  # the same for what repairs earlier layers' errors
+MANY = 50_000  # tokens from which on neurons that are kept for all of them repair with RIDGE; with a quarter of that it is worse (docs/llama_moe.md)
 GATE_DEVIATION = 0.02  # of the fitted logits: small, so that chosen experts weigh nearly the same; the choice does not depend on it
 
 Features = Callable[[Tensor, Tensor], Tensor]  # (h_TN, x_TD) -> phi_TP
@@ -173,7 +174,7 @@ def walk(dense: nn.Module, batches: Sequence[Tensor], choose: Callable[[int, nn.
             kept = slice(None) if fit.gate_ED is not None else fit.shared_S
             down_PD = mlp.down_proj.weight.detach().T[kept].float()
             if refit:
-                down_PD = _refit(layer, mlp, streams, device, features, down_PD, RIDGE if fit.gate_ED is None else REPAIR_RIDGE)
+                down_PD = _refit(layer, mlp, streams, device, features, down_PD, RIDGE if fit.gate_ED is None and tokens >= MANY else REPAIR_RIDGE)
                 fit.down_DN = fit.down_DN.clone()
                 fit.down_DN[:, kept] = down_PD.T.to(dtype)
                 down_PD = fit.down_DN.T[kept].float()  # as it will be stored
@@ -190,8 +191,8 @@ def walk(dense: nn.Module, batches: Sequence[Tensor], choose: Callable[[int, nn.
 
 def _refit(layer: nn.Module, mlp: nn.Module, streams: list[list[Tensor]], device: torch.device, features: Features, down_PD: Tensor, repair: float) -> Tensor:
     """The down projection [P, D] that brings the converted stream nearest to the dense one: what does this layer's own work, near the dense weights, and what
-    repairs errors of earlier layers, near zero. Behind a gate the repair is held back more, where it fits mainly noise that later layers would be asked to
-    repair in turn; kept neurons that are the same for all tokens lose by that (docs/llama_moe.md)."""
+    repairs errors of earlier layers, near zero. Behind a gate, or where tokens are few, the repair is held back more: it fits mainly noise there, which later
+    layers would be asked to repair in turn."""
     width, hidden = down_PD.shape
     ridge = Ridge(width, 2 * hidden, down_PD)
     for theirs, ours in zip(*streams, strict=True):

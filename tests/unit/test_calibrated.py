@@ -18,6 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from dyn.models import llama_moe_calibrate as calibrate
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, prune_dense, to_mixtral, to_qwen2_moe
 from dyn.models.llama_moe_calibrate import geometry
 from dyn.models.llama_moe_construct import METHODS
@@ -118,9 +119,20 @@ def test_the_refit_and_the_routing_help(dense):
     assert error["calibrated"] < min(error["cmoe"], error["expert_weaver"], error["random"], error["prune"])
 
 
+def test_strengths_of_the_repair(dense, monkeypatch):
+    """The control's own from many tokens on; a mixture's is always the stronger one."""
+    seen, refit = [], calibrate._refit
+    monkeypatch.setattr(calibrate, "_refit", lambda *args: seen.append(args[-1]) or refit(*args))
+    batches = text()
+    for many in (1 << 30, 1):
+        monkeypatch.setattr(calibrate, "MANY", many)
+        prune_dense(dense, 0.5, batches=batches)
+        from_dense(dense, num_experts=8, num_experts_per_tok=4, construction="calibrated", batches=batches)
+    assert seen == [1.0] * 6 + [0.1] * 3 + [1.0] * 3
+
+
 def test_what_the_refit_saw_is_what_the_model_does(dense):
     """The streams end where the finished model ends: no drift between the statistics and the model."""
-    from dyn.models import llama_moe_calibrate as calibrate
     seen = []
     refit = calibrate._refit
 
