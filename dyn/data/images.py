@@ -39,7 +39,7 @@ class ImageSource:
     train_limit, validation_limit: at most so many images, chosen by `seed`; None: all.
     tuning: share of the training images that is held out for choosing learning rates, by `seed`, and never reported; 0: none.
     augment: "resized" (random resized crop), "padded" (pad by an eighth of the size, crop), "none"; "auto": padded for sets in memory, else resized.
-    flip: mirror every second image; None: where that keeps the meaning (not for digits).
+    flip: mirror every second image; None: where that keeps the meaning (not for scikit-learn's digits; set false for others).
     auto_augment, erase: timm's policy ("rand-m9-mstd0.5-inc1", say) and chance of random erasing, for images that are read file by file.
     seed: of the choices above.
     """

@@ -82,7 +82,7 @@ def from_dense(
     method = METHODS[_known(construction)]
     consume = not isinstance(dense, nn.Module)
     name, license = _provenance(dense, license)
-    config = moe_config(read_config(dense) if consume else dense.config, construction, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok,
+    config = moe_config(read_config(dense), construction, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok,
                         num_shared_experts=num_shared_experts, moe_intermediate_size=moe_intermediate_size, overlap=overlap, gate=gate,
                         gate_noise=gate_noise, capacity_factor=capacity_factor, balance=balance, score_scale=score_scale)
     check_causal(dense)
@@ -144,8 +144,14 @@ def from_dense(
     return moe
 
 
-def read_config(path: str | Path) -> PretrainedConfig:
-    """Configuration of a dense decoder in a folder or on the hub. ValueError for a folder that is none, damaged weights, or a family that does not fit."""
+def read_config(path: nn.Module | str | Path) -> PretrainedConfig:
+    """Configuration of a dense decoder: an object, in a folder, or on the hub. ValueError for a folder that is none, damaged weights, or a family that does
+    not fit."""
+    if isinstance(path, nn.Module):
+        if not hasattr(path, "config"):
+            raise ValueError(f"{type(path).__name__} has no config: give a causal language model of transformers")
+        check_family(path.config)
+        return path.config
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"{str(path) or repr('')} is no model folder: it has no config.json")
     try:

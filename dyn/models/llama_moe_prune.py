@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from dyn.core.calibrate import dominant, energies
 from dyn.models.llama_moe_calibrate import Features, LayerFit, check_enough, walk
 from dyn.models.llama_moe_construct import Sample
-from dyn.models.llama_moe_convert import check_causal, check_family, fresh, load_dense, read_config
+from dyn.models.llama_moe_convert import check_causal, fresh, load_dense, read_config
 from dyn.models.llama_moe_measure import next_token_loss
 from dyn.nn.probe import taylor_scores
 
@@ -46,7 +46,7 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction | Se
     if importance not in ("energy", "taylor"):
         raise ValueError(f"importance={importance!r} is unknown; allowed: energy, taylor")
     consume = not isinstance(dense, nn.Module)
-    check_family(found := read_config(dense) if consume else dense.config)
+    found = read_config(dense)
     check_causal(dense)
     if batches is None:
         raise ValueError("prune_dense looks at activations; batches=None gives it no text")

@@ -33,8 +33,8 @@ class Trained(NamedTuple):
 
     net: as it ended; with `classify.ema` the averaged weights are in it. metrics: of the last validation, "val/loss", "val/accuracy" and so on
     (`Supervised`). answers: by validation set, as the task gives them. cost: total_, active_, gate_, dynamic_, static_, stored_ and trainable_parameters;
-    steps_per_second and examples_per_second (or what the task counts) of this process, unless it only took a finished training up; seconds_training over all
-    processes; peak_memory_bytes of the process so far, and peak_device_memory_bytes of this training.
+    steps_per_second and examples_per_second (or what the task counts) over all processes since this one started, unless it only took a finished training up;
+    seconds_training over all starts; peak_memory_bytes of the process so far, and peak_device_memory_bytes of this training.
     """
 
     net: nn.Module

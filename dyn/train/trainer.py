@@ -40,7 +40,7 @@ def make_trainer(cfg: TrainerConfig, run: Any, callbacks: Sequence[Callback] = (
     """A trainer that writes into a run's folder: metrics.jsonl, checkpoints/[name/]step-*.ckpt.
 
     It holds RngState, Throughput (unless `callbacks` has one), a progress display, Stop and Checkpoints, the last two after `callbacks`.
-    `run` has `folder`, `log(text)`, `stop`, `graceful()` and `listen()` (`dyn.run`).
+    `run` has `folder`, `log(text)`, `stop`, `graceful()` and `listen()` (`dyn.runfolder.Run`).
 
     Args:
         cfg: settings.

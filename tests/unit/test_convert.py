@@ -196,6 +196,9 @@ def test_a_construction_of_ones_own_that_is_wrong(groups, message, monkeypatch):
 def test_other_families_are_refused_by_the_field(tmp_path):
     with pytest.raises(ValueError, match="model_type='gpt2'"):
         from_dense(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=11)))
+    for convert in (from_dense, lambda net: prune_dense(net, batches=BATCHES)):
+        with pytest.raises(ValueError, match="Linear has no config: give a causal language model"):
+            convert(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="mlp_bias=True"):
         from_dense(tiny(mlp_bias=True), num_experts=4)
     with pytest.raises(ValueError, match="hidden_act='gelu'"):
