@@ -33,7 +33,10 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+NOHUP = pytest.mark.skipif(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, reason="under nohup a run is to go on")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, pytest.param(signal.SIGHUP, marks=NOHUP)])
 def test_graceful_stop_writes_a_checkpoint_and_says_how_to_resume(fake, signum):
     (fake / "Makefile").touch()
     process = start("mode=wait", "profile=smoke")
@@ -106,7 +109,7 @@ def in_rows(code: str) -> None:
     path.write_text(f"{path.read_text()}\nimport sys\nif any(word.startswith('resume=') for word in sys.argv):\n{inner}")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=NOHUP)])
 def test_signal_while_a_row_imports_cancels_it_and_starts_no_other(fake, signum):
     in_rows("Path('runs/fake/importing').touch()\ntime.sleep(60)")
     process = start("sweep=table")
