@@ -30,9 +30,9 @@ def score(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, method: str =
     ones). grasp: w (H g), H g the Hessian of the summed loss times its gradient (Wang et al., ICLR 2020). synflow: |w dR/dw| with every weight replaced by its
     absolute value, R = the network's output on ones, summed (Tanaka et al., NeurIPS 2020).
 
-    Everything is computed in float32 (float64 stays), in evaluation mode, under a seed of its own. Weights, buffers, gradients of others, modes and the random
-    state are as before afterwards, and the scored parameters have no gradient. With torch.distributed initialised, gradients are summed over
-    processes, each with its own batches, so that all get the same scores.
+    Everything is computed in float32 (float64 stays; synflow on ones in float64, as products over a network leave float32's range), in evaluation mode, under a
+    seed of its own. Weights, buffers, gradients of others, modes and the random state are as before afterwards, and the scored parameters have no gradient.
+    With torch.distributed initialised, gradients are summed over processes, each with its own batches, so that all get the same scores.
 
     Args:
         model: any; the scored parameters are leaves of it.
