@@ -267,7 +267,7 @@ def _resampled(pixels: Tensor, size: Sequence[int]) -> Tensor:
 def _of_files(splits: dict[str, FileImages], classes: list[str], what: str, source: ImageSource) -> ImageData:
     for split, part in splits.items():
         check_labels(part.labels, len(classes), f"{what}, {split}")
-    some = np.linspace(0, len(splits["train"]) - 1, 16).astype(int).tolist()  # one picture says little
+    some = {*np.linspace(0, len(splits["train"]) - 1, 16).astype(int).tolist()}  # one picture says little
     if max(side for i in some for side in splits["train"].decoded(i).size) <= _SMALL:
         arrays = []
         for split, limit in (("train", source.train_limit), ("validation", source.validation_limit)):

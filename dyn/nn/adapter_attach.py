@@ -260,9 +260,11 @@ def merge(model: nn.Module, name: str | None = None) -> nn.Module:
         (name,) = active.names
     if active.configs[name].kind != "lora":
         raise ValueError(f"adapter {name!r} is of kind {active.configs[name].kind}, which no weight can express; only lora can be merged")
-    if masked := [path for path, m in model.named_modules() for owner, _, _ in loras(model, name) if m is owner and "weight" in getattr(m, "_kept", ())]:
-        raise ValueError(f"{masked[0]}.weight is pruned, and a mask would take from a merged sum what it adds there; first drop_masks(model)")
-    for owner, site, module in loras(model, name):
+    found = loras(model, name)
+    if pruned := {owner for owner, _, _ in found} & {m for m in model.modules() if "weight" in getattr(m, "_kept", ())}:
+        path = next(path for path, m in model.named_modules() if m in pruned)
+        raise ValueError(f"{path}.weight is pruned, and a mask would take from a merged sum what it adds there; first drop_masks(model)")
+    for owner, site, module in found:
         weight = owner.weight
         site.original = weight.data
         wide = torch.promote_types(weight.dtype, torch.float32)

@@ -61,8 +61,7 @@ class Banked(nn.Module):
             raise ValueError(f"{type(self).__name__} has {kind} already; scales={scales!r} cannot be set")
         if self.partial is None:
             self.partial = PartialBank(scales, device=self.weight.device, dtype=self.weight.dtype).train(self.training)
-            if scales == "s":  # a factor of no position yet: see `partition`
-                self.partial.phi.requires_grad_(False)
+            self.partial.train_factor(torch.ones(1, dtype=torch.bool))
         return self.partial
 
     @torch.no_grad()
@@ -87,8 +86,7 @@ class Banked(nn.Module):
         if self.weight is not None and (mask.dtype != torch.bool or mask.shape != self.weight.shape[1:]):
             raise ValueError(f"mask must be bool {list(self.weight.shape[1:])}, one set of the bank; got {mask.dtype} {list(mask.shape)}")
         partial, values = self.add_partial(self.partial.scales if self.partial else "both"), static if isinstance(static, Tensor) else self.static_start(static)
-        if partial.scales == "s" or (partial.scales == "d" and not mask.any()):  # not a factor of no position: processes wait for gradients of what is trained
-            partial.phi.requires_grad_(partial.scales == "s" and self.weight.requires_grad and not mask.all())
+        partial.train_factor(mask)
         if mask.all():
             partial.hold(None, None)
             return
@@ -127,6 +125,7 @@ class Banked(nn.Module):
             if there.mask is None:
                 room = None if static is None else torch.zeros_like(self.weight[0])
                 there.hold(torch.ones_like(mask, device=self.weight.device), room, self.weight.requires_grad)
+                there.train_factor(mask)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
@@ -156,6 +155,11 @@ class PartialBank(nn.Module):
         """Take a mask and static values as they are; `settled`: the bank is zero outside the mask and static values inside it, so products can be spared."""
         self.mask, self.settled = mask, settled
         self.static = None if static is None else nn.Parameter(static, requires_grad=requires_grad)
+
+    def train_factor(self, mask: Tensor) -> None:
+        """Train the one factor of scales "s" or "d" where a position of `mask` has it: processes wait for gradients of all that is trained."""
+        if self.scales in ("s", "d"):
+            self.phi.requires_grad_(not bool(mask.all()) if self.scales == "s" else bool(mask.any()))
 
     def watch(self, shape: torch.Size, like: Tensor) -> None:
         """Let the mask be real-valued leaves, `on` in the dynamic term and `off` in the static one: their gradients sum to dL/dM of the mode switch

@@ -184,7 +184,7 @@ def _train(cfg: Any, run: Any, kind: str, source: Any, tokenizer: Any, corpus: C
     if cfg.model.train == "gates" and name != "control":
         train_only(net, Gate)
     counts, flops = count_parameters(net), flops_per_token(net, cfg.data.block_size)
-    before = dense["samples"] if kind == "dense" and cfg.model.start != "scratch" else _samples(cfg, net, tokenizer) if rank == 0 else []
+    before = [] if rank else dense["samples"] if kind == "dense" and cfg.model.start != "scratch" else _samples(cfg, net, tokenizer)
     config = dataclasses.replace(cfg.trainer, max_steps=steps, seed=cfg.seed, val_first=True, val_every=min(cfg.val_every(), math.ceil(steps / 2)))
     optim = dataclasses.replace(cfg.optim, warmup_steps=min(cfg.optim.warmup_steps, steps // 4), gate_lr=gate_lr(cfg, kind))
     load = ExpertLoad()

@@ -92,7 +92,7 @@ class Supervised(Task):
         return "validation " + ", ".join(f"{key.removeprefix('val/')} {value:.4f}" for key, value in self.val_metrics.items())
 
     def about(self) -> dict[str, Any]:
-        """The head, and the names and shapes of the net's tensors: classes tell little."""
+        """The names and shapes of the net's tensors: classes tell little."""
         shapes = ";".join(f"{name} {tuple(value.shape)}" for name, value in self.net.state_dict().items())
         return {"tensors": zlib.crc32(shapes.encode())}
 

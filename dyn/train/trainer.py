@@ -152,8 +152,9 @@ def own_device(cfg: TrainerConfig) -> torch.device:
 
 def check_world(cfg: TrainerConfig) -> None:
     """ValueError when another number of processes was started than the settings say."""
-    launched, alone = env.world_size(), "RANK" not in os.environ and not env.by_srun() and not (cfg.num_nodes > 1 and "NODE_RANK" not in os.environ)
-    if launched != cfg.world_size and not (launched == 1 and alone):  # one process may still launch the others of its machine
+    launched = env.world_size()
+    launches = launched == 1 and "RANK" not in os.environ and (cfg.num_nodes == 1 or "NODE_RANK" in os.environ)  # the others of its machine
+    if launched != cfg.world_size and not launches:
         raise ValueError(f"{launched} process{'es were' if launched > 1 else ' was'} started, trainer.devices x trainer.num_nodes = {cfg.world_size}: set them "
                          "to what is started, and start on several machines by torchrun or srun")
 
