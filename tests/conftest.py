@@ -1,8 +1,11 @@
 """All tests are offline, single-threaded, and away from the user's caches, but for the packaged models."""
 
 import os
+import shlex
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -39,6 +42,44 @@ socket.socket.connect_ex = _guarded(socket.socket.connect_ex)
 def pytest_unconfigure():
     for name in ("HF_HOME", "DYN_CACHE"):
         shutil.rmtree(os.environ[name], ignore_errors=True)
+
+
+class Processes:
+    """See processes.py, which is also the script that runs experiments."""
+
+    SCRIPT = Path(__file__).with_name("processes.py")
+
+    def __init__(self) -> None:
+        root = self.SCRIPT.parents[1]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]), "CUDA_VISIBLE_DEVICES": ""}
+        self.process = subprocess.Popen([sys.executable, self.SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=root)
+
+    def _ask(self, *words: object) -> int:
+        self.process.stdin.write(shlex.join(map(str, words)) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(self, script: Path, runs: Path, output: Path, *words: object) -> int:
+        return self._ask("start", script, runs, output, *words)
+
+    def wait(self, pid: int) -> int:
+        return self._ask("wait", pid)
+
+    def run(self, runs: Path, *words: str) -> str:
+        """What `python -m dyn.run`, with these words and its run folders in `runs`, says; it must succeed."""
+        runs.mkdir(parents=True, exist_ok=True)
+        output = runs / "output.txt"
+        code = self.wait(self.start(self.SCRIPT, runs, output, *words))
+        assert code == 0, output.read_text()[-5000:]
+        return output.read_text()
+
+
+@pytest.fixture(scope="session")
+def processes():
+    processes = Processes()
+    yield processes
+    processes.process.stdin.close()
+    processes.process.wait(60)
 
 
 @pytest.fixture

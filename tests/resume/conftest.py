@@ -1,11 +1,9 @@
-"""Trainings in processes of their own, for the modules here; one names its script in SCRIPT, and in EXPERIMENT what it runs, unless that is "tiny"."""
+"""Trainings in processes of their own, for the modules here: one names its script in SCRIPT, or in EXPERIMENT what it runs by the smoke profile."""
 
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,28 +11,22 @@ import pytest
 
 
 class Server:
-    """See tiny_training.py."""
+    """Starts, kills and compares the runs of a module."""
 
-    def __init__(self, folder: Path, script: str, experiment: str) -> None:
-        self.folder, self.experiment = folder, experiment
-        script, root = Path(__file__).with_name(script), Path(__file__).parents[2]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]), "CUDA_VISIBLE_DEVICES": ""}
-        self.process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder)
-
-    def ask(self, *words: object) -> int:
-        self.process.stdin.write(" ".join(map(str, words)) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+    def __init__(self, processes, folder: Path, script: str | None, experiment: str | None) -> None:
+        self.processes, self.folder, self.experiment = processes, folder, experiment or "tiny"
+        self.script = Path(__file__).with_name(script) if script else processes.SCRIPT
 
     def start(self, name: str, **settings: object) -> int:
-        return self.ask("start", self.folder / name, self.folder / f"{name}.out", *(f"{k}={v}" for k, v in settings.items()))
+        words = [] if self.script != self.processes.SCRIPT else [self.experiment, "profile=smoke"]
+        return self.processes.start(self.script, self.folder / name, self.folder / f"{name}.out", *words, *(f"{k}={v}" for k, v in settings.items()))
 
     def run(self, name: str, *, code: int = 0, **settings: object) -> Path:
         """Train or resume to the end of the process, which must be `code`; the run's folder."""
         return self.end(self.start(name, **settings), name, code)
 
     def end(self, pid: int, name: str, code: int = 0) -> Path:
-        ended = self.ask("wait", pid)
+        ended = self.processes.wait(pid)
         assert ended == code, (ended, (self.folder / f"{name}.out").read_text())
         return next((self.folder / name).glob(f"{self.experiment}/*"))
 
@@ -65,19 +57,17 @@ class Server:
         for name in ("final.txt", *names):
             assert (resumed / name).read_text() == (whole / name).read_text()
 
-    def until(self, name: str, step: int) -> None:
-        """Wait until a step is in the metrics."""
+    def until(self, name: str, step: int, stage: str = "") -> None:
+        """Wait until a step (of a stage) is in the metrics."""
+        line = f'"step": {step}, "stage": "{stage}"' if stage else f'"step": {step},'
         end = time.monotonic() + 120
         while time.monotonic() < end:
-            if any(f'"step": {step},' in path.read_text() for path in (self.folder / name).glob(f"{self.experiment}/*/metrics.jsonl")):
+            if any(line in path.read_text() for path in (self.folder / name).glob(f"{self.experiment}/*/metrics.jsonl")):
                 return
             time.sleep(0.002)
         pytest.fail(f"step {step} did not come: {(self.folder / f'{name}.out').read_text()}")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, request):
-    server = Server(tmp_path_factory.mktemp("runs"), request.module.SCRIPT, getattr(request.module, "EXPERIMENT", "tiny"))
-    yield server
-    server.process.stdin.close()
-    server.process.wait(60)
+def server(processes, tmp_path_factory, request):
+    return Server(processes, tmp_path_factory.mktemp("runs"), getattr(request.module, "SCRIPT", None), getattr(request.module, "EXPERIMENT", None))

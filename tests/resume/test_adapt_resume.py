@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = "tiny_adapt.py"
-
 
 def last(folder: Path) -> dict:
     return torch.load(max((folder / "checkpoints").glob("*/*.ckpt")), weights_only=True)
@@ -17,7 +15,7 @@ def last(folder: Path) -> dict:
     ("sparse_adapter_squad", {"sparse.rounds": 3, "sparse.by_epoch": "true"}, 2, 6), ("sparse_adapter_xsum", {"sparse.form": "flat"}, 1, 5)])
 def test_sigkill(server, experiment, more, early, late):
     server.experiment = experiment
-    settings = {"experiment": experiment, "beside": "[]"} | more
+    settings = {"beside": "[]"} | more
     names = {f"{experiment}-{when}": step for when, step in (("whole", None), ("early", early), ("late", late))}
     pids = {name: server.start(name, **settings, **({} if step is None else {"HOLD": step})) for name, step in names.items()}
     for name, step in names.items():

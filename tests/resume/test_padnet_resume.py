@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = "tiny_padnet.py"
 EXPERIMENT = "padnet_resnet50"
 
 

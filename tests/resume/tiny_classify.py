@@ -1,4 +1,4 @@
-"""Tiny classifications for the tests beside this file, served as tiny_training.py's: of images, with everything that could go astray, of sentences, and of
+"""Tiny classifications for the tests beside this file, as tiny_training.py: of images, with everything that could go astray, of sentences, and of
 sentences by a partially dynamic mixture of experts."""
 
 import functools
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiny_training import main, serve, trainer_config
+from tiny_training import start as start_training
+from tiny_training import trainer_config
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import ModelOutput
@@ -131,8 +132,4 @@ def train(run: Run, cfg: Config) -> tuple[Classifier, dict[str, float]]:
 
 
 def start(runs: Path, words: list[str]) -> None:
-    main(runs, words, Config(), train)
-
-
-if __name__ == "__main__":
-    serve(start)
+    start_training(runs, words, Config(), train)

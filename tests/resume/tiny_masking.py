@@ -1,4 +1,4 @@
-"""A tiny masked training for the test beside this file, served as tiny_training.py's: a pruned Houlsby adapter on a tiny BERT, with dropout and a head."""
+"""A tiny masked training for the test beside this file, as tiny_training.py: a pruned Houlsby adapter on a tiny BERT, with dropout and a head."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tiny_classify import Sentences
-from tiny_training import main, serve, trainer_config
+from tiny_training import start as start_training
+from tiny_training import trainer_config
 from transformers import BertConfig, BertForSequenceClassification
 
 from dyn.data.loader import EvaluationLoader, ResumableLoader
@@ -90,8 +91,4 @@ def train(run: Run, cfg: Config):
 
 
 def start(runs: Path, words: list[str]) -> None:
-    main(runs, words, Config(), train)
-
-
-if __name__ == "__main__":
-    serve(start)
+    start_training(runs, words, Config(), train)

@@ -1,18 +1,11 @@
 """A tiny training for the tests beside this file: a mixture of experts with attention dropout, gate noise, accumulation, and domain weights that change.
 
-python tiny_training.py (as tiny_classify.py) serves lines from standard input, so that what takes long, the imports, happens once:
-  start RUNS_FOLDER OUTPUT key=value ...   forks a process that trains, or resumes the run that is in RUNS_FOLDER; answers with its id; HOLD=5 stops it for
-                                           good where the metrics of step 5 are written, so that it can be killed there on however fast a machine
-  wait ID                                  answers with its exit code, negative for a signal
+`start`, as in the other scripts here, trains, or resumes the run that is in the folder; words are fields of the config or the trainer's.
 """
 
 import hashlib
 import os
-import shlex
 import signal
-import sys
-import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +18,8 @@ from dyn import env
 from dyn.data.mixture import MixtureLoader, validation_batches
 from dyn.data.tokens import Tokens
 from dyn.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM
-from dyn.runfolder import Cancelled, Run, create
-from dyn.train.callbacks import ExpertLoad, JsonlLogger, Remix
+from dyn.runfolder import Run, create
+from dyn.train.callbacks import ExpertLoad, Remix
 from dyn.train.optim import OptimConfig
 from dyn.train.tasks import CausalLM
 from dyn.train.trainer import TrainerConfig, fit, make_trainer, world
@@ -96,15 +89,10 @@ def train(run: Run, cfg: Config) -> tuple[CausalLM, dict[str, float]]:
     return task, fit(make_trainer(cfg.trainer, run, callbacks), task, loader, tiny_validation(cfg.validation_batches))
 
 
-def main(runs: Path, words: list[str], cfg: Any = None, train: Callable[[Run, Any], tuple[Any, dict[str, float]]] = train) -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(os.getpid())  # nothing may depend on what happened before
+def start(runs: Path, words: list[str], cfg: Any = None, train: Callable[[Run, Any], tuple[Any, dict[str, float]]] = train) -> None:
     cfg = Config() if cfg is None else cfg
     for word in words:
         key, value = word.split("=")
-        if key.isupper():
-            os.environ[key] = value
-            continue
         owner = cfg if hasattr(cfg, key) else cfg.trainer
         setattr(owner, key, value == "true" if isinstance(getattr(owner, key), bool) else type(getattr(owner, key))(value))
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -117,43 +105,3 @@ def main(runs: Path, words: list[str], cfg: Any = None, train: Callable[[Run, An
     if task.trainer.is_global_zero:
         (run.folder / "final.txt").write_text(f"{weights_hash(state)} {losses}\n")
 
-
-def hold(place: int) -> None:
-    log = JsonlLogger.log_metrics
-
-    def log_and_hold(logger: JsonlLogger, metrics: dict[str, float], step: int | None = None) -> None:
-        log(logger, metrics, step)
-        if step == place:
-            time.sleep(120)
-            raise RuntimeError(f"nobody killed this process at step {place}")
-
-    JsonlLogger.log_metrics = log_and_hold
-
-
-def serve(main: Callable[[Path, list[str]], None] = main) -> None:
-    for line in sys.stdin:
-        command, *words = shlex.split(line)
-        if command == "wait":
-            print(os.waitstatus_to_exitcode(os.waitpid(int(words[0]), 0)[1]), flush=True)
-            continue
-        pid = os.fork()
-        if pid:
-            print(pid, flush=True)
-            continue
-        output = os.open(words[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        try:
-            runs, _, *settings = words
-            for word in [word for word in settings if word.startswith("HOLD=")]:
-                settings.remove(word)
-                hold(int(word.partition("=")[2]))
-            main(Path(runs), settings)
-        except BaseException as error:
-            traceback.print_exc()
-            os._exit(130 if isinstance(error, Cancelled) else 1)
-        os._exit(0)
-
-
-if __name__ == "__main__":
-    serve()

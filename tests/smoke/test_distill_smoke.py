@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from dyn import report
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def smoke(tmp_path, *words):
+def smoke(processes, tmp_path, *words):
     """(result.json's path, its content, what the run said)."""
-    command = [sys.executable, "-m", "dyn.run", "llama_moe_cpt", "profile=smoke", f"runs={tmp_path}", "distill.weight=0.5", "distill.top_k=16", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    said = processes.run(tmp_path, "llama_moe_cpt", "profile=smoke", "distill.weight=0.5", "distill.top_k=16", *words)
     [path] = (tmp_path / "llama_moe_cpt").glob("*/result.json")
     result = report.read(path)
     assert result["status"] == "ok"
-    return path, result, done.stdout
+    return path, result, said
 
 
-def test_distilled_run(tmp_path):
-    path, _, said = smoke(tmp_path)
+def test_distilled_run(processes, tmp_path):
+    path, _, said = smoke(processes, tmp_path)
     assert "teacher: top 16 of 64 blocks" in said
     rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
     kl = {stage: [r["train/distill_loss"] for r in rows if r["stage"] == stage and "train/distill_loss" in r] for stage in ("moe", "control")}
@@ -36,8 +29,8 @@ def test_distilled_run(tmp_path):
     assert sum(s["blocks"] for s in json.loads(index.read_text())["shards"]) == 64
 
 
-def test_gates_are_trained_alone_from_a_calibrated_start(tmp_path):
-    path, result, _ = smoke(tmp_path, "model.construction=calibrated", "model.gate=linear", "model.calibration_sequences=22", "model.train=gates",
+def test_gates_are_trained_alone_from_a_calibrated_start(processes, tmp_path):
+    path, result, _ = smoke(processes, tmp_path, "model.construction=calibrated", "model.gate=linear", "model.calibration_sequences=22", "model.train=gates",
                             "dense_control=false")
     assert result["cost"]["calibration_tokens"] == result["metrics"]["calibration tokens"] == 22 * 32
     assert result["cost"]["conversion_seconds"] == result["metrics"]["calibration seconds"] > 0

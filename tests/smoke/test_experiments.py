@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -44,19 +43,15 @@ def test_profiles_and_sweep_rows_load(name):
     module = experiment(name)
     assert {"smoke", "demo", "small", "paper"} <= set(config.profiles(name, root=ROOT))
     config.load(module.Config, name, root=ROOT)
-    digests = set()
     for sweep, rows in module.SWEEPS.items():
         assert rows and len({(row["row"], row.get("seed")) for row in rows}) == len(rows), f"{sweep}: two rows have one name"
         for row in rows:
-            digests.add(config.digest(config.load(module.Config, name, "small", row={k: v for k, v in row.items() if k != "row"}, root=ROOT)))
-    assert digests
+            config.load(module.Config, name, "small", row={k: v for k, v in row.items() if k != "row"}, root=ROOT)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_smoke_run(name, tmp_path):
-    command = [sys.executable, "-m", "dyn.run", name, "profile=smoke", f"runs={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+def test_smoke_run(name, processes, tmp_path):
+    said = processes.run(tmp_path, name, "profile=smoke")
     [path] = (tmp_path / name).glob("*/result.json")
     result = report.read(path)
     assert result["status"] == "ok" and result["what"] == {"experiment": name, "row": "", "profile": "smoke", "digest": result["what"]["digest"]}
@@ -65,4 +60,4 @@ def test_smoke_run(name, tmp_path):
     for line in (path.parent / "metrics.jsonl").read_text().splitlines():
         assert "step" in json.loads(line)
     assert (path.parent / "report.html").stat().st_size > 1000
-    assert "report.html" in done.stdout
+    assert "report.html" in said
