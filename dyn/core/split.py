@@ -191,12 +191,13 @@ def _heads(ranked_EN: Tensor, free_N: Tensor, count: int) -> Tensor:
 def _group_size(num_units: int, num_groups: int, given: str = "") -> int:
     if num_groups >= 1 and num_units >= 1 and num_units % num_groups == 0:
         return num_units // num_groups
-    divisors = [d for d in range(1, num_units + 1) if num_units % d == 0]
-    nearest = [*[d for d in divisors if d < num_groups][-1:], *[d for d in divisors if d > num_groups][:1]]
-    raise ValueError(
-        f"{given or f'num_groups={num_groups}'} does not divide {num_units} units; nearest: "
-        f"{', '.join(map(str, nearest))}"
-    )
+    raise ValueError(f"{given or f'num_groups={num_groups}'} does not divide {num_units} units; nearest: {nearest_divisors(num_units, num_groups)}")
+
+
+def nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors next to a wanted one, below and above, for messages: (10, 3) -> "2, 5"."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return ", ".join(map(str, [d for d in divisors if d < wanted][-1:] + [d for d in divisors if d > wanted][:1]))
 
 
 def _check_matrix(name: str, x: Tensor, shape: str) -> None:

@@ -30,6 +30,8 @@ from dyn.nn.experts import Balance, Experts, Gate, MoeFeedForward, check_gate
 from dyn.ops.experts import experts as experts_op
 
 PER_LAYER = ("num_experts_per_tok", "moe_intermediate_size", "num_shared_experts", "score_scale")  # a value, or a list of one a layer
+SHARED_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings",
+                 "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")  # by all formats
 
 
 @strict
@@ -338,6 +340,17 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, GenerationMixin):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.construction = Construction.load(pretrained_model_name_or_path)
         return loaded
+
+
+def filled(net: PreTrainedModel, state: dict[str, Tensor], device: torch.device) -> None:
+    """Give a decoder that was made on the meta device its weights, ties and rotary table; `state` may lack what was put in before."""
+    if net.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    result = net.load_state_dict(state, strict=False, assign=True)
+    net.tie_weights()
+    net.model.rotary_emb = type(net.model.rotary_emb)(config=net.config).to(device)
+    left = [name for name, tensor in (*net.named_parameters(), *net.named_buffers()) if tensor.is_meta]
+    assert not left and not result.unexpected_keys, (left, result.unexpected_keys)
 
 
 AutoConfig.register(LlamaMoeConfig.model_type, LlamaMoeConfig)

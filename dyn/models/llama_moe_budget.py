@@ -13,8 +13,7 @@ from dyn.core.calibrate import allocate, routed_activations
 from dyn.models.llama_moe_calibrate import LayerFit, activations, active_neurons, check_enough, fit_layers, walk
 from dyn.models.llama_moe_construct import FITTED, METHODS
 from dyn.models.llama_moe_convert import check_causal, check_ints, moe_config
-from dyn.models.llama_moe_diagnose import placed
-from dyn.models.llama_moe_measure import check_batches, summed_divergence
+from dyn.models.llama_moe_measure import check_batches, placed, summed_divergence
 from dyn.models.llama_moe_prune import keep_neurons
 from dyn.nn.probe import for_statistics
 

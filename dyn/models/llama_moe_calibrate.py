@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,8 +21,8 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dyn.core.calibrate import Ridge, routed_activations, token_weights
-from dyn.models.llama_moe_construct import LayerSource, Method, Sample, generator
-from dyn.models.llama_moe_measure import check_batches
+from dyn.models.llama_moe_construct import Method, Sample, generator, layer_source
+from dyn.models.llama_moe_measure import check_batches, placed
 from dyn.nn.probe import for_statistics
 
 MOST_EXPERTS = 32  # routed experts of a layer where the caller asks for fewer: finer groups score better and run slower
@@ -102,9 +102,7 @@ def fit_layers(dense: nn.Module, batches: Sequence[Tensor], method: Method, conf
 
     def choose(i: int, mlp: nn.Module, sample: Sample) -> tuple[LayerFit, Features]:
         k = sample.num_experts_per_tok = config.of_layer("num_experts_per_tok", i)
-        source = LayerSource(gate_ND=mlp.gate_proj.weight.detach(), up_ND=mlp.up_proj.weight.detach(), num_experts=config.num_experts,
-                             group_size=config.of_layer("moe_intermediate_size", i), num_shared=config.of_layer("num_shared_experts", i), overlap=False,
-                             features="gate", generator=generator(seed, "split", i), sample=sample)
+        source = layer_source(config, i, mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach(), seed, sample=sample)
         x_TD = sample.x_TD
         shared_S, groups_EF, gate_ED = (t.to(x_TD.device) for t in method.split(source))
         gate_ED = gate_ED * (GATE_DEVIATION / (x_TD @ gate_ED.T).std().clamp(min=1e-12))
@@ -153,7 +151,7 @@ def walk(dense: nn.Module, batches: Sequence[Tensor], choose: Callable[[int, nn.
                 stream[place].copy_(dense.get_input_embeddings()(ids.to(device)))
         for i, layer in enumerate(dense.model.layers):
             mlp, parts = layer.mlp, []
-            with _without_feed_forward(layer):
+            with placed(layer, _Zero()):
                 for place, ids in enumerate(batches):
                     kwargs = arguments[tuple(ids.shape)][i]
                     ours, theirs = (_tensor(layer(stream[place].to(device), **kwargs)) for stream in reversed(streams))
@@ -240,38 +238,19 @@ class _Zero(nn.Module):
         return torch.zeros_like(x)
 
 
-@contextmanager
-def _without_feed_forward(layer: nn.Module) -> Iterator[None]:
-    """Within the block the layer gives the stream between attention and feed-forward."""
-    mlp, layer.mlp = layer.mlp, _Zero()
-    try:
-        yield
-    finally:
-        layer.mlp = mlp
-
-
 def _arguments(dense: nn.Module, batches: Sequence[Tensor]) -> dict[tuple[int, ...], list[dict[str, Any]]]:
     """What the model hands its layers beside hidden states (masks, positions), by shape of the batch: one pass for each, with empty feed-forwards."""
     found: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-    layers = list(dense.model.layers)
-    mlps = [layer.mlp for layer in layers]
-    try:
-        for layer in layers:
-            layer.mlp = _Zero()
+    seen: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        for layer in dense.model.layers:
+            stack.enter_context(placed(layer, _Zero()))
+            stack.callback(layer.register_forward_pre_hook(lambda _, __, kwargs: seen.append(dict(kwargs)), with_kwargs=True).remove)
         for ids in batches:
-            if tuple(ids.shape) in found:
-                continue
-            seen: list[dict[str, Any]] = []
-            hooks = [layer.register_forward_pre_hook(lambda _, __, kwargs, seen=seen: seen.append(dict(kwargs)), with_kwargs=True) for layer in layers]
-            try:
+            if tuple(ids.shape) not in found:
+                seen.clear()
                 dense.model(input_ids=ids.to(dense.device), use_cache=False)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            for kwargs in seen:
-                kwargs.pop("hidden_states", None)
-            found[tuple(ids.shape)] = seen
-    finally:
-        for layer, mlp in zip(layers, mlps, strict=True):
-            layer.mlp = mlp
+                for kwargs in seen:
+                    kwargs.pop("hidden_states", None)
+                found[tuple(ids.shape)] = list(seen)
     return found

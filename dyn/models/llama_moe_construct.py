@@ -53,6 +53,14 @@ class Sample:
     num_experts_per_tok: int
 
 
+def layer_source(config: Any, layer: int, gate_ND: Tensor, up_ND: Tensor, seed: int, *, overlap: bool = False, features: Literal["up", "gate"] = "gate",
+                 **seen: Any) -> LayerSource:
+    """A layer's weights, its sizes by a mixture's configuration, its generator, and what else a method has `seen` (scores, adjacency, sample)."""
+    return LayerSource(gate_ND=gate_ND, up_ND=up_ND, num_experts=config.num_experts, group_size=config.of_layer("moe_intermediate_size", layer),
+                       num_shared=config.of_layer("num_shared_experts", layer), overlap=overlap, features=features,
+                       generator=generator(seed, "split", layer), **seen)
+
+
 def _with_shared(source: LayerSource, groups: Tensor) -> tuple[Tensor, Tensor]:
     """Of E + shared groups, the first ones are shared."""
     return groups[: source.num_shared].reshape(-1).sort().values, groups[source.num_shared:]

@@ -18,15 +18,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dyn.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM, ScaleMode
+from dyn.core.split import nearest_divisors
+from dyn.models.llama_moe import SHARED_FIELDS, LlamaMoeConfig, LlamaMoeForCausalLM, ScaleMode, filled
 from dyn.models.llama_moe_calibrate import MOST_EXPERTS, active_neurons, fit_layers, geometry
-from dyn.models.llama_moe_construct import METHODS, Construction, LayerSource, generator
+from dyn.models.llama_moe_construct import METHODS, Construction, generator, layer_source
 from dyn.models.llama_moe_measure import dense_ratios, install_measured_scales, layer_coactivations, layer_scores
 from dyn.nn.experts import Balance, check_gate
 
-KEPT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
-        "max_position_embeddings", "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings",
-        "rope_parameters", "attention_dropout", "use_cache")
+KEPT = (*SHARED_FIELDS, "intermediate_size", "rope_parameters", "attention_dropout")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 CHUNK_BYTES = 4 << 30  # co-activation graphs of as many layers as fit are gathered in one pass over the batches
 
@@ -120,7 +119,9 @@ def from_dense(
             shared_S, groups_EF, weights[2] = fit.shared_S, fit.groups_EF, fit.down_DN
             gates.append(fit.gate_ED)
         else:
-            shared_S, groups_EF = method.split(_source(weights, config, i, overlap, features, seed, scores, adjacency))
+            shared_S, groups_EF = method.split(layer_source(
+                config, i, weights[0], weights[1], seed, overlap=overlap, features=features, scores_EN=None if scores is None else scores[i],
+                adjacency_NN=adjacency.pop(i, None)))
         _check_split(construction, shared_S, groups_EF, config, i)
         groups.append(groups_EF.cpu())
         shared.append(shared_S.cpu())
@@ -247,7 +248,7 @@ def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, 
             width = units
         elif uneven:
             raise ValueError(f"num_experts + num_shared_experts = {uneven[0]} does not divide intermediate_size={units}; "
-                             f"nearest: {_nearest_divisors(units, uneven[0])}")
+                             f"nearest: {nearest_divisors(units, uneven[0])}")
         else:
             width = [units // (E + s) for s in shareds]
     widths = _per_layer("moe_intermediate_size", width, layers)
@@ -292,13 +293,6 @@ def _check_split(construction: str, shared_S: Tensor, groups_EF: Tensor, config:
         raise ValueError(f"construction={construction!r}, layer {i}: an expert holds a neuron twice")
 
 
-def _source(weights: list[Tensor], config: LlamaMoeConfig, i: int, overlap: bool, features: str, seed: int, scores: Tensor | None,
-            adjacency: dict[int, Tensor]) -> LayerSource:
-    return LayerSource(gate_ND=weights[0], up_ND=weights[1], num_experts=config.num_experts, group_size=config.of_layer("moe_intermediate_size", i),
-                       num_shared=config.of_layer("num_shared_experts", i), overlap=overlap, features=features, generator=generator(seed, "split", i),
-                       scores_EN=None if scores is None else scores[i], adjacency_NN=adjacency.pop(i, None))
-
-
 def _known(construction: str) -> str:
     if construction not in METHODS:
         near = difflib.get_close_matches(construction, METHODS, 1)
@@ -326,12 +320,6 @@ def _plain(values: list):
     return values[0] if len(set(values)) == 1 else values
 
 
-def _nearest_divisors(n: int, wanted: int) -> str:
-    divisors = [d for d in range(1, n + 1) if n % d == 0]
-    below, above = [d for d in divisors if d < wanted][-1:], [d for d in divisors if d > wanted][:1]
-    return ", ".join(map(str, below + above))
-
-
 def _experts(weights: list[Tensor], shared_S: Tensor, groups_EF: Tensor, reinit: float, draw: torch.Generator) -> dict[str, Tensor]:
     """Rows of the gate and up projections and columns of the down projection, by the same index lists (section 1.1)."""
     gate_ND, up_ND, down_DN = weights
@@ -356,13 +344,6 @@ def _assemble(dense: PreTrainedModel, config: LlamaMoeConfig, state: dict[str, T
     config.dtype = dense.dtype
     with torch.device("meta"):
         moe = LlamaMoeForCausalLM._from_config(config, dtype=dense.dtype)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    for key, value in dense.state_dict().items():
-        if ".mlp." not in key and key not in tied:
-            state[key] = value if consume else value.clone()
-    result = moe.load_state_dict(state, strict=False, assign=True)
-    assert not result.unexpected_keys, result.unexpected_keys
-    moe.tie_weights()
     device = dense.device
     for i, layer in enumerate(moe.model.layers):
         mlp = layer.mlp
@@ -373,12 +354,16 @@ def _assemble(dense: PreTrainedModel, config: LlamaMoeConfig, state: dict[str, T
         if config.balance == "bias":
             mlp.gate.selection_bias.zero_()
         mlp.gate.to(device)
-    moe.model.rotary_emb = type(moe.model.rotary_emb)(config=config).to(device)
-    left = [name for name, p in moe.named_parameters() if p.is_meta]
-    assert not left, left
+    return in_place_of(dense, moe, state, consume)
+
+
+def in_place_of(dense: PreTrainedModel, net: PreTrainedModel, state: dict[str, Tensor], consume: bool) -> PreTrainedModel:
+    """A decoder on meta gets its feed-forwards from `state`, and all else, the dense model's own tensors if `consume`, from the dense model."""
+    state |= {key: value if consume else value.clone() for key, value in dense.state_dict().items() if ".mlp." not in key}
+    filled(net, state, dense.device)
     if dense.generation_config is not None:
-        moe.generation_config = copy.deepcopy(dense.generation_config)
-    return moe.train(dense.training)
+        net.generation_config = copy.deepcopy(dense.generation_config)
+    return net.train(dense.training)
 
 
 def _provenance(dense: nn.Module | str | Path, license: str | None) -> tuple[str, str | None]:

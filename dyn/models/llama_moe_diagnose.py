@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyn.core import routing
-from dyn.models.llama_moe_measure import check_batches, next_token_loss
-from dyn.nn.experts import Experts, Gate, MoeFeedForward, Routing
+from dyn.models.llama_moe_measure import check_batches, next_token_loss, placed
+from dyn.nn.experts import GATES, Experts, Gate, MoeFeedForward, Routing
 from dyn.nn.probe import for_statistics
 
 Criterion = Literal["norm", "residual"]
@@ -103,9 +103,9 @@ def _weights(gate: Gate, routed: Routing, idx_TK: Tensor) -> Tensor:
     """The weights that a gate gives to experts, whoever chose them."""
     if routed.logits_TE is None:
         return torch.full_like(routed.weight_TK, 1.0 / gate.num_experts_per_tok)
-    if gate.kind == "switch":
-        return routed.logits_TE.softmax(-1).gather(-1, idx_TK)
-    return routed.logits_TE.gather(-1, idx_TK).softmax(-1)
+    if GATES[gate.kind].sums_to_one:
+        return routed.logits_TE.gather(-1, idx_TK).softmax(-1)
+    return routed.logits_TE.softmax(-1).gather(-1, idx_TK)
 
 
 @torch.no_grad()
@@ -261,16 +261,6 @@ class _AsMixture(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, stats: bool = True) -> tuple[Tensor, Routing]:
         return self.block(x), Routing(None, None)
-
-
-@contextmanager
-def placed(layer: nn.Module, mlp: nn.Module) -> Iterator[None]:
-    """Within the block `mlp` is the feed-forward of a layer."""
-    kept, layer.mlp = layer.mlp, mlp
-    try:
-        yield
-    finally:
-        layer.mlp = kept
 
 
 @torch.no_grad()

@@ -17,16 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, MixtralConfig, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2MoeConfig
 
-from dyn.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM
+from dyn.models.llama_moe import SHARED_FIELDS, LlamaMoeConfig, LlamaMoeForCausalLM
 from dyn.models.llama_moe_card import push_to_hub as push_to_hub
 from dyn.models.llama_moe_card import write_card as write_card
 from dyn.models.llama_moe_official import INDEX
 from dyn.models.llama_moe_official import from_official as from_official
 from dyn.nn.experts import MoeFeedForward
 
-COPIED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
-          "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
-          "tie_word_embeddings", "attention_dropout")
+COPIED = (*SHARED_FIELDS, "head_dim", "attention_dropout")
 SHARD_BYTES = 4 << 30
 Tokenizer = PreTrainedTokenizerBase | str | Path
 Named = Iterator[tuple[str, Tensor]]

@@ -5,7 +5,8 @@ T tokens, N neurons, E data groups (one for each routed expert), L layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,16 @@ from torch import Tensor, nn
 
 from dyn.core import split
 from dyn.nn.probe import for_statistics, taylor_scores, watch
+
+
+@contextmanager
+def placed(layer: nn.Module, mlp: nn.Module) -> Iterator[None]:
+    """Within the block `mlp` is the feed-forward of a layer."""
+    kept, layer.mlp = layer.mlp, mlp
+    try:
+        yield
+    finally:
+        layer.mlp = kept
 
 
 def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:

@@ -14,13 +14,12 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
-from dyn.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM
+from dyn.models.llama_moe import SHARED_FIELDS, LlamaMoeConfig, LlamaMoeForCausalLM, filled
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 INDEX = "model.safetensors.index.json"
 FIXED = {"gate_type": "TopKBalancedNoisyGate", "gate_use_softmax": True, "calculator_type": "UniversalCalculator", "multiply_gate_scores": True}
-COPIED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
-          "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
+COPIED = (*SHARED_FIELDS, "intermediate_size")
 RENAMED = {  # inside `mlp.`: ours -> theirs
     "gate.weight": "gate.gate_network.weight",
     "gate.network.0.weight": "gate.gate_network.0.weight",
@@ -61,13 +60,9 @@ def from_official(d: str | Path, dtype: torch.dtype | None = None) -> LlamaMoeFo
             if given != list(part.shape):
                 raise ValueError(f"{folder}: {name} has shape {given}; the configuration says {list(part.shape)}")
             part.copy_(files[name].get_tensor(name))  # copied, since what safetensors hands out is the mapped file itself
-    moe.load_state_dict(state, strict=False, assign=True)
-    moe.tie_weights()
-    moe.model.rotary_emb = type(moe.model.rotary_emb)(config=config)
+    filled(moe, state, torch.device("cpu"))
     if (folder / "generation_config.json").is_file():
         moe.generation_config = GenerationConfig.from_pretrained(folder)
-    left = [name for name, tensor in (*moe.named_parameters(), *moe.named_buffers()) if tensor.is_meta]
-    assert not left, left
     return moe.eval()
 
 

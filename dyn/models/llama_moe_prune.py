@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from dyn.core.calibrate import dominant, energies
 from dyn.models.llama_moe_calibrate import Features, LayerFit, check_enough, walk
 from dyn.models.llama_moe_construct import Sample
-from dyn.models.llama_moe_convert import check_causal, fresh, load_dense, read_config
+from dyn.models.llama_moe_convert import check_causal, fresh, in_place_of, load_dense, read_config
 from dyn.models.llama_moe_measure import next_token_loss
 from dyn.nn.probe import taylor_scores
 
@@ -74,19 +74,9 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction | Se
                   f"model.layers.{i}.mlp.down_proj.weight": nnf.pad(fit.down_DN[:, chosen_S], (0, rest)).contiguous()}
         if consume:
             layer.mlp = None
-    for key, value in dense.state_dict().items():
-        if ".mlp." not in key:
-            state[key] = value if consume else value.clone()
     with torch.device("meta"):
         small = fresh(config, dense.dtype)
-    small.load_state_dict(state, strict=False, assign=True)
-    small.tie_weights()
-    small.model.rotary_emb = type(small.model.rotary_emb)(config=config).to(dense.device)
-    left = [name for name, p in small.named_parameters() if p.is_meta]
-    assert not left, left
-    if dense.generation_config is not None:
-        small.generation_config = copy.deepcopy(dense.generation_config)
-    return small.train(dense.training)
+    return in_place_of(dense, small, state, consume)
 
 
 def keep_neurons(kept: Sequence[int], scores: Tensor | None = None) -> Callable[[int, nn.Module, Sample], tuple[LayerFit, Features]]:
