@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import re
 import types
@@ -239,7 +240,7 @@ def _hint(schema: Any, key: str) -> Any:
         hint = _strip(hint)
         origin, args = typing.get_origin(hint), typing.get_args(hint)
         if dataclasses.is_dataclass(hint):
-            hint = typing.get_type_hints(hint).get(part)
+            hint = _hints(hint).get(part)
         elif origin is dict:
             hint = args[1]
         elif origin in (list, tuple) and part.isdigit():
@@ -249,8 +250,13 @@ def _hint(schema: Any, key: str) -> Any:
     return hint
 
 
+@functools.cache  # a schema's annotations are text, evaluated anew by every get_type_hints
+def _hints(schema: type) -> dict[str, Any]:
+    return typing.get_type_hints(schema)
+
+
 def _keys(schema: Any, prefix: str = "") -> Iterator[str]:
-    for name, hint in typing.get_type_hints(schema).items():
+    for name, hint in _hints(schema).items():
         yield prefix + name
         if dataclasses.is_dataclass(_strip(hint)):
             yield from _keys(_strip(hint), f"{prefix}{name}.")

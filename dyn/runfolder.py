@@ -23,7 +23,6 @@ from typing import Any, TextIO, TypeVar
 from dyn import config, env, report
 
 T = TypeVar("T")
-SCHEMA = 1
 
 
 class Cancelled(Exception):
@@ -219,7 +218,7 @@ class Run:
         self._state["seconds"] = seconds
         write_json(self.folder / "stages.json", self._state, finite=False)
         return {
-            "schema": SCHEMA,
+            "schema": report.SCHEMA,
             "what": self._state["what"],
             "status": status,
             "error": None if error is None else {"type": type(error).__name__, "message": _message(error)},

@@ -12,14 +12,15 @@ from typing import Any, Literal
 
 from dyn.data.glue import TASKS, SentenceSource
 from dyn.train.optim import RecipeConfig
-from dyn.train.settings import ClassifyConfig, TrainerConfig, check_trainings, seeded_rows
+from dyn.train.padnet import PartitionConfig
+from dyn.train.settings import ClassifyConfig, TrainerConfig, check_beside, check_tasks, check_trainings, seeded_rows
 
 Method = Literal["static", "moe", "pad"]
 
 
 @dataclass(kw_only=True, slots=True)
-class ModelConfig:
-    """What is trained. `make_moe` and `make_partial` explain the fields that they share."""
+class ModelConfig(PartitionConfig):
+    """What is trained. `make_moe` explains the fields that they share, `PartitionConfig` and `make_partial` those of mode partition (section 4)."""
 
     source: str = "google-bert/bert-base-uncased"  # folder, hub id, or a packaged model's name
     method: Method = "pad"
@@ -31,25 +32,13 @@ class ModelConfig:
     gate_noise: bool = True
     gate_std: float = 0.0  # section 2.2: gates start at zero, and only noise tells tokens apart
     balance_weight: float = 0.01
-    # Mode partition (section 4), of method=pad
-    keep: float = 0.5  # the share that stays dynamic
+    keep: float = 0.5
     criterion: Literal["snip", "removal", "random", "magnitude", "grasp"] = "snip"  # of copies snip ranks by removal (section 4.2)
-    rounds: int = 3  # the paper's number was not recovered
-    schedule: Literal["exponential", "linear"] = "exponential"
-    scope: Literal["global", "local", "erdos_renyi"] = "global"
-    monotone: bool = True
-    scales: Literal["both", "s", "d", "none", "prune"] = "both"  # section 3.3; prune: nothing in place of what is not dynamic
     static: Literal["mean", "fresh"] = "mean"  # of copies the mean is the pre-trained weight
-    shuffle: bool = False  # each mask inside its layer: the control that tells the criterion from its layer ratios
-    batches: int = 10  # that the criterion looks at, the same in every round: 320 sentences
 
     def check(self) -> None:
         """ValueError for settings that cannot be, before anything is loaded."""
-        if not 0 <= self.keep <= 1:
-            raise ValueError(f"keep={self.keep} must lie in [0, 1]: 0 is the static network, 1 the dynamic one")
-        for name, least in {"num_experts": 1, "num_experts_per_tok": 1, "rounds": 1, "batches": 1, "noise": 0, "gate_std": 0, "balance_weight": 0}.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        self.check_partition(num_experts=1, num_experts_per_tok=1, noise=0, gate_std=0, balance_weight=0)
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must be at most num_experts={self.num_experts}")
 
@@ -57,30 +46,14 @@ class ModelConfig:
         """The network in words, as rows are called: a row and its controls are found by these."""
         if self.method == "static":
             return "static"
-        usual, rounds = ModelConfig(), "one shot" if self.rounds == 1 else f"{self.rounds} rounds"
-        shape = f"{self.num_experts_per_tok} of {self.num_experts}"
+        usual, shape = ModelConfig(), f"{self.num_experts_per_tok} of {self.num_experts}"
         more = [f"{name} {getattr(self, name)}" for name in ("where", "noise", "gate") if getattr(self, name) != getattr(usual, name)]
-        if self.method == "moe":
-            return ", ".join([f"MoE, {shape}", *more])
-        criterion = f"{self.criterion}, {rounds}" if self.criterion in ("snip", "removal") else self.criterion  # the others rank alike in every round
-        more += [criterion] if (self.criterion, self.rounds) != (usual.criterion, usual.rounds) else []
-        more += ["shuffled"] if self.shuffle else []
-        more += {"both": [], "prune": ["pruned"], "none": ["no scales"]}.get(self.scales, [f"scale {self.scales} only"])
-        more += [f"{name} {getattr(self, name)}" for name in ("schedule", "scope", "static") if getattr(self, name) != getattr(usual, name)]
-        return ", ".join([f"PAD {self.keep:.4g}, {shape}", *more])
+        return ", ".join([f"MoE, {shape}", *more] if self.method == "moe" else [f"PAD {self.keep:.4g}, {shape}", *more, *self.words()])
 
-    def controls(self) -> list[str]:
-        """Rows that a row of this network is compared with: fully dynamic, and at about the same storage; a mask with itself shuffled."""
-        if self.method != "pad":
-            return [] if self.method == "static" else ["static"]
-        if self.shuffle:
-            return [dataclasses.replace(self, shuffle=False).what()]
-        usual, storage = ModelConfig(), round(1 + (self.num_experts - 1) * self.keep)
-        found = [dataclasses.replace(self, method="moe", num_experts=e) for e in (8, storage) if e >= self.num_experts_per_tok]
-        found += [dataclasses.replace(self, scales="none")] if self.scales == "prune" else []
-        own = (self.criterion, self.rounds) != (usual.criterion, usual.rounds) and self.criterion != "random"
-        found += [dataclasses.replace(self, shuffle=True)] if own else []
-        return list(dict.fromkeys(["static", *(model.what() for model in found)]))
+    def fully_dynamic(self) -> list[ModelConfig]:
+        """What a partially dynamic network is compared with: the usual one, and that of about its storage."""
+        sizes = (8, round(1 + (self.num_experts - 1) * self.keep))
+        return [dataclasses.replace(self, method="moe", num_experts=e) for e in sizes if e >= self.num_experts_per_tok]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -113,12 +86,8 @@ class Config:
     def check(self) -> None:
         """ValueError for settings that cannot be, before anything is loaded."""
         check_trainings(self, timing_batch=1, timing_rounds=1, compact_examples=1)
-        if wrong := [task for task in self.tasks if task not in (*TASKS, "docstrings")]:
-            raise ValueError(f"tasks={wrong[0]} is unknown; allowed: {', '.join((*TASKS, 'docstrings'))}")
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks) or self.data.task != SentenceSource().task:
-            raise ValueError(f"tasks={self.tasks}: at least one, each once; data.task={self.data.task} would be ignored")
-        if len({*self.beside, self.model.method}) <= len(self.beside):
-            raise ValueError(f"beside={self.beside} must be methods other than model.method={self.model.method}, each once")
+        check_tasks(self, TASKS)
+        check_beside(self)
 
 
 def rows(*changes: dict[str, Any], suffix: str = "", **more: Any) -> list[dict[str, Any]]:

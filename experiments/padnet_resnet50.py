@@ -12,15 +12,17 @@ from typing import Any, Literal
 
 from dyn.data.images import ImageSource
 from dyn.train.optim import RecipeConfig
-from dyn.train.settings import ClassifyConfig, TrainerConfig, check_trainings, seeded_rows
+from dyn.train.padnet import PartitionConfig
+from dyn.train.settings import ClassifyConfig, TrainerConfig, check_beside, check_trainings, seeded_rows
 
 Method = Literal["static", "dyconv", "condconv", "odconv", "pad"]
 LABELS = {"static": "static", "dyconv": "DY-Conv", "condconv": "CondConv", "odconv": "ODConv", "pad": "PAD"}
 
 
 @dataclass(kw_only=True, slots=True)
-class ModelConfig:
-    """What is trained. `make_dynamic` and `make_partial` explain the fields that they share."""
+class ModelConfig(PartitionConfig):
+    """What is trained. `make_dynamic` explains the fields that they share, `PartitionConfig` and `make_partial` those of mode partition (section 4): 30 % stay
+    dynamic, found by SNIP in 3 rounds, and what turns static is drawn afresh."""
 
     backbone: str = "resnet50"  # of timm, or resnet10; auto: resnet10 on a CPU, resnet50 on a GPU
     stem: Literal["auto", "imagenet", "stride1", "stride2"] = "imagenet"  # auto: for small images stride2 on a CPU, stride1 on a GPU
@@ -31,26 +33,11 @@ class ModelConfig:
     dropout: float = 0.0
     temperature: float = 30.0  # of DY-Conv's and ODConv's attention at the first step, falling to 1 in a straight line (section 1.3)
     temperature_share: float = 1 / 6  # of all steps until it is 1; 15 of 90 epochs
-    # Mode partition (section 4), of method=pad
-    keep: float = 0.3  # the share that stays dynamic
-    criterion: Literal["snip", "removal", "random", "magnitude", "grasp", "synflow"] = "snip"
-    rounds: int = 3  # the paper's number was not recovered
-    schedule: Literal["exponential", "linear"] = "exponential"
-    scope: Literal["global", "local", "erdos_renyi"] = "global"
-    monotone: bool = True
-    scales: Literal["both", "s", "d", "none", "prune"] = "both"  # section 3.3; prune: nothing in place of what is not dynamic
-    static: Literal["mean", "fresh"] = "fresh"  # what a position that turns static becomes; the official code draws it
-    shuffle: bool = False  # each mask inside its layer: the control that tells the criterion from its layer ratios
-    batches: int = 10  # that the criterion looks at, the same in every round
     partition_temperature: float = 31.0
 
     def check(self) -> None:
         """ValueError for settings that cannot be, before anything is loaded."""
-        if not 0 <= self.keep <= 1:
-            raise ValueError(f"keep={self.keep} must lie in [0, 1]: 0 is the static network, 1 the dynamic one")
-        for name, least in {"num_kernels": 1, "reduction": 1, "rounds": 1, "batches": 1, "temperature": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        self.check_partition(num_kernels=1, reduction=1, temperature=1)
         if self.partition_temperature <= 0:
             raise ValueError(f"partition_temperature={self.partition_temperature} must be above 0")
         for name in ("temperature_share", "dropout"):
@@ -63,30 +50,16 @@ class ModelConfig:
         """The network in words, as rows are called: a row and its controls are found by these."""
         if self.method == "static":
             return "static"
-        usual = ModelConfig()
-        anneal = [] if self.method == "condconv" or self.temperature_share == usual.temperature_share else [f"temperature_share {self.temperature_share:.4g}"]
+        usual = ModelConfig().temperature_share
+        anneal = [] if self.method == "condconv" or self.temperature_share == usual else [f"temperature_share {self.temperature_share:.4g}"]
         if self.method != "pad":
             return ", ".join([LABELS[self.method], f"K = {self.num_kernels}", *anneal])
-        rounds = "one shot" if self.rounds == 1 else f"{self.rounds} rounds"
-        criterion = f"{self.criterion}, {rounds}" if self.criterion in ("snip", "removal") else self.criterion  # the others rank alike in every round
-        more = [criterion] if (self.criterion, self.rounds) != (usual.criterion, usual.rounds) else []
-        more += ["shuffled"] if self.shuffle else []
-        more += {"both": [], "prune": ["pruned"], "none": ["no scales"]}.get(self.scales, [f"scale {self.scales} only"])
-        more += anneal + [f"{name} {getattr(self, name)}" for name in ("schedule", "scope", "static") if getattr(self, name) != getattr(usual, name)]
-        return ", ".join([f"PAD {self.keep:.4g}, K = {self.num_kernels}", *more])
+        return ", ".join([f"PAD {self.keep:.4g}, K = {self.num_kernels}", *self.words(*anneal)])
 
-    def controls(self) -> list[str]:
-        """Rows that a row of this network is compared with: fully dynamic, and at about the same storage; a mask with itself shuffled."""
-        if self.method != "pad":
-            return [] if self.method == "static" else ["static"]
-        if self.shuffle:
-            return [dataclasses.replace(self, shuffle=False).what()]
-        usual, storage = ModelConfig(), max(1, round(1 + (self.num_kernels - 1) * self.keep))
-        found = [dataclasses.replace(self, method="dyconv", num_kernels=k) for k in ((4, storage) if storage > 1 else (4,))]
-        found += [dataclasses.replace(self, scales="none")] if self.scales == "prune" else []
-        own = (self.criterion, self.rounds) != (usual.criterion, usual.rounds) and self.criterion != "random"
-        found += [dataclasses.replace(self, shuffle=True)] if own else []
-        return list(dict.fromkeys(["static", *(model.what() for model in found)]))
+    def fully_dynamic(self) -> list[ModelConfig]:
+        """What a partially dynamic network is compared with: the usual one, and that of about its storage."""
+        sizes = (4, round(1 + (self.num_kernels - 1) * self.keep))
+        return [dataclasses.replace(self, method="dyconv", num_kernels=k) for k in sizes if k > 1]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -132,8 +105,7 @@ class Config:
             raise ValueError(f"trainer.precision={self.trainer.precision}, trainer.gradient_checkpointing={self.trainer.gradient_checkpointing}: convolutional "
                              "networks take bf16-mixed or 32-true, and no checkpointing")
         check_trainings(self, timing_batch=1, timing_rounds=1, compact_images=1)
-        if len({*self.beside, self.model.method}) <= len(self.beside):
-            raise ValueError(f"beside={self.beside} must be methods other than model.method={self.model.method}, each once")
+        check_beside(self)
 
 
 def rows(*changes: dict[str, Any], suffix: str = "", **more: Any) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dyn.data.glue import EXAMPLES, TASKS, SentenceSource
 from dyn.train.optim import RecipeConfig
-from dyn.train.settings import ClassifyConfig, TrainerConfig
+from dyn.train.settings import ClassifyConfig, TrainerConfig, check_tasks
 from dyn.train.sparse import SparseConfig, adapter_rows, check_adapter_run, with_controls
 
 
@@ -40,10 +40,7 @@ class Config:
     def check(self) -> None:
         """ValueError for settings that cannot be, before anything is loaded."""
         check_adapter_run(self)
-        if wrong := [task for task in self.tasks if task not in (*TASKS, "docstrings")]:
-            raise ValueError(f"tasks={wrong[0]} is unknown; allowed: {', '.join((*TASKS, 'docstrings'))}")
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks) or self.data.task != SentenceSource().task:
-            raise ValueError(f"tasks={self.tasks}: at least one, each once; data.task={self.data.task} would be ignored")
+        check_tasks(self, TASKS)
 
 
 CPU: dict[str, Any] = dict(  # what one CPU core does in some minutes a row

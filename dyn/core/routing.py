@@ -119,7 +119,7 @@ def capacity(num_tokens: int, num_experts: int, factor: float) -> int:
 def within_capacity(idx_T: Tensor, capacity: int, mask_T: Tensor | None = None) -> Tensor:
     """Which tokens their expert has room for, bool [T]: `capacity` of those that chose it, drawn by chance from torch's global generator; tokens that do not
     count (`mask_T`) come last."""
-    draw_T = torch.rand(len(idx_T), device=idx_T.device)
+    draw_T = torch.rand(len(idx_T), dtype=torch.float32, device=idx_T.device)
     order_T = (draw_T if mask_T is None else draw_T + ~_mask(mask_T, draw_T)[:, 0]).argsort()
     sorted_T, by_expert_T = idx_T[order_T].sort(stable=True)  # in the drawn order inside each expert
     place_T = torch.arange(len(idx_T), device=idx_T.device) - torch.searchsorted(sorted_T, sorted_T)

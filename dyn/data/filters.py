@@ -54,21 +54,16 @@ def advert_score(text: str) -> float:
     return 100 * found / words + 4 * repeated
 
 
-def advert(text: str, threshold: float = 3.0) -> bool:
-    """Whether to keep a text: `advert_score` below the threshold."""
-    return advert_score(text) < threshold
-
-
 @dataclass(frozen=True)
 class Advert:
-    """Remove advertisements from the named domains (None: all): see `advert_score`."""
+    """Remove texts whose `advert_score` is not below the threshold from the named domains (None: all)."""
 
     threshold: float = 3.0
     domains: tuple[str, ...] | None = WEB
 
     def __call__(self, texts: list[str], domain: str) -> list[bool]:
         """True for the texts to keep; `domain` does not matter here."""
-        return [advert(text, self.threshold) for text in texts]
+        return [advert_score(text) < self.threshold for text in texts]
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class Fluency:
 
     Args:
         perplexity: texts -> perplexities [len(texts)]; not in the repr, so `model` must name the model.
-        low, high: absolute bounds; `Fluency.between` finds them from quantiles of a sample.
+        low, high: absolute bounds.
         model: name of the model.
         domains: the domains to filter; None: all.
 
@@ -95,25 +90,12 @@ class Fluency:
         if not 0 <= self.low < self.high:
             raise ValueError(f"fluency: low={self.low}, high={self.high}; needed: 0 <= low < high")
 
-    @classmethod
-    def between(cls, perplexity: Callable[[list[str]], Tensor], sample: list[str], low: float = 0.05, high: float = 0.9, **settings) -> Fluency:
-        """Bounds at two quantiles of a sample's perplexities; the default removes 15 %, as the paper's did. `settings`: model, domains."""
-        if not sample or not 0 <= low < high <= 1:
-            raise ValueError(f"fluency: a sample of {len(sample)} texts, quantiles {low} and {high}; needed: some texts, 0 <= low < high <= 1")
-        bounds = torch.quantile(_checked(perplexity, sample), torch.tensor([low, high], dtype=torch.float64))
-        return cls(perplexity, *bounds.tolist(), **settings)
-
     def __call__(self, texts: list[str], domain: str) -> list[bool]:
         """True for the texts to keep. A perplexity that is not a number is outside every band."""
-        values = _checked(self.perplexity, texts)
+        values = torch.as_tensor(self.perplexity(texts)).detach().double().cpu().flatten()
+        if len(values) != len(texts):
+            raise ValueError(f"fluency: the model gave {len(values)} perplexities for {len(texts)} texts")
         return ((values >= self.low) & (values <= self.high)).tolist()
-
-
-def _checked(perplexity: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
-    values = torch.as_tensor(perplexity(texts)).detach().double().cpu().flatten()
-    if len(values) != len(texts):
-        raise ValueError(f"fluency: the model gave {len(values)} perplexities for {len(texts)} texts")
-    return values
 
 
 FILTERS: dict[str, Callable[..., Filter]] = {"advert": Advert, "fluency": Fluency}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dyn.data import local_text
-from dyn.data.loader import Draw, carve
-from dyn.data.sources import choose, load_splits, resolve
+from dyn.data.loader import Draw, carve, chosen
+from dyn.data.sources import at_least_one, choose, labelled, load_splits, whence
 from dyn.data.tokens import parallel_tokenizer
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
@@ -73,6 +72,15 @@ class SentenceSource:
     tuning: float = 0.0
     seed: int = 0
 
+    def check(self) -> None:
+        """ValueError for an unknown task, one without labels, and sizes that cannot be."""
+        if self.task == "ax":
+            raise ValueError("task='ax' has no labels, so it can be neither trained on nor scored")
+        choose([self.task], [*TASKS, "docstrings"], "GLUE", "task")
+        if self.max_length < 4:
+            raise ValueError(f"max_length={self.max_length} must be at least 4")
+        at_least_one(self, "train_limit")
+
 
 @dataclass
 class SentenceSet:
@@ -114,12 +122,12 @@ class SentenceSet:
         mask = torch.from_numpy(np.ascontiguousarray(inside_BL, dtype=np.int64))
         return {**result, "attention_mask": mask, "labels": self.labels[torch.from_numpy(index)]}
 
-    def select(self, chosen: np.ndarray) -> SentenceSet:
+    def select(self, index: np.ndarray) -> SentenceSet:
         """Some of the examples, in the order given."""
-        lengths = self.lengths[chosen]
-        flat = np.repeat(self.places[chosen] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+        lengths = self.lengths[index]
+        flat = np.repeat(self.places[index] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
         return SentenceSet({name: values[flat] for name, values in self.columns.items()}, np.concatenate([[0], np.cumsum(lengths)]),
-                           self.labels[torch.from_numpy(chosen)], self.pads, self.left, self.multiple)
+                           self.labels[torch.from_numpy(index)], self.pads, self.left, self.multiple)
 
 
 @dataclass
@@ -149,11 +157,9 @@ def open_sentences(source: SentenceSource, tokenizer: Any, *, multiple: int = 1,
     Raises:
         ValueError: an unknown task, one without labels, nothing at the path, missing columns, a label out of range, settings that do not fit.
     """
-    if source.task == "ax":
-        raise ValueError("task='ax' has no labels, so it can be neither trained on nor scored")
-    choose([source.task], [*TASKS, "docstrings"], "GLUE", "task")
-    if source.max_length < 4 or tokenizer.pad_token_id is None:
-        raise ValueError(f"max_length={source.max_length} must be at least 4, and the tokenizer must have a padding token (it has {tokenizer.pad_token})")
+    source.check()
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"{type(tokenizer).__name__}: sentences need a tokenizer with a padding token")
     task, found, classes, what = _rows(source)
     validation_splits = [split for split in found if split != "train"]
     regression = not task.labels
@@ -164,9 +170,7 @@ def open_sentences(source: SentenceSource, tokenizer: Any, *, multiple: int = 1,
         parts[split] = _tokenised([rows[field] for field in task.fields], labels, tokenizer, source.max_length, multiple)
     train = parts["train"]
     if source.train_limit is not None:
-        if source.train_limit < 1:
-            raise ValueError(f"train_limit={source.train_limit} must be at least 1, or null for all")
-        train = train.select(np.sort(np.random.Generator(np.random.PCG64([source.seed, 0x6C696D])).permutation(len(train))[: source.train_limit]))
+        train = train.select(chosen(len(train), source.train_limit, source.seed, 0x6C696D))
     kept, held = carve(len(train), source.tuning, source.seed)
     tuning = train.select(held) if len(held) else None
     train = train.select(kept) if len(held) else train
@@ -189,17 +193,11 @@ def _rows(source: SentenceSource) -> tuple[Task, dict[str, dict[str, Sequence]],
         if not source.fallback:
             raise
         return _docstrings(f"the docstring task in place of {source.task}, which neither $DYN_DATA nor the hub gives ({str(error).partition(';')[0]})")
-    splits = ["train", *choose(source.splits or task.splits, [s for s in found if s != "train"], f"path={source.path!r}, task {source.task!r}", "split")]
-    for split in splits:
-        for column in (*task.fields, "label"):
-            if split not in found or column not in found[split].column_names:
-                have = ", ".join(found) if split not in found else ", ".join(found[split].column_names)
-                raise ValueError(f"path={source.path!r}, task {source.task!r}: no {'split' if split not in found else 'column'} "
-                                 f"{split if split not in found else column!r}; found {have}")
-    label = found["train"].features["label"]
-    where = "a local copy" if Path(resolve(source.path)).is_dir() else "from the hub"
-    rows = {split: {column: found[split][column][:] for column in (*task.fields, "label")} for split in splits}
-    return task, rows, list(getattr(label, "names", None) or map(str, range(task.labels))), f"GLUE's {source.task}, {where}"
+    columns = (*task.fields, "label")
+    parts = labelled(found, {repr(c): c for c in columns}, source.splits or task.splits, f"path={source.path!r}, task {source.task!r}")
+    rows = {split: {column: part[column][:] for column in columns} for split, part in parts.items()}
+    names = getattr(parts["train"].features["label"], "names", None) or map(str, range(task.labels))
+    return task, rows, list(names), f"GLUE's {source.task}, {whence(source.path)}"
 
 
 def _docstrings(what: str) -> tuple[Task, dict[str, dict[str, Sequence]], list[str], str]:

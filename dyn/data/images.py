@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyn.data import small_images
-from dyn.data.loader import Draw, Examples, carve, seeded, uniform
-from dyn.data.sources import load_splits, resolve
+from dyn.data.loader import Draw, Examples, carve, chosen, seeded, uniform
+from dyn.data.sources import at_least_one, load_splits, resolve
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of its channels, as published; small sets are normalised by their own."""
 
+_LIMITED = 0x6C696D  # salt of the choice of images under a limit
 _SMALL = 64  # pixels: data sets of images up to this edge are kept in memory
 _PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
 
@@ -178,6 +179,7 @@ def open_images(source: ImageSource, *, log: Callable[[str], None] = print, cach
     if source.size < 8 or not 0 <= source.erase <= 1 or (source.auto_augment and source.augment == "padded"):
         raise ValueError(f"images: size={source.size} must be at least 8, erase={source.erase} in [0, 1], and auto_augment needs augment=resized, "
                          f"not {source.augment}")
+    at_least_one(source, "train_limit", "validation_limit")
     if (arrays := small_images.find(source.path, source.seed, cache)) is not None:
         data = _of_arrays(arrays, source)
     else:
@@ -215,14 +217,7 @@ def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
 
 
 def _limited(data: Examples, limit: int | None, seed: int) -> Examples:
-    return data if limit is None or limit >= len(data) else Part(data, _chosen(len(data), limit, seed))
-
-
-def _chosen(count: int, limit: int | None, seed: int) -> np.ndarray:
-    """At most `limit` of the places 0 .. count - 1, in ascending order."""
-    if limit is not None and limit < 1:
-        raise ValueError(f"images: a limit of {limit} leaves nothing; it must be at least 1, or null for all")
-    return np.sort(np.random.Generator(np.random.PCG64([seed, 0x6C696D])).permutation(count)[:limit])
+    return data if limit is None or limit >= len(data) else Part(data, chosen(len(data), limit, seed, _LIMITED))
 
 
 def _of_arrays(arrays: small_images.Arrays, source: ImageSource) -> ImageData:
@@ -271,7 +266,7 @@ def _of_files(splits: dict[str, FileImages], classes: list[str], what: str, sour
     if max(side for i in some for side in splits["train"].decoded(i).size) <= _SMALL:
         arrays = []
         for split, limit in (("train", source.train_limit), ("validation", source.validation_limit)):
-            places = _chosen(len(splits[split]), limit, source.seed)  # what nobody will look at is not decoded
+            places = chosen(len(splits[split]), limit, source.seed, _LIMITED)  # what nobody will look at is not decoded
             arrays += [_pixels(splits[split], places), splits[split].labels[places]]
         return _of_arrays(small_images.Arrays(*arrays, classes, what), source)
     return ImageData(splits["train"], splits["validation"], None, classes, what)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 _POOL = 50  # global batches whose examples are sorted by length together: long enough to pad little, short enough to stay random
-_AWAY = -100  # a label that no example has: rows that only fill a batch up
+AWAY = -100  # a label that does not count (torch's ignore_index): a token that the loss leaves out, or a row that only fills a batch up
 
 
 class Draw(NamedTuple):
@@ -83,6 +83,11 @@ def carve(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[taken:]), np.sort(order[:taken])
 
 
+def chosen(count: int, limit: int | None, seed: int, salt: int) -> np.ndarray:
+    """At most `limit` (None: all) of the places 0 .. count - 1, in ascending order, by (seed, salt)."""
+    return np.sort(np.random.Generator(np.random.PCG64([seed, salt])).permutation(count)[:limit])
+
+
 def batches_per_epoch(count: int, batch_size: int, world_size: int = 1, drop_last: bool = True) -> int:
     """How many batches each process gets of one pass over `count` examples."""
     whole = batch_size * world_size
@@ -133,11 +138,6 @@ class ResumableLoader:
         self.num_batches = self.per_epoch if num_batches is None else num_batches
         self.step = 0
         self._planned: tuple[int, list[np.ndarray]] | None = None
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the data so far, in fractions."""
-        return self.step / self.per_epoch
 
     def __len__(self) -> int:
         return self.num_batches
@@ -225,12 +225,12 @@ class EvaluationLoader:
 def blank(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The batch with labels that say: this does not count."""
     labels = batch["labels"]
-    return {**batch, "labels": torch.full_like(labels, float("nan") if labels.is_floating_point() else _AWAY)}
+    return {**batch, "labels": torch.full_like(labels, float("nan") if labels.is_floating_point() else AWAY)}
 
 
 def counts(labels: Tensor) -> Tensor:
     """Which rows count, bool [B]: those that are not of a `blank` batch."""
-    return ~labels.isnan() if labels.is_floating_point() else labels != _AWAY
+    return ~labels.isnan() if labels.is_floating_point() else labels != AWAY
 
 
 class _Plan(Sequence):

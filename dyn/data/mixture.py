@@ -6,7 +6,7 @@ B sequences a batch, L tokens a sequence, n domains. Weights and rules: LLaMA-Mo
 from __future__ import annotations
 
 import copy
-import difflib
+import functools
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dyn.data.loader import AWAY
+from dyn.data.sources import choose
 from dyn.data.tokens import Tokens, blocks_of_epoch
 
 WEIGHTS: dict[str, dict[str, float]] = {
@@ -36,12 +38,9 @@ def domain_weights(weights: str | Mapping[str, float], domains: list[str]) -> di
         ValueError: an unknown name, a domain too few or too many, a weight that is negative or not finite, or no weight above 0.
     """
     if isinstance(weights, str):
-        if weights != "uniform" and weights not in WEIGHTS:
-            raise ValueError(f"unknown domain weights {weights!r}{_nearest(weights, ['uniform', *WEIGHTS])}")
+        choose([weights], ["uniform", *WEIGHTS], "domain weights", "mix")
         weights = dict.fromkeys(domains, 1.0) if weights == "uniform" else WEIGHTS[weights]
-    for name in weights:
-        if name not in domains:
-            raise ValueError(f"domain weights name {name!r}, which is no domain here{_nearest(name, domains)}")
+    choose(weights, domains, "domain weights")
     if missing := [d for d in domains if d not in weights]:
         raise ValueError(f"domain weights lack {', '.join(missing)}; give 0 to leave a domain out")
     values = {d: float(weights[d]) for d in domains}
@@ -66,12 +65,14 @@ def update_weights(weights: Mapping[str, float], losses: Mapping[str, float], re
         anchor: multiply onto these (the initial weights, say) in place of the current ones, so that a lasting gap does not compound.
 
     Raises:
-        ValueError: an unknown rule, gamma outside [0, 1), domains that differ, or a loss that is not finite.
+        ValueError: an unknown rule, gamma outside [0, 1), a negative eta, domains that differ, or a loss that is not finite.
     """
     if rule not in ("a", "b"):
         raise ValueError(f"rule={rule!r} is unknown; allowed: 'a', 'b'")
     if not 0 <= gamma < 1:
         raise ValueError(f"gamma={gamma} must lie in [0, 1)")
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"eta={eta} must be finite and at least 0")
     domains = list(weights)
     start = domain_weights(weights if anchor is None else anchor, domains)
     for what, values in (("losses", losses), ("references", references)):
@@ -133,16 +134,6 @@ class MixtureLoader:
         """New domain weights, from the next batch on. ValueError as `domain_weights`."""
         self.weights = domain_weights(weights, self.domains)
 
-    @property
-    def tokens_seen(self) -> dict[str, int]:
-        """Tokens given out by domain, over all ranks."""
-        return {d: n * self.block_size for d, n in self.used.items()}
-
-    @property
-    def epochs(self) -> dict[str, float]:
-        """Passes over each domain's tokens so far, in fractions."""
-        return {d: n / self.tokens[d].num_tokens for d, n in self.tokens_seen.items()}
-
     def __len__(self) -> int:
         return self.num_batches
 
@@ -195,14 +186,19 @@ class MixtureLoader:
 
     def state_dict(self) -> dict:
         """Plain numbers: where the stream stands, and of which stream it speaks."""
-        about = {"seed": self.seed, "block_size": self.block_size, "global_batch": self.batch_size * self.world_size,
-                 "num_tokens": {d: t.num_tokens for d, t in self.tokens.items()}}
+        about = {"seed": self.seed, "block_size": self.block_size, "global_batch": self.batch_size * self.world_size, "mask_documents": self.mask_documents,
+                 "num_tokens": {d: t.num_tokens for d, t in self.tokens.items()}, "domains": self.domains, "samples": self._samples}
         return {"step": self.step, "used": dict(self.used), "weights": dict(self.weights), **about}
 
+    @functools.cached_property
+    def _samples(self) -> list[int]:
+        """A checksum of 64 pieces of each domain: its texts may have changed and its length not."""
+        return [zlib.crc32(t.blocks(np.linspace(0, t.num_tokens // 16, 64).astype(np.int64), 16).tobytes()) for t in self.tokens.values()]
+
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict` was taken. ValueError when that was another stream (seed, sizes, domains or their tokens)."""
+        """Go on where `state_dict` was taken. ValueError when that was another stream (seed, sizes, domains and their order, their tokens)."""
         for key, here in self.state_dict().items():
-            if key not in ("step", "used", "weights") and state.get(key) != here:
+            if key not in ("step", "used", "weights") and state.get(key, here) != here:
                 raise ValueError(f"this checkpoint is of another data stream: {key}={state.get(key)}, here {here}")
         self.step, self.used = state["step"], dict(state["used"])
         self.weights = dict(state["weights"])
@@ -249,10 +245,5 @@ def _batch(tokens: Mapping[str, Tokens], names: list[str], domain: np.ndarray, i
     batch = {"input_ids": input_ids, "labels": input_ids.clone(), "domain": torch.from_numpy(domain.astype(np.int64))}
     if mask_documents:
         batch["position_ids"] = torch.from_numpy(positions)
-        batch["labels"][batch["position_ids"] == 0] = -100
+        batch["labels"][batch["position_ids"] == 0] = AWAY
     return batch
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, 0.0)
-    return f"; allowed: {', '.join(known)}" + (f" (nearest: {near[0]})" if near else "")

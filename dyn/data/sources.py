@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -56,7 +56,7 @@ class TextSource:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "max_tokens", "max_validation_tokens")
+        at_least_one(self, "max_tokens", "max_validation_tokens", of=f" of the text {self.path!r}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -84,13 +84,14 @@ class JoinedText:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "documents", "max_tokens")
+        at_least_one(self, "documents", "max_tokens", of=f" of the text {self.path!r}")
 
 
-def _at_least_one(source: TextSource | JoinedText, *names: str) -> None:
+def at_least_one(source: object, *names: str, of: str = "") -> None:
+    """ValueError for fields of a source, limits of which None is none, that are below 1. `of`: words behind the value."""
     for name in names:
         if (value := getattr(source, name)) is not None and value < 1:
-            raise ValueError(f"{name}={value} of the text {source.path!r} must be at least 1, or null for all")
+            raise ValueError(f"{name}={value}{of} must be at least 1, or null for all")
 
 
 class Stream(NamedTuple):
@@ -105,6 +106,11 @@ def resolve(path: str) -> str:
     root = os.environ.get("DYN_DATA")
     places = [Path(path)] + ([Path(root) / path, Path(root) / Path(path).name] if root else [])
     return next((str(place) for place in places if place.is_dir()), path)
+
+
+def whence(path: str) -> str:
+    """Where the data set of that path comes from, in words."""
+    return "a local copy" if Path(resolve(path)).is_dir() else "from the hub"
 
 
 def origin(source: TextSource) -> dict[str, str | int | None]:
@@ -173,6 +179,27 @@ def load_splits(path: str, config: str | None = None, *, revision: str | None = 
         return dict(load_dataset(resolve(path), config, revision=revision, cache_dir=cache))
     except Exception as error:
         raise _unreadable(f"path={path!r}, config {config!r}", error) from error
+
+
+def labelled(found: Mapping[str, Dataset], columns: Mapping[str, str], held: Iterable[str], where: str) -> dict[str, Dataset]:
+    """The splits of a labelled data set to train and to validate on, train first.
+
+    Args:
+        found: what `load_splits` gives.
+        columns: what each split must have, named as the settings name it.
+        held: the splits to validate on.
+        where: begins each message.
+
+    Raises:
+        ValueError: no train split, an unknown one in `held`, or a missing column.
+    """
+    if "train" not in found:
+        raise ValueError(f"{where}: no split train; found {', '.join(found)}")
+    splits = {split: found[split] for split in ["train", *choose(held, [s for s in found if s != "train"], where, "split")]}
+    for split, rows in splits.items():
+        if missing := [name for name, column in columns.items() if column not in rows.column_names]:
+            raise ValueError(f"{where}, split {split!r}: no column {missing[0]}; found {', '.join(rows.column_names)}")
+    return splits
 
 
 def choose(wanted: Iterable[str] | None, known: Iterable[str], where: str, what: str = "domain") -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 
 from dyn.data.glue import SentenceSet
-from dyn.data.loader import Draw, carve
+from dyn.data.loader import Draw, carve, chosen
 from dyn.data.local_tasks import gaps
-from dyn.data.sources import choose, load_splits, resolve
+from dyn.data.sources import at_least_one, labelled, load_splits, whence
 from dyn.data.tiny import tiny_questions
 from dyn.data.tokens import parallel_tokenizer
 
@@ -57,9 +56,7 @@ class QuestionSource:
         """ValueError for sizes that cannot be."""
         if self.max_question < 1 or self.stride < 0 or self.max_length < 8:
             raise ValueError(f"max_length={self.max_length} must be at least 8, max_question={self.max_question} 1, stride={self.stride} 0")
-        for name in ("train_limit", "validation_limit"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1, or null for all")
+        at_least_one(self, "train_limit", "validation_limit")
 
 
 class Question(NamedTuple):
@@ -131,9 +128,11 @@ def open_questions(source: QuestionSource, tokenizer: Any, *, multiple: int = 1,
     source.check()
     _check_tokenizer(tokenizer, source)
     parts, what = _read(source)
-    kept = {split: _limited(found, source.train_limit if split == "train" else source.validation_limit, source.seed) for split, found in parts.items()}
-    for split, found in kept.items():
-        _check_answers(found, f"{what}, split {split!r}")
+    kept = {}
+    for split, found in parts.items():
+        limit = source.train_limit if split == "train" else source.validation_limit
+        kept[split] = [found[i] for i in chosen(len(found), limit, source.seed, 0x717573)]
+        _check_answers(kept[split], f"{what}, split {split!r}")
     sets = {split: _windows(found, tokenizer, source, multiple, offsets=True) for split, found in kept.items() if split != "train"}
     train, held = _held_out(kept["train"], source)
     tuning = _windows(held, tokenizer, source, multiple, offsets=True) if held else None
@@ -167,15 +166,9 @@ def _read(source: QuestionSource) -> tuple[dict[str, list[Question]], str]:
         found, what = MADE[source.path]()
         rows = {split: [tuple(row[column] for column in COLUMNS) for row in found[split]] for split in ("train", "validation")}
     else:
-        found = load_splits(source.path, revision=source.revision)
-        what = f"{source.path}, {'a local copy' if Path(resolve(source.path)).is_dir() else 'from the hub'}"
-        if "train" not in found:
-            raise ValueError(f"{where}: no split train; found {', '.join(found)}")
-        rows = {}
-        for split in ["train", *choose(source.splits or ["validation"], [s for s in found if s != "train"], where, "split")]:
-            if missing := [column for column in COLUMNS if column not in found[split].column_names]:
-                raise ValueError(f"{where}, split {split!r}: no column {missing[0]!r}; found {', '.join(found[split].column_names)}")
-            rows[split] = zip(*(found[split][column][:] for column in COLUMNS), strict=True)
+        what = f"{source.path}, {whence(source.path)}"
+        found = labelled(load_splits(source.path, revision=source.revision), {repr(c): c for c in COLUMNS}, source.splits or ["validation"], where)
+        rows = {split: zip(*(part[column][:] for column in COLUMNS), strict=True) for split, part in found.items()}
     return {split: [_question(row, f"{where}, split {split!r}") for row in part] for split, part in rows.items()}, what
 
 
@@ -201,12 +194,6 @@ def _check_answers(questions: Sequence[Question], where: str) -> None:
             if not text.strip() or start < 0 or q.context[start : start + len(text)] != text:
                 raise ValueError(f"{where}, id {q.id!r}: answer {text!r} does not stand at answer_start={start} of its context, where "
                                  f"{q.context[max(start, 0) : start + len(text)]!r} does")
-
-
-def _limited(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
-    if limit is None or limit >= len(questions):
-        return questions
-    return [questions[i] for i in np.sort(np.random.Generator(np.random.PCG64([seed, 0x717573])).permutation(len(questions))[:limit])]
 
 
 def _held_out(questions: list[Question], source: QuestionSource) -> tuple[list[Question], list[Question]]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import mmap
 import os
 import zlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import numpy as np
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
@@ -74,7 +77,28 @@ class Store:
         Path(self.root).mkdir(parents=True, exist_ok=True)
         return FileLock(f"{self.root}/.lock")
 
-    def local_copy(self, files: dict[str, int], cache: str | None) -> Path:
+    def arrays(self, files: Mapping[str, tuple[np.dtype, tuple[int, ...], int]], cache: str | None, verify: bool = True) -> dict[str, np.memmap]:
+        """Memory maps of files (name -> dtype, shape, CRC-32), of copies in `cache` where the folder is remote.
+
+        Raises:
+            ValueError: one is missing, empty, cut short, or (with `verify`, about a second a gigabyte) changed.
+        """
+        sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape, _) in files.items()}
+        folder, maps = self._local_copy(sizes, cache), {}
+        for name, (dtype, shape, crc32) in files.items():
+            path, problem = folder / name, None
+            if not path.is_file():
+                problem = "missing"
+            elif not sizes[name] or path.stat().st_size != sizes[name]:
+                problem = f"empty or cut short: {path.stat().st_size} bytes, the index says {sizes[name]}"
+            elif verify and not self._intact(folder, name, crc32):
+                problem = "corrupt: its checksum differs from the index's"
+            if problem:
+                raise ValueError(f"{name} in {self.address} is {problem}; delete {self.address} to make its shards again")
+            maps[name] = np.memmap(path, dtype, "r", shape=shape)
+        return maps
+
+    def _local_copy(self, files: dict[str, int], cache: str | None) -> Path:
         """A local folder with these files (name -> bytes): this one, or a copy in `cache` for a remote one. Copies of the right size stay."""
         if self.is_local:
             return Path(self.root)
@@ -86,8 +110,8 @@ class Store:
                 self._fetch(name, target)
         return folder
 
-    def intact(self, folder: Path, name: str, crc32: int) -> bool:
-        """Whether a file of `local_copy` has this checksum; a copy that has not may be of an earlier state of the remote: it is fetched once more."""
+    def _intact(self, folder: Path, name: str, crc32: int) -> bool:
+        """Whether a file of `_local_copy` has this checksum; a copy that has not may be of an earlier state of the remote: it is fetched once more."""
         if _crc32(folder / name) == crc32:
             return True
         if self.is_local or not self.fs.exists(f"{self.root}/{name}"):

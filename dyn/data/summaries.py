@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,16 +16,15 @@ import torch
 from torch import Tensor
 
 from dyn.data.glue import SentenceSet
-from dyn.data.loader import Draw, carve
+from dyn.data.loader import AWAY, Draw, carve, chosen
 from dyn.data.local_tasks import summary_lines
-from dyn.data.sources import choose, load_splits, resolve
+from dyn.data.sources import at_least_one, labelled, load_splits, whence
 from dyn.data.tiny import tiny_pairs
 from dyn.data.tokens import parallel_tokenizer
 
 Pairs = tuple[list[str], list[str]]  # documents, summaries
 PROMPT = "\n\nSummary:"
 _CHUNK = 2000  # pairs that are tokenised at a time
-_AWAY = -100  # a label that the loss leaves out
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,9 +60,7 @@ class SummarySource:
         """ValueError for sizes that cannot be."""
         if self.max_document < 4 or self.max_summary < 4:
             raise ValueError(f"max_document={self.max_document} and max_summary={self.max_summary} must be at least 4")
-        for name in ("train_limit", "validation_limit"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1, or null for all")
+        at_least_one(self, "train_limit", "validation_limit")
 
 
 @dataclass
@@ -89,7 +85,7 @@ class SummarySet:
         """input_ids, attention_mask int64 [B, L]; labels [B, M], -100 behind a summary's end. `draw` does not matter here."""
         lengths_B = np.diff(self.ends)[index]
         inside_BM = np.arange(lengths_B.max()) < lengths_B[:, None]
-        labels_BM = np.full(inside_BM.shape, _AWAY, np.int64)
+        labels_BM = np.full(inside_BM.shape, AWAY, np.int64)
         labels_BM[inside_BM] = np.concatenate([self.targets[self.ends[i] : self.ends[i + 1]] for i in index])
         return {**self.documents.batch(index, draw), "labels": torch.from_numpy(labels_BM)}
 
@@ -126,14 +122,12 @@ def open_summaries(source: SummarySource, tokenizer: Any, *, decoder: bool = Fal
     sets, held = {}, None
     for split, (documents, summaries) in parts.items():
         _check(documents, summaries, f"{what}, split {split!r}")
-        chosen = np.arange(len(documents))
-        if (limit := source.train_limit if split == "train" else source.validation_limit) is not None:
-            chosen = np.sort(np.random.Generator(np.random.PCG64([source.seed, 0x73756D])).permutation(len(documents))[:limit])
+        places = chosen(len(documents), source.train_limit if split == "train" else source.validation_limit, source.seed, 0x73756D)
         if split == "train" and source.tuning:
-            kept, taken = carve(len(chosen), source.tuning, source.seed)
-            held = _tokenised(documents, summaries, chosen[taken], tokenizer, source, decoder, multiple)
-            chosen = chosen[kept]
-        sets[split] = _tokenised(documents, summaries, chosen, tokenizer, source, decoder, multiple)
+            kept, taken = carve(len(places), source.tuning, source.seed)
+            held = _tokenised(documents, summaries, places[taken], tokenizer, source, decoder, multiple)
+            places = places[kept]
+        sets[split] = _tokenised(documents, summaries, places, tokenizer, source, decoder, multiple)
     train = sets.pop("train")
     what += (f": {len(train):,} pairs to train on{f', {len(held):,} to choose by' if held is not None else ''}, "
              + " and ".join(f"{len(part):,} to validate ({split})" for split, part in sets.items()))
@@ -145,17 +139,10 @@ MADE: dict[str, Callable[[], tuple[dict[str, Pairs], str]]] = {"local": summary_
 
 
 def _read(source: SummarySource) -> tuple[dict[str, Pairs], str]:
+    columns = {f"document={source.document!r}": source.document, f"summary={source.summary!r}": source.summary}
     found = load_splits(source.path, source.config, revision=source.revision)
-    where = f"path={source.path!r}"
-    if "train" not in found:
-        raise ValueError(f"{where}: no split train; found {', '.join(found)}")
-    parts = {}
-    for split in ["train", *choose(source.splits or ["validation"], [s for s in found if s != "train"], where, "split")]:
-        for name in ("document", "summary"):
-            if (column := getattr(source, name)) not in found[split].column_names:
-                raise ValueError(f"{where}, split {split!r}: no column {name}={column!r}; found {', '.join(found[split].column_names)}")
-        parts[split] = found[split][source.document][:], found[split][source.summary][:]
-    return parts, f"{source.path}, {'a local copy' if Path(resolve(source.path)).is_dir() else 'from the hub'}"
+    parts = labelled(found, columns, source.splits or ["validation"], f"path={source.path!r}")
+    return {split: (part[source.document][:], part[source.summary][:]) for split, part in parts.items()}, f"{source.path}, {whence(source.path)}"
 
 
 def _check(documents: Sequence[Any], summaries: Sequence[Any], where: str) -> None:
@@ -167,7 +154,7 @@ def _check(documents: Sequence[Any], summaries: Sequence[Any], where: str) -> No
             raise ValueError(f"{where}, pair {i}: a document and a summary must be text, the summary not empty; got {str(document)[:40]!r} and {summary!r}")
 
 
-def _tokenised(documents: Sequence[str], summaries: Sequence[str], chosen: np.ndarray, tokenizer: Any, source: SummarySource, decoder: bool,
+def _tokenised(documents: Sequence[str], summaries: Sequence[str], places: np.ndarray, tokenizer: Any, source: SummarySource, decoder: bool,
                multiple: int) -> SummarySet:
     lists: dict[str, list[list[int]]] = {"document": [], "summary": []}
     prompt = tokenizer(PROMPT, add_special_tokens=False)["input_ids"] if decoder else []
@@ -176,8 +163,8 @@ def _tokenised(documents: Sequence[str], summaries: Sequence[str], chosen: np.nd
     if min(room.values()) < 1:
         raise ValueError(f"max_document={source.max_document} leaves no token of a document beside the {len(prompt)} that ask for its summary")
     with parallel_tokenizer():
-        for first in range(0, len(chosen), _CHUNK):
-            part = chosen[first : first + _CHUNK].tolist()
+        for first in range(0, len(places), _CHUNK):
+            part = places[first : first + _CHUNK].tolist()
             texts = [source.prefix + documents[i] for i in part]
             lists["document"] += [ids + prompt for ids in tokenizer(texts, truncation=True, max_length=room["document"])["input_ids"]]
             written = tokenizer(text_target=[" " * decoder + summaries[i] for i in part], truncation=True, max_length=room["summary"],
@@ -185,6 +172,6 @@ def _tokenised(documents: Sequence[str], summaries: Sequence[str], chosen: np.nd
             lists["summary"] += [ids + end for ids in written]
     flat = {name: np.fromiter((i for ids in values for i in ids), np.int32) for name, values in lists.items()}
     ends = {name: np.concatenate([[0], np.cumsum([len(ids) for ids in values])]) for name, values in lists.items()}
-    tokens = SentenceSet({"input_ids": flat["document"]}, ends["document"], torch.arange(len(chosen)), {"input_ids": tokenizer.pad_token_id},
+    tokens = SentenceSet({"input_ids": flat["document"]}, ends["document"], torch.arange(len(places)), {"input_ids": tokenizer.pad_token_id},
                          decoder or tokenizer.padding_side == "left", multiple)
-    return SummarySet(tokens, flat["summary"], ends["summary"], [summaries[i] for i in chosen.tolist()])
+    return SummarySet(tokens, flat["summary"], ends["summary"], [summaries[i] for i in places.tolist()])

@@ -70,14 +70,13 @@ class TeacherCache:
         about: what `describe` gives.
         shard_bytes: at most so much a shard, one block at least.
         cache: where copies of remote shards are kept; None: dyn/tokens in the user's cache folder.
-        verify: compare checksums on opening, about a second a gigabyte; sizes are always compared.
 
     Raises:
         ValueError: the folder holds something else (each difference is named), or a shard that is missing, cut short or changed.
     """
 
-    def __init__(self, folder: str, about: Mapping[str, Any], *, shard_bytes: int = 1 << 26, cache: str | None = None, verify: bool = True) -> None:
-        self.store, self.about, self.verify, self._copies = Store(folder), dict(about), verify, cache
+    def __init__(self, folder: str, about: Mapping[str, Any], *, shard_bytes: int = 1 << 26, cache: str | None = None) -> None:
+        self.store, self.about, self._copies = Store(folder), dict(about), cache
         self._shape = about["block_size"], about["top_k"]
         self._ids = np.dtype("<u2" if about["vocab_size"] <= 1 << 16 else "<i4")
         self.block_bytes = self._shape[0] * self._shape[1] * (self._ids.itemsize + 2)
@@ -157,24 +156,13 @@ class TeacherCache:
     def _open(self, entries: list[dict[str, Any]]) -> None:
         """Take in more shards of the index."""
         kinds = {"blocks": (np.dtype("<i8"), (2,)), "ids": (self._ids, self._shape), "logp": (np.dtype("<f2"), self._shape)}
-        sizes = {f"{e['file']}.{kind}": e["blocks"] * dtype.itemsize * int(np.prod(shape)) for e in entries for kind, (dtype, shape) in kinds.items()}
-        local = self.store.local_copy(sizes, self._copies)
-        advice = f"delete {self.store.address} to make it again"
+        files = {f"{e['file']}.{kind}": (dtype, (e["blocks"], *shape), e[f"{kind}_crc32"]) for e in entries for kind, (dtype, shape) in kinds.items()}
+        maps = self.store.arrays(files, self._copies)
         keys, places = [self._keys], [self._places]
         for entry in entries:
-            arrays = {}
-            for kind, (dtype, shape) in kinds.items():
-                name = f"{entry['file']}.{kind}"
-                size = (local / name).stat().st_size if (local / name).is_file() else None
-                if size != sizes[name]:
-                    problem = "missing" if size is None else f"cut short: {size} bytes, the index says {sizes[name]}"
-                    raise ValueError(f"{name} in {self.store.address} is {problem}; {advice}")
-                if self.verify and not self.store.intact(local, name, entry[f"{kind}_crc32"]):
-                    raise ValueError(f"{name} in {self.store.address} is corrupt: its checksum differs from the index's; {advice}")
-                arrays[kind] = np.memmap(local / name, dtype, "r", shape=(entry["blocks"], *shape))
-            keys.append(_keys(arrays["blocks"]))
+            keys.append(_keys(maps[f"{entry['file']}.blocks"]))
             places.append((len(self._arrays) << 32) + np.arange(entry["blocks"]))
-            self._arrays.append((arrays["ids"], arrays["logp"]))
+            self._arrays.append((maps[f"{entry['file']}.ids"], maps[f"{entry['file']}.logp"]))
         order = np.argsort(found := np.concatenate(keys), kind="stable")
         self._keys, self._places = found[order], np.concatenate(places)[order]
 

@@ -30,18 +30,9 @@ def tiny_documents(domains: Sequence[str] = DOMAINS, documents: int = 40, words:
 
 def tiny_corpus(folder: str | Path, domains: Sequence[str] = DOMAINS, documents: int = 40, words: int = 60, seed: int = 0, validation: bool = True) -> str:
     """Write `tiny_documents` as a folder in the hub's layout (a config a domain; a fifth is the validation split, or there is none); gives the folder."""
-    folder = Path(folder)
-    configs = []
-    for domain, texts in tiny_documents(domains, documents, words, seed).items():
-        (folder / domain).mkdir(parents=True, exist_ok=True)
-        held = max(documents // 5, 1) if validation else 0
-        configs.append(f"- config_name: {domain}\n  data_files:")
-        for split, part in {"train": texts[held:], "validation": texts[:held]}.items():
-            if part:
-                (folder / domain / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
-                configs.append(f"  - split: {split}\n    path: {domain}/{split}.jsonl")
-    (folder / "README.md").write_text("---\nconfigs:\n" + "\n".join(configs) + "\n---\n")
-    return str(folder)
+    held = max(documents // 5, 1) if validation else 0
+    return _write(folder, {domain: {split: [{"text": text} for text in part] for split, part in (("train", texts[held:]), ("validation", texts[:held])) if part}
+                           for domain, texts in tiny_documents(domains, documents, words, seed).items()})
 
 
 def tiny_tokens(domains: Sequence[str] = DOMAINS, vocab_size: int = 64, documents: int = 40, length: int = 50,
@@ -110,11 +101,9 @@ def tiny_glue(folder: str | Path, tasks: Sequence[str] = ("cola", "mrpc", "stsb"
 
     cola: does a sentence hold the word "red". mrpc: do two sentences share most of their words. stsb: the share, from 0 to 5.
     """
-    folder, words = Path(folder), ["red", *(f"{a}{b}{c}" for a in "bdk" for b in "aou" for c in "lmnt")]
-    configs = []
+    words, configs = ["red", *(f"{a}{b}{c}" for a in "bdk" for b in "aou" for c in "lmnt")], {}
     for t, task in enumerate(tasks):
-        (folder / task).mkdir(parents=True, exist_ok=True)
-        configs.append(f"- config_name: {task}\n  data_files:")
+        configs[task] = {}
         for split, count in (("train", examples), ("validation", max(examples // 3, 4)), ("test", max(examples // 3, 4))):
             rng, rows = np.random.default_rng([seed, t, count, len(split)]), []
             for i in range(count):
@@ -125,10 +114,8 @@ def tiny_glue(folder: str | Path, tasks: Sequence[str] = ("cola", "mrpc", "stsb"
                 row = {"sentence": " ".join([*first, "red"] if i % 2 else first)} if task == "cola" else pair
                 label = 5 * share if task == "stsb" else i % 2 if task == "cola" else int(share > 0.7)
                 rows.append({**row, "label": (-1.0 if task == "stsb" else -1) if split == "test" else label, "idx": i})
-            (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            configs.append(f"  - split: {split}\n    path: {task}/{split}.jsonl")
-    (folder / "README.md").write_text("---\nconfigs:\n" + "\n".join(configs) + "\n---\n")
-    return str(folder)
+            configs[task][split] = rows
+    return _write(folder, configs)
 
 
 def tiny_questions(count: int = 60, unanswerable: bool = False, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
@@ -153,7 +140,7 @@ def tiny_questions(count: int = 60, unanswerable: bool = False, seed: int = 0) -
 
 def tiny_squad(folder: str | Path, count: int = 60, unanswerable: bool = False, seed: int = 0) -> str:
     """Write `tiny_questions` as Parquet files in the hub's layout, below a config as rajpurkar/squad has it; gives the folder."""
-    return _parquet(folder, "plain_text", tiny_questions(count, unanswerable, seed))
+    return _write(folder, {"plain_text": tiny_questions(count, unanswerable, seed)}, parquet=True)
 
 
 def tiny_pairs(count: int = 48, seed: int = 0) -> dict[str, tuple[list[str], list[str]]]:
@@ -170,17 +157,24 @@ def tiny_xsum(folder: str | Path, count: int = 48, seed: int = 0) -> str:
     """Write `tiny_pairs` as Parquet files in the layout of EdinburghNLP/xsum; gives the folder."""
     rows = {split: [{"document": d, "summary": s, "id": str(i)} for i, (d, s) in enumerate(zip(*pairs, strict=True))]
             for split, pairs in tiny_pairs(count, seed).items()}
-    return _parquet(folder, "default", rows)
+    return _write(folder, {"default": rows}, parquet=True)
 
 
-def _parquet(folder: str | Path, config: str, parts: dict[str, list[dict[str, Any]]]) -> str:
-    from datasets import Dataset
+def _write(folder: str | Path, configs: dict[str, dict[str, list[dict[str, Any]]]], parquet: bool = False) -> str:
+    """Config -> split -> rows as a folder in the hub's layout, of JSON lines or Parquet files."""
+    folder, lines = Path(folder), []
+    for config, parts in configs.items():
+        (folder / config).mkdir(parents=True, exist_ok=True)
+        lines.append(f"- config_name: {config}\n  data_files:")
+        for split, rows in parts.items():
+            name = f"{split}-00000-of-00001.parquet" if parquet else f"{split}.jsonl"
+            lines.append(f"  - split: {split}\n    path: {config}/{name}")
+            if parquet:
+                from datasets import Dataset
 
-    folder, lines = Path(folder), [f"- config_name: {config}\n  data_files:"]
-    (folder / config).mkdir(parents=True, exist_ok=True)
-    for split, rows in parts.items():
-        Dataset.from_list(rows).to_parquet(str(folder / config / f"{split}-00000-of-00001.parquet"))
-        lines.append(f"  - split: {split}\n    path: {config}/{split}-*")
+                Dataset.from_list(rows).to_parquet(str(folder / config / name))
+            else:
+                (folder / config / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "README.md").write_text("---\nconfigs:\n" + "\n".join(lines) + "\n---\n")
     return str(folder)
 

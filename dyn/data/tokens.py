@@ -75,10 +75,6 @@ class Tokens:
                 done, at = done + n, (at + n) % self.num_tokens
         return out
 
-    def block(self, index: int, size: int) -> np.ndarray:
-        """One block: int64 [L]."""
-        return self.blocks([index], size)[0]
-
     @cached_property
     def starts(self) -> np.ndarray:
         """Where documents begin in the whole stream: int64 [num_documents], ascending."""
@@ -110,7 +106,7 @@ def tokenizer_hash(tokenizer) -> str:
 
 
 def shard(source: TextSource, tokenizer, folder: str, *, keep: Mapping[str, Filter | Callable[[str, str], bool]] | Sequence[str] | None = None,
-          bos: bool | str = True, eos: bool | str = False, shard_tokens: int = 1 << 26, cache: str | None = None,
+          bos: bool | str = True, shard_tokens: int = 1 << 26, cache: str | None = None,
           accept: Callable[[list[str]], object] = lambda domains: None,
           log: Callable[[str], None] = print, lead: bool = True) -> dict[str, dict[str, Tokens]]:
     """Domain -> split -> Tokens of a source: opened when they are in the cache, else made.
@@ -124,7 +120,7 @@ def shard(source: TextSource, tokenizer, folder: str, *, keep: Mapping[str, Filt
         folder: the cache, any fsspec address; the shards lie below it in a folder named by (source, tokenizer, filters, options).
         keep: filters of the train documents: names of FILTERS that need no model ("advert"), or name -> filter, or name -> function of
             (text, domain), True = keep; a function is known to the cache only by its name. What each removed stands in index.json.
-        bos, eos: put this token before, after each document: the tokenizer's own (True), another by its text ("<|endoftext|>"), or none (False).
+        bos: put this token before each document: the tokenizer's own (True), another by its text ("<|endoftext|>"), or none (False).
         shard_tokens: a shard is closed with the document that fills it so far.
         cache: where copies of remote shards are kept; None: dyn/tokens in the user's cache folder.
         accept: called with the names of the source's domains before any of its text is read; raises where they do not fit what is meant to be done with them.
@@ -132,13 +128,14 @@ def shard(source: TextSource, tokenizer, folder: str, *, keep: Mapping[str, Filt
         lead: False on all processes but one: they leave check sums to it, and the making of shards in a remote folder, which has no lock.
 
     Raises:
-        ValueError: a tokenizer without the wanted BOS or EOS, an unknown filter, a domain without documents, whatever `streams` and `load` refuse.
+        ValueError: a tokenizer without the wanted BOS, an unknown filter, a domain without documents, whatever `streams` and `load` refuse.
         OSError: the disk is full; shards that were finished stay.
     """
-    begin, end = _special(tokenizer, "bos", bos), _special(tokenizer, "eos", eos)
+    begin = _bos_ids(tokenizer, bos)
     filters = _filters(keep)
     fields = {k: v for k, v in asdict(source).items() if k != "streaming"}
-    plan = {"format": FORMAT, "source": fields, "origin": origin(source), "tokenizer": tokenizer_hash(tokenizer), "bos": bos, "eos": eos,
+    # "eos" and its False: caches made when it was a choice keep their names.
+    plan = {"format": FORMAT, "source": fields, "origin": origin(source), "tokenizer": tokenizer_hash(tokenizer), "bos": bos, "eos": False,
             "filters": {name: repr(f) if hasattr(f, "domains") else name for name, f in filters.items()}, "shard_tokens": shard_tokens}
     store = Store(f"{folder.rstrip('/')}/{hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]}")
     while not (lead or store.is_local or (store.index() or {}).get("complete")):
@@ -148,7 +145,7 @@ def shard(source: TextSource, tokenizer, folder: str, *, keep: Mapping[str, Filt
             index = store.index() or {**plan, "complete": False, "vocab_size": len(tokenizer), "domains": {}}
             if not index["complete"]:
                 with parallel_tokenizer():
-                    _build(store, index, source, lambda texts: _encode(tokenizer, texts, begin, end, index["vocab_size"]), filters, accept, log)
+                    _build(store, index, source, lambda texts: _encode(tokenizer, texts, begin, index["vocab_size"]), filters, accept, log)
     return load(store.address, tokenizer, verify=lead, cache=cache)
 
 
@@ -177,34 +174,23 @@ def load(folder: str, tokenizer=None, *, verify: bool = True, cache: str | None 
         raise ValueError(f"{folder}: made by another tokenizer (hash {index['tokenizer']}, {index['vocab_size']} ids; given: {found}, {len(tokenizer)} ids)")
     dtype = _dtype(index["vocab_size"])
     entries = [entry for splits in index["domains"].values() for part in splits.values() for entry in part["shards"]]
-    sizes = {e["file"]: e["tokens"] * dtype.itemsize for e in entries} | {e["file"] + ".starts": e["documents"] * 8 for e in entries}
-    local = store.local_copy(sizes, cache)
-    advice = f"delete {folder} to make its shards again"
-
-    def open_array(name: str, kind: np.dtype | str, checksum: int) -> np.ndarray:
-        path = local / name
-        if not path.is_file():
-            raise ValueError(f"{name} is missing from {folder}; {advice}")
-        if not sizes[name] or path.stat().st_size != sizes[name]:
-            raise ValueError(f"{name} in {folder} is empty or cut short: {path.stat().st_size} bytes, the index says {sizes[name]}; {advice}")
-        if verify and not store.intact(local, name, checksum):
-            raise ValueError(f"{name} in {folder} is corrupt: its checksum differs from the index's; {advice}")
-        return np.memmap(path, kind, "r")
+    files = {e["file"]: (dtype, (e["tokens"],), e["tokens_crc32"]) for e in entries}
+    files |= {e["file"] + ".starts": (np.dtype("<i8"), (e["documents"],), e["documents_crc32"]) for e in entries}
+    maps = store.arrays(files, cache, verify)
 
     def open_tokens(shards: list[dict]) -> Tokens:
-        return Tokens([open_array(e["file"], dtype, e["tokens_crc32"]) for e in shards],
-                      [open_array(e["file"] + ".starts", "<i8", e["documents_crc32"]) for e in shards], index["vocab_size"])
+        return Tokens([maps[e["file"]] for e in shards], [maps[e["file"] + ".starts"] for e in shards], index["vocab_size"])
 
     return {domain: {split: open_tokens(part["shards"]) for split, part in splits.items()} for domain, splits in index["domains"].items()}
 
 
-def _special(tokenizer, name: str, wanted: bool | str) -> list[int]:
-    if wanted is False:
+def _bos_ids(tokenizer, bos: bool | str) -> list[int]:
+    if bos is False:
         return []
-    token = tokenizer.get_vocab().get(wanted) if isinstance(wanted, str) else getattr(tokenizer, f"{name}_token_id")
+    token = tokenizer.get_vocab().get(bos) if isinstance(bos, str) else tokenizer.bos_token_id
     if token is None:
-        what = f"no token {wanted!r}" if isinstance(wanted, str) else f"no {name.upper()} token"
-        raise ValueError(f"the tokenizer has {what}: set {name}=False, or {name} to the text of a token that it has")
+        what = f"no token {bos!r}" if isinstance(bos, str) else "no BOS token"
+        raise ValueError(f"the tokenizer has {what}: set bos=False, or bos to the text of a token that it has")
     return [token]
 
 
@@ -223,9 +209,9 @@ def _dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def _encode(tokenizer, texts: list[str], begin: list[int], end: list[int], vocab_size: int) -> list[np.ndarray]:
+def _encode(tokenizer, texts: list[str], begin: list[int], vocab_size: int) -> list[np.ndarray]:
     lists = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
-    arrays = [np.array([*begin, *ids, *end], dtype=np.int64) for ids in lists]
+    arrays = [np.array([*begin, *ids], dtype=np.int64) for ids in lists]
     assert all(not len(a) or a.max() < vocab_size for a in arrays), "the tokenizer gave an id beyond its own size"
     return [a.astype(_dtype(vocab_size)) for a in arrays]
 

@@ -31,7 +31,7 @@ from transformers.models.electra.modeling_electra import ElectraConfig, ElectraL
 from transformers.models.roberta.modeling_roberta import RobertaConfig, RobertaLayer
 from transformers.utils import ModelOutput
 
-from dyn.nn.bank import CompactBank
+from dyn.nn.bank import CompactBank, PartialBank
 from dyn.nn.experts import GATES, Choice, Gate, check_gate
 from dyn.nn.linear_experts import LinearExperts
 
@@ -251,7 +251,9 @@ class MoeEncoder:
         if any(key.startswith(f"{name}.") for keys in ("missing_keys", "unexpected_keys") for key in info[keys] for name in layers):
             raise ValueError(unfit)
         for name, layer in layers.items():
-            if isinstance(bank := layer.partial, CompactBank):
+            if isinstance(bank := layer.partial, PartialBank) and bank.mask is not None:
+                bank.train_factor(bank.mask, layer.weight.requires_grad)
+            if isinstance(bank, CompactBank):
                 try:
                     bank.check()
                 except ValueError as error:

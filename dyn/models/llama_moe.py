@@ -6,6 +6,7 @@ are fields of the configuration. T tokens, B sequences, D hidden size, E routed 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ class LlamaMoeConfig(LlamaConfig):
     """
 
     model_type = "dyn_llama_moe"
+    keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "aux_loss", "balance_loss", "expert_load", "expert_importance", "dropped_mass"]
     base_model_tp_plan = None
 
     num_experts: int = 16
@@ -86,6 +88,11 @@ class LlamaMoeConfig(LlamaConfig):
             if self.of_layer("moe_intermediate_size", layer) < 1 or self.of_layer("num_shared_experts", layer) < 0:
                 raise ValueError(f"layer {layer}: moe_intermediate_size must be at least 1 and num_shared_experts at least 0, got "
                                  f"{self.of_layer('moe_intermediate_size', layer)} and {self.of_layer('num_shared_experts', layer)}")
+        for name in ("noise_epsilon", "balance_weight", "z_loss_weight", "bias_update_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and at least 0")
+        if self.mlp_bias:
+            raise ValueError("mlp_bias=True: experts have no biases")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act={self.hidden_act!r}: the experts are SwiGLU, so only 'silu' is allowed")
 
@@ -203,6 +210,9 @@ class LlamaMoePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def _wants_dict(self, return_dict: bool | None) -> bool:
+        return self.config.return_dict if return_dict is None else return_dict
+
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Ours unless another is asked for."""
         return super().get_correct_experts_implementation(requested_experts or "dyn")
@@ -238,10 +248,11 @@ class LlamaMoeModel(LlamaMoePreTrainedModel):
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
                 output_hidden_states: bool | None = None, output_attentions: bool | None = None, output_router_stats: bool = False,
-                **kwargs) -> LlamaMoeModelOutput:
+                return_dict: bool | None = None, **kwargs) -> LlamaMoeModelOutput | tuple:
         """Last hidden states [B, L, D], and what else is asked for. ValueError for attention weights where the implementation of attention makes none."""
         output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -249,11 +260,10 @@ class LlamaMoeModel(LlamaMoePreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         # A 2-D mask over cache and input: its tail marks which of the tokens given now are padding.
         token_mask = attention_mask[:, -hidden.shape[1]:].bool() if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
-        packed = dict(config=self.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=position_ids)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
-            packed["position_ids"] = position_ids
+        packed = dict(config=self.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=position_ids)
         masks = attention_mask if isinstance(attention_mask, dict) else {
             kind: (create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask)(**packed) for kind in set(self.config.layer_types)}
         position_embeddings = self.rotary_emb(hidden, position_ids)
@@ -267,8 +277,9 @@ class LlamaMoeModel(LlamaMoePreTrainedModel):
         if any(weights is None for weights in attentions):
             raise ValueError(f"output_attentions=True needs attn_implementation='eager'; {self.config._attn_implementation} makes no attention weights")
         hidden = self.norm(hidden)
-        return LlamaMoeModelOutput(last_hidden_state=hidden, past_key_values=past_key_values if use_cache else None, attentions=tuple(attentions) or None,
-                                   hidden_states=(*history, hidden) if output_hidden_states else None, router_stats=stats if output_router_stats else None)
+        output = LlamaMoeModelOutput(last_hidden_state=hidden, past_key_values=past_key_values if use_cache else None, attentions=tuple(attentions) or None,
+                                     hidden_states=(*history, hidden) if output_hidden_states else None, router_stats=stats if output_router_stats else None)
+        return output if self._wants_dict(return_dict) else output.to_tuple()
 
 
 class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, GenerationMixin):
@@ -295,23 +306,23 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, GenerationMixin):
         stats_wanted = self.training or labels is not None if output_router_stats is None else output_router_stats
         use_cache = (self.config.use_cache and not self.training and labels is None) if use_cache is None else use_cache
         base = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-                          inputs_embeds=inputs_embeds, use_cache=use_cache, output_router_stats=stats_wanted, **kwargs)
+                          inputs_embeds=inputs_embeds, use_cache=use_cache, output_router_stats=stats_wanted, return_dict=True, **kwargs)
         hidden = base.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         logits = self.lm_head(hidden if isinstance(keep, int) else hidden[:, keep, :])
-        output = LlamaMoeOutput(logits=logits, past_key_values=base.past_key_values, hidden_states=base.hidden_states, attentions=base.attentions)
+        loss = lm_loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        stats: dict[str, Tensor] = {}
         if stats_wanted:
-            balance, z, output.expert_load, output.expert_importance, output.dropped_mass = (torch.stack(each) for each in zip(*base.router_stats, strict=True))
-            output.balance_loss = balance.detach()
-            output.aux_loss = self.config.balance_weight * balance.sum() + self.config.z_loss_weight * z.sum()
-        if labels is not None:
-            output.lm_loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-            output.loss = output.lm_loss
-            if self.training and stats_wanted:
+            balance, z, load, importance, dropped = (torch.stack(each) for each in zip(*base.router_stats, strict=True))
+            aux_loss = self.config.balance_weight * balance.sum() + self.config.z_loss_weight * z.sum()
+            stats = dict(aux_loss=aux_loss, balance_loss=balance.detach(), expert_load=load, expert_importance=importance, dropped_mass=dropped)
+            if loss is not None and self.training:
                 # A caller that accumulates gives the targets of the whole step, and the loss above is this part's share of its mean: so is this.
                 items = kwargs.get("num_items_in_batch")
-                output.loss = output.lm_loss + output.aux_loss * (1.0 if items is None else (labels[:, 1:] != -100).sum() / items)
-        return output if return_dict is not False else output.to_tuple()
+                loss = lm_loss + aux_loss * (1.0 if items is None else (labels[:, 1:] != -100).sum() / items)
+        output = LlamaMoeOutput(loss=loss, logits=logits, past_key_values=base.past_key_values, hidden_states=base.hidden_states, attentions=base.attentions,
+                                lm_loss=lm_loss, **stats)
+        return output if self._wants_dict(return_dict) else output.to_tuple()
 
     def update_selection_bias(self, expert_load: Tensor) -> None:
         """One step of balance="bias" for every layer from loads [layers, E] (counts of tokens). ValueError with any other balance."""
@@ -338,7 +349,7 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, GenerationMixin):
         """As in transformers; the construction's manifest comes along where a local folder has one."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.construction = Construction.load(pretrained_model_name_or_path)
+        model.construction = Construction.load(Path(pretrained_model_name_or_path, kwargs.get("subfolder", "")))
         return loaded
 
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from dyn.core.calibrate import allocate, routed_activations
 from dyn.models.llama_moe_calibrate import LayerFit, activations, active_neurons, check_enough, fit_layers, walk
 from dyn.models.llama_moe_construct import FITTED, METHODS
-from dyn.models.llama_moe_convert import check_causal, check_ints, moe_config
+from dyn.models.llama_moe_convert import check_ints, moe_config
+from dyn.models.llama_moe_dense import causal, plain_arithmetic
 from dyn.models.llama_moe_measure import check_batches, placed, summed_divergence
 from dyn.models.llama_moe_prune import keep_neurons
 from dyn.nn.probe import for_statistics
@@ -21,6 +22,7 @@ EXPONENT = 2.0  # of the divergence in the share of neurons that are left out, w
 LEAST = 3 / 8  # of the mean: no layer gets fewer neurons, for the curve that was measured near the mean does not reach so far
 
 
+@plain_arithmetic()
 def layer_budgets(dense: PreTrainedModel, *, num_experts: int = 32, num_experts_per_tok: int = 16, batches: Iterable[Tensor], held_out: Iterable[Tensor],
                   construction: str = "calibrated", levels: Sequence[int] | None = None, seed: int = 0,
                   on_layer: Callable[[int, int], object] = lambda level, layer: None) -> list[int]:
@@ -44,7 +46,7 @@ def layer_budgets(dense: PreTrainedModel, *, num_experts: int = 32, num_experts_
     """
     if not isinstance(dense, nn.Module):
         raise ValueError(f"layer_budgets measures a network, got {type(dense).__name__}; load it first")
-    check_causal(dense)
+    dense = causal(dense)
     prune = construction == "prune"
     if not prune and construction not in FITTED:
         raise ValueError(f"construction={construction!r} has no budgets to measure; allowed: {', '.join(FITTED)}, prune")

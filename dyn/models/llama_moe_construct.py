@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -198,14 +200,18 @@ class Construction:
 
     @classmethod
     def load(cls, folder: str | Path) -> Construction | None:
-        """Read it back; None where `folder` is not a local folder with a manifest."""
+        """Read it back; None where `folder` is not a local folder with a manifest, or, with a warning, where that is damaged: the model itself is whole."""
         path = Path(folder)
         if not (path / MANIFEST).is_file():
             return None
-        words = json.loads((path / MANIFEST).read_text())
-        words.pop("version")
-        indices, layers = load_file(str(path / INDEX)), range(words.pop("layers"))
-        return cls(**words, groups=[indices[f"layers.{i}.groups"].long() for i in layers], shared=[indices[f"layers.{i}.shared"].long() for i in layers])
+        try:
+            words = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            words.pop("version")
+            indices, layers = load_file(str(path / INDEX)), range(words.pop("layers"))
+            return cls(**words, groups=[indices[f"layers.{i}.groups"].long() for i in layers], shared=[indices[f"layers.{i}.shared"].long() for i in layers])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            warnings.warn(f"{path / MANIFEST} or {INDEX} beside it is damaged ({error!r}); the model is loaded without its construction", stacklevel=2)
+            return None
 
 
 def generator(seed: int, *place: object) -> torch.Generator:

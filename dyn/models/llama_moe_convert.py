@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dyn.core.split import nearest_divisors
 from dyn.models.llama_moe import SHARED_FIELDS, LlamaMoeConfig, LlamaMoeForCausalLM, ScaleMode, filled
 from dyn.models.llama_moe_calibrate import MOST_EXPERTS, active_neurons, fit_layers, geometry
 from dyn.models.llama_moe_construct import METHODS, Construction, generator, layer_source
+from dyn.models.llama_moe_dense import causal, check_family, load_dense, plain_arithmetic, read_config
 from dyn.models.llama_moe_measure import dense_ratios, install_measured_scales, layer_coactivations, layer_scores
 from dyn.nn.experts import Balance, check_gate
 
 KEPT = (*SHARED_FIELDS, "intermediate_size", "rope_parameters", "attention_dropout")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 CHUNK_BYTES = 4 << 30  # co-activation graphs of as many layers as fit are gathered in one pass over the batches
 
 
+@plain_arithmetic()
 def from_dense(
     dense: PreTrainedModel | str | Path,
     *,
@@ -79,12 +79,12 @@ def from_dense(
         ValueError: a family or setting that does not fit, naming the field; sizes that do not add up; missing batches.
     """
     method = METHODS[_known(construction)]
+    dense = causal(dense)
     consume = not isinstance(dense, nn.Module)
     name, license = _provenance(dense, license)
     config = moe_config(read_config(dense), construction, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok,
                         num_shared_experts=num_shared_experts, moe_intermediate_size=moe_intermediate_size, overlap=overlap, gate=gate,
                         gate_noise=gate_noise, capacity_factor=capacity_factor, balance=balance, score_scale=score_scale)
-    check_causal(dense)
     for setting, is_set, owner in ((f"reinit={reinit}", reinit, "copy"), ("overlap=True", overlap, "sharing_inter"),
                                    (f"features={features!r}", features == "gate", "kmeans")):
         if is_set and construction != owner:
@@ -143,75 +143,6 @@ def from_dense(
     moe.construction = Construction(method=construction, seed=seed, source=name, source_hash=hasher.hexdigest(), source_license=license, details=details,
                                     groups=groups, shared=shared)
     return moe
-
-
-def read_config(path: nn.Module | str | Path) -> PretrainedConfig:
-    """Configuration of a dense decoder: an object, in a folder, or on the hub. ValueError for a folder that is none, damaged weights, or a family that does
-    not fit."""
-    if isinstance(path, nn.Module):
-        if not hasattr(path, "config"):
-            raise ValueError(f"{type(path).__name__} has no config: give a causal language model of transformers")
-        check_family(path.config)
-        return path.config
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{str(path) or repr('')} is no model folder: it has no config.json")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(f"{path} is no model that transformers can load: {str(error).splitlines()[0]}") from error
-    check_family(config)
-    check_weights(path)
-    return config
-
-
-def check_weights(path: str | Path, repair: str = "fetch or save it anew") -> None:
-    """Raise ValueError for a safetensors file of a folder that is cut short or damaged at its head, found without reading the weights; `repair`: what to do."""
-    for file in sorted(Path(path).glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} is damaged or cut short ({error}); {repair}") from error
-
-
-def load_dense(path: str | Path, **changes) -> PreTrainedModel:
-    """A dense decoder from a folder or hub id, in its own dtype, safetensors only; `changes` go into its configuration. ValueError as in `read_config`."""
-    read_config(path)
-    try:
-        net, info = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True, output_loading_info=True, **changes)
-    except (OSError, RuntimeError) as error:  # RuntimeError: weights of other shapes than the configuration says
-        raise ValueError(f"{path} is no model that transformers can load: {str(error).splitlines()[0]}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{path} lacks {len(missing)} weights of {type(net).__name__}, {missing[0]} first; they would be random: fetch or save it anew")
-    return net
-
-
-def fresh(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A decoder with random weights from torch's global generator: dense or a mixture, as its configuration says."""
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-def check_family(config) -> None:
-    """Raise ValueError naming the first field of a configuration that does not fit."""
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"model_type={config.model_type!r} does not fit; allowed: {', '.join(FAMILIES)}")
-    if config.hidden_act != "silu":
-        raise ValueError(f"hidden_act={config.hidden_act!r} does not fit: experts are SwiGLU, so only 'silu' is allowed")
-    if getattr(config, "mlp_bias", False):
-        raise ValueError("mlp_bias=True does not fit: experts have no biases")
-
-
-def check_causal(dense: object) -> None:
-    """Raise ValueError for a network that is no decoder with a language-model head, or one whose linears have been replaced (by adapters, quantisation); a
-    folder's or hub id's is made as one."""
-    if not isinstance(dense, nn.Module):
-        return
-    if not (hasattr(dense, "lm_head") and hasattr(getattr(dense, "model", None), "layers")):
-        raise ValueError(f"{type(dense).__name__} has no model.layers or no lm_head; give the causal language model, as AutoModelForCausalLM makes it")
-    for name, module in dense.model.layers.named_modules():
-        if name.endswith("_proj") and not (type(module) is nn.Linear and module.weight.is_floating_point()):
-            raise ValueError(f"model.layers.{name} is a {type(module).__name__}, where an nn.Linear of floating numbers was expected: merge adapters into the "
-                             "weights, or take the weights from before quantisation")
 
 
 def moe_config(dense: PretrainedConfig, construction: str, *, num_experts: int, num_experts_per_tok, num_shared_experts=None, moe_intermediate_size=None,
@@ -295,7 +226,7 @@ def _check_split(construction: str, shared_S: Tensor, groups_EF: Tensor, config:
 
 def _known(construction: str) -> str:
     if construction not in METHODS:
-        near = difflib.get_close_matches(construction, METHODS, 1)
+        near = difflib.get_close_matches(str(construction), METHODS, 1)
         raise ValueError(f"construction={construction!r} is unknown; allowed: {', '.join(METHODS)}" + (f"; did you mean {near[0]!r}?" if near else ""))
     return construction
 

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, MixtralConfig, PreTrainedConfig, PreTrai
 from dyn.models.llama_moe import SHARED_FIELDS, LlamaMoeConfig, LlamaMoeForCausalLM
 from dyn.models.llama_moe_card import push_to_hub as push_to_hub
 from dyn.models.llama_moe_card import write_card as write_card
-from dyn.models.llama_moe_official import INDEX
+from dyn.models.llama_moe_dense import INDEX, check_parameters
 from dyn.models.llama_moe_official import from_official as from_official
 from dyn.nn.experts import MoeFeedForward
 
@@ -49,6 +49,7 @@ def to_mixtral(moe: LlamaMoeForCausalLM, d: str | Path, tokenizer: Tokenizer | N
         ValueError: a setting without an exact form, naming the field; a tokenizer that does not fit; a folder that is not empty.
         OSError: the disk is full; nothing stays behind.
     """
+    moe = _plain(moe)
     config = moe.config
     _check_exact(config, "Mixtral", "attention_bias", "attention_output_bias", "qk_norm")
     width, shared = config.of_layer("moe_intermediate_size", 0), config.shared_width(0)
@@ -72,6 +73,7 @@ def to_qwen2_moe(moe: LlamaMoeForCausalLM, d: str | Path, tokenizer: Tokenizer |
     Raises:
         ValueError, OSError: as in `to_mixtral`; ValueError also for a model without shared experts.
     """
+    moe = _plain(moe)
     config = moe.config
     _check_exact(config, "Qwen2-MoE", "attention_output_bias", "qk_norm")
     if not config.shared_width(0):
@@ -83,6 +85,15 @@ def to_qwen2_moe(moe: LlamaMoeForCausalLM, d: str | Path, tokenizer: Tokenizer |
                             use_sliding_window=sliding, sliding_window=config.sliding_window if sliding else None, layer_types=list(config.layer_types),
                             max_window_layers=config.num_hidden_layers)
     return _write(moe, d, tokenizer, target, "Qwen2MoeForCausalLM", _qwen2_moe_block)
+
+
+def _plain(moe: LlamaMoeForCausalLM) -> LlamaMoeForCausalLM:
+    """The model without torch.compile's wrapper. ValueError for another model, and for one whose weights are not by name and shape those of its kind."""
+    moe = getattr(moe, "_orig_mod", moe)
+    if not isinstance(moe, LlamaMoeForCausalLM):
+        raise ValueError(f"moe is a {type(moe).__name__}; allowed: a LlamaMoeForCausalLM, as from_dense makes it")
+    check_parameters(moe)
+    return moe
 
 
 def _check_exact(config: LlamaMoeConfig, target: str, *absent: str) -> None:

@@ -29,7 +29,7 @@ def placed(layer: nn.Module, mlp: nn.Module) -> Iterator[None]:
 def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
     """Summed next-token cross-entropy of ids [B, L] (L - 1 targets a sequence)."""
     logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device), reduction="sum")
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().long().to(logits.device), reduction="sum")
 
 
 def summed_divergence(logits_TV: Tensor, parent_TV: Tensor) -> Tensor:

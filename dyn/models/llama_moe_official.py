@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
 from dyn.models.llama_moe import SHARED_FIELDS, LlamaMoeConfig, LlamaMoeForCausalLM, filled
+from dyn.models.llama_moe_dense import INDEX, shard_names
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
-INDEX = "model.safetensors.index.json"
 FIXED = {"gate_type": "TopKBalancedNoisyGate", "gate_use_softmax": True, "calculator_type": "UniversalCalculator", "multiply_gate_scores": True}
 COPIED = (*SHARED_FIELDS, "intermediate_size")
 RENAMED = {  # inside `mlp.`: ours -> theirs
@@ -50,7 +50,8 @@ def from_official(d: str | Path, dtype: torch.dtype | None = None) -> LlamaMoeFo
         moe = LlamaMoeForCausalLM._from_config(config, dtype=dtype or _dtype(files))
     wanted = {key: meta for key, meta in moe.state_dict().items() if not (config.tie_word_embeddings and key == "lm_head.weight")}
     names = {key: _names(key, config.num_experts) for key in wanted}
-    _check_names(folder, {name for of_key in names.values() for name in of_key}, set(files))
+    unused = () if config.gate_noise else (RENAMED["gate.noise.weight"],)  # written with noise or without
+    _check_names(folder, {name for of_key in names.values() for name in of_key}, {name for name in files if not name.endswith(unused)})
     state = {}
     for key, meta in wanted.items():
         state[key] = torch.empty_like(meta, device="cpu")
@@ -136,7 +137,7 @@ def _widths(given: dict, where: Path) -> int | list[int]:
 def _open(folder: Path) -> dict[str, safe_open]:
     """The open file of every tensor in a folder."""
     if (folder / INDEX).is_file():
-        paths = [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))]
+        paths = [folder / name for name in shard_names(folder / INDEX)]
     else:
         paths = sorted(folder.glob("*.safetensors"))
     if not paths:

@@ -18,11 +18,13 @@ from transformers import PreTrainedModel
 from dyn.core.calibrate import dominant, energies
 from dyn.models.llama_moe_calibrate import Features, LayerFit, check_enough, walk
 from dyn.models.llama_moe_construct import Sample
-from dyn.models.llama_moe_convert import check_causal, fresh, in_place_of, load_dense, read_config
+from dyn.models.llama_moe_convert import in_place_of
+from dyn.models.llama_moe_dense import causal, fresh, load_dense, plain_arithmetic, read_config
 from dyn.models.llama_moe_measure import next_token_loss
 from dyn.nn.probe import taylor_scores
 
 
+@plain_arithmetic()
 def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction | Sequence[float | Fraction] = 0.5, *, batches: Iterable[Tensor],
                 refit: bool = True, importance: Literal["energy", "taylor"] = "energy", seed: int = 0) -> PreTrainedModel:
     """A model of the same class with `keep` of every feed-forward's neurons, the same for every token; plain transformers loads it.
@@ -45,9 +47,9 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction | Se
     """
     if importance not in ("energy", "taylor"):
         raise ValueError(f"importance={importance!r} is unknown; allowed: energy, taylor")
+    dense = causal(dense)
     consume = not isinstance(dense, nn.Module)
     found = read_config(dense)
-    check_causal(dense)
     if batches is None:
         raise ValueError("prune_dense looks at activations; batches=None gives it no text")
     layers, batches = found.num_hidden_layers, list(batches)

@@ -264,6 +264,9 @@ def merge(model: nn.Module, name: str | None = None) -> nn.Module:
     if pruned := {owner for owner, _, _ in found} & {m for m in model.modules() if "weight" in getattr(m, "_kept", ())}:
         path = next(path for path, m in model.named_modules() if m in pruned)
         raise ValueError(f"{path}.weight is pruned, and a mask would take from a merged sum what it adds there; first drop_masks(model)")
+    if integer := {owner for owner, _, _ in found if not owner.weight.is_floating_point()}:
+        path, m = next((path, m) for path, m in model.named_modules() if m in integer)
+        raise ValueError(f"{path}.weight is {m.weight.dtype}: a quantised weight cannot take a LoRA; merge into the weights from before quantisation")
     for owner, site, module in found:
         weight = owner.weight
         site.original = weight.data

@@ -126,8 +126,10 @@ def pieces(model: nn.Module, host: Host, config: AdapterConfig, name: str, dtype
 
 
 def _like(module: nn.Module, dtype: torch.dtype | None, name: str) -> dict[str, Any]:
-    parameter = next(module.parameters())
-    return {"adapter_name": name, "device": parameter.device, "dtype": dtype or parameter.dtype}
+    parameter = next(module.parameters(), None)
+    if parameter is None:
+        raise ValueError(f"attach: the host's {type(module).__name__} has no parameters to sit beside; is it quantised so that weights are packed away?")
+    return {"adapter_name": name, "device": parameter.device, "dtype": dtype or (parameter.dtype if parameter.is_floating_point() else torch.float32)}
 
 
 def _block(layer: Layer, place: Place, role: str, config: AdapterConfig, name: str, dtype: torch.dtype | None, norm: str = "layer_norm",

@@ -307,12 +307,13 @@ def _from_rows(columns_K: Tensor, rows: Tensor, shapes: Sequence[tuple[int, ...]
 @torch.no_grad()
 def _fill(model: nn.Module, name: str, folder: Path, state: Mapping[str, tuple[Tensor, Tensor | None]], resize: bool) -> None:
     """Values and masks into an attached adapter whose parameters must be those of the file, all checked before any is written."""
+    short = short_names(model, name)
     if resize:
         for path, module in modules_of(model, name).items():
-            keys = {key: short_names(model, name)[f"{path}.{key}"] for key, _ in module.named_parameters()}
-            if isinstance(module, AdapterModule) and all(short in state for short in keys.values()):
-                module.resize({key: state[short][0].shape for key, short in keys.items()})
-    short, held = short_names(model, name), masks(model)
+            keys = {key: short[f"{path}.{key}"] for key, _ in module.named_parameters()}
+            if isinstance(module, AdapterModule) and all(entry in state for entry in keys.values()):
+                module.resize({key: state[entry][0].shape for key, entry in keys.items()})
+    held = masks(model)
     keys = {short[key]: key for key in adapter_parameters(model, name)}
     shapes = {short[key]: list(held[key].shape if key in held else p.shape) for key, p in adapter_parameters(model, name).items()}
     for entry in dict.fromkeys([*state, *keys]):

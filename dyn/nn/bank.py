@@ -61,7 +61,7 @@ class Banked(nn.Module):
             raise ValueError(f"{type(self).__name__} has {kind} already; scales={scales!r} cannot be set")
         if self.partial is None:
             self.partial = PartialBank(scales, device=self.weight.device, dtype=self.weight.dtype).train(self.training)
-            self.partial.train_factor(torch.ones(1, dtype=torch.bool))
+            self.partial.train_factor(torch.ones(1, dtype=torch.bool, device="cpu"), self.weight.requires_grad)
         return self.partial
 
     @torch.no_grad()
@@ -86,7 +86,7 @@ class Banked(nn.Module):
         if self.weight is not None and (mask.dtype != torch.bool or mask.shape != self.weight.shape[1:]):
             raise ValueError(f"mask must be bool {list(self.weight.shape[1:])}, one set of the bank; got {mask.dtype} {list(mask.shape)}")
         partial, values = self.add_partial(self.partial.scales if self.partial else "both"), static if isinstance(static, Tensor) else self.static_start(static)
-        partial.train_factor(mask)
+        partial.train_factor(mask, self.weight is None or self.weight.requires_grad)
         if mask.all():
             partial.hold(None, None)
             return
@@ -125,7 +125,7 @@ class Banked(nn.Module):
             if there.mask is None:
                 room = None if static is None else torch.zeros_like(self.weight[0])
                 there.hold(torch.ones_like(mask, device=self.weight.device), room, self.weight.requires_grad)
-                there.train_factor(mask)
+                there.train_factor(mask, self.weight.requires_grad)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
@@ -156,10 +156,11 @@ class PartialBank(nn.Module):
         self.mask, self.settled = mask, settled
         self.static = None if static is None else nn.Parameter(static, requires_grad=requires_grad)
 
-    def train_factor(self, mask: Tensor) -> None:
-        """Train the one factor of scales "s" or "d" where a position of `mask` has it: processes wait for gradients of all that is trained."""
-        if self.scales in ("s", "d"):
-            self.phi.requires_grad_(not bool(mask.all()) if self.scales == "s" else bool(mask.any()))
+    def train_factor(self, mask: Tensor, trained: bool) -> None:
+        """Train phi with the bank if that is `trained`, the one factor of scales "s" or "d" only where a position of `mask` has it: processes wait for the
+        gradients of all that is trained. A mask on meta says nothing: call this again when it is there."""
+        if self.phi is not None and not mask.is_meta:
+            self.phi.requires_grad_(trained and (self.scales == "both" or (not bool(mask.all()) if self.scales == "s" else bool(mask.any()))))
 
     def watch(self, shape: torch.Size, like: Tensor) -> None:
         """Let the mask be real-valued leaves, `on` in the dynamic term and `off` in the static one: their gradients sum to dL/dM of the mode switch

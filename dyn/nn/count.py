@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from dyn.nn.dynamic_conv import MixedConv2d, ODConv2d
 from dyn.nn.experts import Gate, MoeFeedForward
 from dyn.nn.linear_experts import LinearExperts
 from dyn.nn.masked import count_pruned
+from dyn.nn.probe import for_statistics
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -90,7 +92,7 @@ def macs_per_image(model: nn.Module, shape: Sequence[int] = (3, 224, 224)) -> in
         static = isinstance(module, ODConv2d) and module.partial is not None and module.partial.has_static and mixing[module]
         return out.numel() * kernel * (2 if static else 1) + mixing.get(module, 0)  # ODConv's static positions have a convolution of their own
 
-    return _counted(model, (nn.Conv2d, nn.Linear, MixedConv2d), count, torch.empty(1, *shape, device="meta"))
+    return summed(model, lambda m: isinstance(m, (nn.Conv2d, nn.Linear, MixedConv2d)), count, torch.empty(1, *shape, device="meta"))
 
 
 def macs_per_sentence(model: nn.Module, length: int) -> int:
@@ -107,7 +109,7 @@ def macs_per_sentence(model: nn.Module, length: int) -> int:
 
     ids = torch.ones(1, length, dtype=torch.int64, device="meta")
     attention = 2 * model.config.num_hidden_layers * length * length * model.config.hidden_size
-    return attention + _counted(model, (nn.Linear, LinearExperts), count, ids)
+    return attention + summed(model, lambda m: isinstance(m, (nn.Linear, LinearExperts)), count, ids)
 
 
 def dynamic_shares(model: nn.Module) -> dict[str, float]:
@@ -116,23 +118,18 @@ def dynamic_shares(model: nn.Module) -> dict[str, float]:
             for name, m in model.named_modules() if isinstance(m, Banked)}
 
 
-def _counted(model: nn.Module, kinds: tuple[type[nn.Module], ...], count: Callable[[nn.Module, Tensor], int], example: Tensor) -> int:
-    """The sum of `count(module, its output)` over every call of a module of `kinds` in an evaluation of `model` on shapes alone."""
+def summed(model: nn.Module, counts: Callable[[nn.Module], bool], count: Callable[[nn.Module, Tensor], int], example: Tensor) -> int:
+    """The sum of `count(module, its output)` over every call of a module that `counts`, in an evaluation of `model` on shapes alone."""
     total = [0]
 
     def add(module: nn.Module, args: tuple, out: Tensor) -> None:
         total[0] += count(module, out)
 
-    handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, kinds)]
-    training = [m for m in model.modules() if m.training]
-    try:
-        model.eval()
+    with ExitStack() as stack:
+        stack.enter_context(for_statistics(model))
+        for module in model.modules():
+            if counts(module):
+                stack.callback(module.register_forward_hook(add).remove)
         tensors = {name: t.detach().to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
-        with torch.no_grad():
-            torch.func.functional_call(model, tensors, (example,))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True
+        torch.func.functional_call(model, tensors, (example,))
     return total[0]

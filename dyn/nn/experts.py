@@ -111,7 +111,7 @@ def _every(clean_TE: None, noisy_TE: None, x_TD: Tensor, E: int, k: int, bias_E:
 
 
 def _by_chance(clean_TE: None, noisy_TE: None, x_TD: Tensor, E: int, k: int, bias_E: None) -> tuple[Tensor, Tensor]:
-    return torch.rand(len(x_TD), E, device=x_TD.device).topk(k, dim=-1).indices, _equal(x_TD, k)
+    return torch.rand(len(x_TD), E, dtype=torch.float32, device=x_TD.device).topk(k, dim=-1).indices, _equal(x_TD, k)
 
 
 def _equal(x_TD: Tensor, k: int) -> Tensor:
@@ -320,7 +320,7 @@ def check_gate(num_experts: int, k: int, kind: str, noise: bool, balance: str, c
     """Raise ValueError when a gate of these settings cannot be; `where` (a layer, say) ends the message."""
     where = f" ({where})" if where else ""
     if kind not in GATES:
-        near = difflib.get_close_matches(kind, GATES, 1)
+        near = difflib.get_close_matches(str(kind), GATES, 1)
         raise ValueError(f"gate={kind!r} is unknown{where}; allowed: {', '.join(GATES)}" + (f"; did you mean {near[0]!r}?" if near else ""))
     if balance not in get_args(Balance):
         raise ValueError(f"balance={balance!r} is unknown{where}; allowed: {', '.join(get_args(Balance))}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dyn.core.mixture import Scales
 from dyn.core.partition import Keep, Scope, keep_masks
 from dyn.core.rounds import Masks, Schedule, kept_counts, partition_in_rounds
-from dyn.core.saliency import APART, Loss, gradient, score
+from dyn.core.saliency import APART, DATA_DRIVEN, Loss, gradient, score
 from dyn.nn.bank import Banked, CompactBank, PartialBank, StaticStart
 from dyn.nn.dynamic_conv import DynamicConv2d, MixedConv2d, set_temperature
 from dyn.nn.linear_experts import LinearExperts
@@ -96,6 +96,8 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
     if (not monotone or shuffle) and (there := [name for name, m in layers.items() if m.partial is not None and m.partial.mask is not None]):
         how = "monotone=False ranks" if not monotone else "shuffle moves"
         raise ValueError(f"{how} positions that are static already, whose kernels are gone: {there[0]}; start from a fully dynamic model")
+    if loss_fn is None and method in ("snip", "removal", "grasp") and keep not in (0, 1):
+        raise ValueError(f"method={method!r} looks at a loss; give loss_fn(model, batch) -> scalar")
     total = sum(m.weight[0].numel() for m in layers.values())
     keep = float(keep) if keep in (0, 1) else keep  # 1 means all, also where it is written as an int
     count = kept_counts(total, keep, rounds, schedule, "up")[-1]
@@ -121,7 +123,7 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
             criterion = CRITERIA[method](model, layers, batches, loss_fn, seed, scope, flow)
             with _at_temperature(model, temperature), _twice_differentiable(layers, method):
                 masks = partition_in_rounds(criterion, masks, keep=keep, rounds=rounds, schedule=schedule, scope=scope, seed=seed, rounding="up",
-                                            monotone=monotone, informative=method if method in DATA_DRIVEN else None, apply=apply)
+                                            monotone=monotone, informative=method if method in SAYING else None, apply=apply)
         if shuffle:
             masks = keep_masks({name: mask.float() for name, mask in masks.items()}, sum(int(m.sum()) for m in masks.values()), seed=seed, shuffle=shuffle)
         for name, m in layers.items():
@@ -235,6 +237,8 @@ def _over_sets(method: str) -> Callable[..., Criterion]:
 
     def make(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int, _: Scope, flow: Flow | None) -> Criterion:
         keys = {name: _key(name, "weight") for name in layers}
+        if flow is None and all(isinstance(m, LinearExperts) for m in layers.values()):
+            flow = _feed_forwards_alone(list(layers.values()))
 
         def scores(_: Masks) -> dict[str, Tensor]:
             found = score(model, batches, loss_fn, method, list(keys.values()), seed=seed, flow=flow)
@@ -243,6 +247,28 @@ def _over_sets(method: str) -> Callable[..., Criterion]:
         return scores
 
     return make
+
+
+def _feed_forwards_alone(layers: list[LinearExperts]) -> Flow:
+    """R of SynFlow for encoders, whose inputs are ids: the sum over feed-forwards, each by itself on ones, of what its experts give on average."""
+    blocks: list[list[LinearExperts]] = []
+    for layer in layers:
+        if blocks and layer.in_features == blocks[-1][-1].out_features != blocks[-1][0].in_features:
+            blocks[-1].append(layer)
+        else:
+            blocks.append([layer])
+
+    def flow(_: nn.Module) -> Tensor:
+        ends = []
+        for block in blocks:
+            x = block[0].weight.new_ones(block[0].in_features)
+            for layer in block:
+                sets, weight_1E, static = layer.mixture(x.new_full((1, len(layer.weight)), 1 / len(layer.weight)))
+                x = ((weight_1E.T.unsqueeze(-1) * sets).sum(0) + (0 if static is None else static)) @ x
+            ends.append(x.sum())
+        return torch.stack(ends).sum()
+
+    return flow
 
 
 def _random(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int, *_: Any) -> Criterion:
@@ -254,7 +280,7 @@ def _random(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss,
 CRITERIA: dict[str, Callable[..., Criterion]] = {
     "snip": _snip, "removal": _removal, "random": _random, "magnitude": _over_sets("magnitude"), "grasp": _over_sets("grasp"), "synflow": _over_sets("synflow"),
 }
-DATA_DRIVEN = ("snip", "removal", "grasp", "synflow")
+SAYING = (*DATA_DRIVEN, "removal")  # whose scores can say nothing
 
 
 def settle(model: nn.Module) -> nn.Module:

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from dyn import env, figures
 from dyn.core.partition import kept_count
-from dyn.data.glue import NOT_IN_MEANS
 from dyn.data.loader import EvaluationLoader, ResumableLoader
 from dyn.nn.adapter import adapter_parameters, attach, fusion_penalty, head_parameters, load_adapter, save_adapter
 from dyn.nn.masking import masks, set_masks
@@ -232,16 +231,10 @@ def _lead(jobs: Mapping[str, Job]) -> str:
     return jobs[""].scores[0] if "" in jobs else "score"
 
 
-def _mean(results: Mapping[str, Mapping[str, Any]], name: str, key: str) -> float:
-    """Average over jobs, as GLUE's without WNLI."""
-    tasks = [task for task in results if task != NOT_IN_MEANS] or list(results)
-    return statistics.fmean(results[task][name]["scores"][key] for task in tasks)
-
-
 def _draw(run: Any, jobs: Mapping[str, Job], results: Mapping[str, Mapping[str, Any]]) -> None:
     plots, lead, first = run.folder / "plots", _lead(jobs), next(iter(results.values()))
     if len(first) > 1:
-        scores = {name: _mean(results, name, lead) for name in first}
+        scores = {name: sentences.mean_score(results, name, lead) for name in first}
         figures.points(plots / "score.png", {found["what"]: (found["facts"]["trained_parameters"], scores[name]) for name, found in first.items()},
                        "trained parameters", lead, log=True)
         if keeps := {found["what"]: (found["facts"]["keep"], scores[name]) for name, found in first.items() if found["facts"]["weights"]}:
@@ -266,7 +259,7 @@ def _numbers(cfg: Any, run: Any, jobs: Mapping[str, Job], results: Mapping[str, 
     main, lead, first = _key(cfg.sparse), _lead(jobs), next(iter(results.values()))
     for name, found in first.items():
         prefix, facts, cost = "" if name == main else f"{name}/", found["facts"], dict(found["cost"])
-        metrics |= {f"{prefix}{lead}": _mean(results, name, lead)}
+        metrics |= {f"{prefix}{lead}": sentences.mean_score(results, name, lead)}
         for task, by_net in results.items():
             inner = f"{prefix}{task}/" if task else prefix
             metrics |= {f"{inner}{key}": value for key, value in by_net[name]["scores"].items()} | {f"{inner}learning rate": by_net[name]["lr"]}

@@ -16,6 +16,13 @@ from dyn.models.llama_moe_construct import FITTED, METHODS
 from dyn.models.llama_moe_convert import moe_config
 
 
+def check_vocabulary(tokenizer: Any, dense: Any, source: str) -> None:
+    """ValueError for a tokenizer with more entries than the model has embeddings."""
+    if len(tokenizer) > dense.vocab_size:
+        raise ValueError(f"model.source={source}: the tokenizer has {len(tokenizer)} entries and the model vocab_size={dense.vocab_size}; "
+                         "they do not belong together")
+
+
 def reads_text(model: Any) -> bool:
     """Does the conversion that an experiment's ModelConfig asks for look at data?"""
     if model.start == "scratch" or model.kind == "dense":

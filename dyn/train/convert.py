@@ -30,20 +30,19 @@ from dyn.models import llama_moe
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, layer_budgets
 from dyn.models.llama_moe_align import align
 from dyn.models.llama_moe_construct import METHODS
-from dyn.models.llama_moe_convert import load_dense, read_config
+from dyn.models.llama_moe_dense import load_dense, read_config
 from dyn.models.llama_moe_diagnose import domain_losses, ideal_routing, layer_contributions, neuron_oracle, routing_statistics
 from dyn.models.packaged import cache_folder
 from dyn.nn.surgery import count_parameters, flops_per_token
-from dyn.train.calibration import budget_text, check_conversion, draw_calibration
+from dyn.train.calibration import budget_text, check_conversion, check_vocabulary, draw_calibration
 from dyn.train.distill import parent_hash
-from dyn.train.pretrain import Corpus, find_source, load_corpus, load_tokenizer
+from dyn.train.pretrain import MADE, Corpus, find_source, load_corpus, load_tokenizer
 from dyn.train.speed import interleaved
 
 PAPER_SIZE = 6_000_000_000  # parameters of the smallest model of the training-free papers (LLaMA-2-7B)
 SAME = ("model.source", "model.align_passes", "model.align_rate", "dtype", "matmul_precision", "leave_out", "calibration_tokens", "calibration_length", "texts",
         "data.text", "data.bos", "data.weights", "data.block_size", "data.validation_tokens")  # what a row and its control share
 EXPORT, CLOSED = "export", "closed_form"  # what was converted; the same before its distillation, until that is done
-MADE = "conversion.json"  # in these folders: tokens that were read, seconds that it took
 PATIENCE = 15.0  # seconds between lines of progress
 
 HeldOut = dict[str, list[Tensor]]  # domain -> batches of ids [B, L]
@@ -83,9 +82,7 @@ def convert(cfg: Any, run: Any) -> dict[str, Any]:
 def check(cfg: Any, source: Any, tokenizer: Any) -> None:
     """ValueError for what cannot work, before text is sharded and weights are read: sizes, constructions, the tokenizer."""
     dense, model = read_config(source), cfg.model
-    if len(tokenizer) > dense.vocab_size:
-        raise ValueError(f"model.source={model.source}: the tokenizer has {len(tokenizer)} entries and the model vocab_size={dense.vocab_size}; "
-                         "they do not belong together")
+    check_vocabulary(tokenizer, dense, model.source)
     check_conversion(cfg, dense)
 
 

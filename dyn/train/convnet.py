@@ -29,11 +29,10 @@ from dyn.data.images import ImageData, open_images
 from dyn.data.loader import EvaluationLoader, ResumableLoader
 from dyn.data.tiny import tiny_image_folder
 from dyn.models.resnet import make_network
-from dyn.nn.bank import Banked
-from dyn.nn.surgery import compact, macs_per_image, make_partial, set_temperature
+from dyn.nn.surgery import compact, dynamic_shares, macs_per_image, set_temperature
 from dyn.train.annealing import AttentionEntropy, Temperature
 from dyn.train.fit import Trained, scoring, train_classifier
-from dyn.train.padnet import compare_forms, first_batches, forms_to_time, overall
+from dyn.train.padnet import by_method, compare_forms, first_batches, forms_to_time, overall, partition, partition_at_random
 from dyn.train.speed import interleaved, seconds_per_micro_batch
 from dyn.train.trainer import check_world, on_gpu, on_threads, own_device, row_suffix, world
 
@@ -51,7 +50,7 @@ def train_convnets(cfg: Any, run: Any) -> dict[str, Any]:
     gpu = on_gpu(cfg.trainer)
     cfg = dataclasses.replace(cfg, model=local_model(cfg.model, cfg.data.size, gpu))
     data = open_data(cfg, run, rank)
-    models = {method: dataclasses.replace(cfg.model, method=method) for method in [*cfg.beside, cfg.model.method]}
+    models = by_method(cfg.model, cfg.beside)
     length = run.stage("length", lambda: _length(cfg, run, data, models))
     steps, cfg = length["steps"], dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, precision=length["precision"]))
     results = {}
@@ -107,7 +106,7 @@ def _length(cfg: Any, run: Any, data: ImageData, models: Mapping[str, Any]) -> d
     device = own_device(cfg.trainer)
     batch = next(iter(ResumableLoader(data.train, batch_size=cfg.batch_size, seed=cfg.seed, num_batches=1)))
     images, labels = batch["images"].to(device), batch["labels"].to(device)
-    nets = {name: _partitioned(cfg, model, len(data.classes)).to(device) for name, model in models.items()}
+    nets = {name: partition_at_random(build(cfg, model, len(data.classes)), model).to(device) for name, model in models.items()}
 
     def seconds(name: str, dtype: torch.dtype) -> float:
         return seconds_per_micro_batch(nets[name], functools.partial(_loss, nets[name], (images, labels), 0.0), dtype)
@@ -130,12 +129,6 @@ def _length(cfg: Any, run: Any, data: ImageData, models: Mapping[str, Any]) -> d
 
 def _loss(net: nn.Module, batch: tuple[Tensor, Tensor], smoothing: float) -> Tensor:
     return F.cross_entropy(net(batch[0]), batch[1], label_smoothing=smoothing)
-
-
-def _partitioned(cfg: Any, model: Any, classes: int) -> nn.Module:
-    """The network with a random mask of the right size: what it costs does not depend on which positions are dynamic."""
-    net = build(cfg, model, classes)
-    return make_partial(net, None, None, keep=model.keep, method="random", scales=model.scales, static=model.static) if model.method == "pad" else net
 
 
 # One training
@@ -161,9 +154,8 @@ def _train(cfg: Any, run: Any, data: ImageData, name: str, model: Any, steps: in
         callbacks.append(Temperature(temperature, functools.partial(set_temperature, net), cfg.trainer.log_every))
     trained = train_classifier(net, loader, {"validation": held}, run=run, name=name, optim=cfg.optim, trainer=trainer, num_labels=len(data.classes),
                                classify=cfg.classify, callbacks=callbacks)
-    shares = {layer: _share(m) for layer, m in trained.net.named_modules() if isinstance(m, Banked)}
     result = {"metrics": trained.metrics, "cost": trained.cost, "macs": macs_per_image(trained.net, (3, cfg.data.size, cfg.data.size)),
-              "dynamic": shares, "entropy": watching.layers, "what": model.what()}
+              "dynamic": dynamic_shares(trained.net), "entropy": watching.layers, "what": model.what()}
     if rank == 0:
         result |= _finish(cfg, run, data, name, model, trained)
     return result
@@ -177,20 +169,12 @@ def _partition(cfg: Any, run: Any, data: ImageData, net: nn.Module, model: Any, 
     loader = ResumableLoader(data.train, batch_size=size, seed=cfg.seed + 1, num_batches=max(1, model.batches * cfg.images_per_step() // size))
     batches = [(batch["images"].to(device), batch["labels"].to(device)) for batch in loader]
     with scoring(run):
-        make_partial(net.to(device), batches, functools.partial(_loss, smoothing=cfg.classify.label_smoothing),
-                     keep=model.keep, rounds=model.rounds, schedule=model.schedule, method=model.criterion, scope=model.scope, monotone=model.monotone,
-                     scales=model.scales, static=model.static, temperature=model.partition_temperature, seed=cfg.seed,
-                     shuffle="within_tensor" if model.shuffle else None)
+        partition(net.to(device), batches, functools.partial(_loss, smoothing=cfg.classify.label_smoothing), model,
+                  temperature=model.partition_temperature, seed=cfg.seed)
     net.cpu()
     part.mkdir(parents=True)
     save_file({key: value.contiguous() for key, value in net.state_dict().items()}, part / "model.safetensors")
     run.log(f"{model.what()}: modes by {model.criterion} in {model.rounds} rounds on {len(batches)} batches of {size} images")
-
-
-def _share(layer: Banked) -> float:
-    """Share of a layer's positions that is dynamic."""
-    partial = layer.partial
-    return 1.0 if partial is None or partial.mask is None else partial.mask.double().mean().item()
 
 
 def _finish(cfg: Any, run: Any, data: ImageData, name: str, model: Any, trained: Trained) -> dict[str, Any]:
@@ -225,7 +209,7 @@ def _inference(cfg: Any, device: torch.device) -> Iterator[None]:
 def _timing(cfg: Any, data: ImageData, models: Mapping[str, Any]) -> dict[str, float]:
     """Seconds an image of a forward pass, medians over interleaved rounds: every network of the run, the static one, and compact forms."""
     device = own_device(cfg.trainer)
-    nets = forms_to_time(cfg, models, lambda model: _partitioned(cfg, model, len(data.classes)).eval().to(device))
+    nets = forms_to_time(cfg, models, lambda model: partition_at_random(build(cfg, model, len(data.classes)), model).eval().to(device))
     images = data.validation.batch(np.arange(min(cfg.timing_batch, len(data.validation))), None)["images"].to(device)
     if cfg.classify.channels_last:
         images, nets = images.contiguous(memory_format=torch.channels_last), {name: net.to(memory_format=torch.channels_last) for name, net in nets.items()}

@@ -20,7 +20,7 @@ from dyn.core.distill import CHUNK_VALUES, top_logp
 from dyn.data.mixture import MixtureLoader
 from dyn.data.teacher import TaughtLoader, TeacherCache, describe, digest
 from dyn.data.tokens import tokenizer_hash
-from dyn.models.llama_moe_convert import load_dense, read_config
+from dyn.models.llama_moe_dense import load_dense, read_config
 from dyn.models.packaged import cache_folder
 from dyn.train.trainer import own_device, world
 

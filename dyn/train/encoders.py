@@ -21,16 +21,15 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from dyn import env, figures
-from dyn.core.partition import kept_count
 from dyn.data.glue import DOCSTRINGS, EXAMPLES, NOT_IN_MEANS, TASKS, SentenceData, SentenceSet
 from dyn.models.encoder import make_moe, moe_layers
 from dyn.models.packaged import sentence_classifier
 from dyn.nn.bank import Banked
 from dyn.nn.experts import check_gate
-from dyn.nn.surgery import compact, count_parameters, dynamic_shares, macs_per_sentence, make_partial
+from dyn.nn.surgery import compact, dynamic_shares, macs_per_sentence
 from dyn.train import sentences
 from dyn.train.fit import Trained, scoring, train_classifier
-from dyn.train.padnet import compare_forms, first_batches, forms_to_time, overall
+from dyn.train.padnet import by_method, compare_forms, first_batches, forms_to_time, overall, partition, partition_at_random, planned_parameters
 from dyn.train.plan import GIB
 from dyn.train.trainer import check_world, on_threads, own_device, row_suffix, world
 
@@ -47,7 +46,7 @@ def train_encoders(cfg: Any, run: Any) -> dict[str, Any]:
     data = {found.task: found for task in cfg.tasks for found in (sentences.open_task(cfg, run, cfg.model.source, task),)}  # the docstring task as itself
     for caveat in (warnings := sentences.caveats(cfg.model.source, data)):
         run.log(f"warning: {caveat}")
-    models = {method: dataclasses.replace(cfg.model, method=method) for method in [*cfg.beside, cfg.model.method]}
+    models = by_method(cfg.model, cfg.beside)
     first = next(iter(data.values()))
     precision = run.stage("precision", lambda: sentences.faster_precision(cfg, run, lambda: build(cfg, run, next(iter(models.values())), first), first))
     cfg = dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, precision=precision))
@@ -83,14 +82,8 @@ def _with_experts(net: nn.Module, model: Any) -> nn.Module:
 
 def _steps(cfg: Any, run: Any, data: Mapping[str, SentenceData], models: Mapping[str, Any]) -> dict[str, int]:
     first = next(iter(data.values()))
-    nets = [functools.partial(_partitioned, cfg, run, model, first) for model in models.values()]
+    nets = [lambda model=model: partition_at_random(build(cfg, run, model, first), model) for model in models.values()]
     return sentences.fitting_steps(cfg, run, {task: sentences.full_steps(cfg, len(d.train)) for task, d in data.items()}, nets, first)
-
-
-def _partitioned(cfg: Any, run: Any, model: Any, data: SentenceData) -> nn.Module:
-    """The network with a random mask of the right size: what it costs does not depend on which positions are dynamic."""
-    net = build(cfg, run, model, data)
-    return make_partial(net, None, None, keep=model.keep, method="random", scales=model.scales, static=model.static) if model.method == "pad" else net
 
 
 # One training
@@ -125,9 +118,7 @@ def _partition(cfg: Any, run: Any, data: SentenceData, model: Any, part: Any) ->
     net = build(cfg, run, model, data)
     batches = sentences.scoring_batches(cfg, data, model.batches)
     with scoring(run):
-        make_partial(net.to(own_device(cfg.trainer)), batches, sentences.sentence_loss, keep=model.keep, rounds=model.rounds,
-                     schedule=model.schedule, method=model.criterion, scope=model.scope, monotone=model.monotone, scales=model.scales, static=model.static,
-                     seed=cfg.seed, shuffle="within_tensor" if model.shuffle else None)
+        partition(net.to(own_device(cfg.trainer)), batches, sentences.sentence_loss, model, temperature=None, seed=cfg.seed)
     modes = {}
     for name, layer in moe_layers(net).items():
         mask, static = layer.partial.mask, layer.partial.static
@@ -179,26 +170,20 @@ def _logits(net: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 def _timing(cfg: Any, run: Any, data: SentenceData, models: Mapping[str, Any]) -> dict[str, float]:
     """Seconds an example of a forward pass: every network of the run, the static one, and compact forms."""
-    nets = forms_to_time(cfg, models, lambda model: _partitioned(cfg, run, model, data))
+    nets = forms_to_time(cfg, models, lambda model: partition_at_random(build(cfg, run, model, data), model))
     return sentences.seconds_per_example(cfg, nets, next(iter(data.validation.values())), cfg.timing_batch, cfg.timing_rounds)
 
 
 def _draw(run: Any, results: Mapping[str, Mapping[str, Any]], model: Any) -> None:
     plots, first = run.folder / "plots", next(iter(results.values()))
     if len(first) > 1:
-        points = {result["what"]: (overall(name, model), _mean(results, name)) for name, result in first.items()}
+        points = {result["what"]: (overall(name, model), sentences.mean_score(results, name)) for name, result in first.items()}
         figures.points(plots / "score.png", points, "share of dynamic positions", "score")
     if "pad" in first:
         lines = {task: list(found["pad"]["dynamic"].values()) for task, found in results.items()}
         figures.by_layer(plots / "dynamic.png", lines, "share of dynamic positions", level={"budget": model.keep})
     if loads := {f"{task}, {result['what']}": result["load"] for task, found in results.items() for result in found.values() if result["load"]}:
         figures.expert_load(plots / "load.png", loads)
-
-
-def _mean(results: Mapping[str, Mapping[str, Any]], name: str) -> float:
-    """Average score over tasks, as GLUE's without WNLI."""
-    tasks = [task for task in results if task != NOT_IN_MEANS] or list(results)
-    return statistics.fmean(results[task][name]["scores"]["score"] for task in tasks)
 
 
 def _variation(load: list[list[float]]) -> float:
@@ -212,7 +197,7 @@ def _numbers(cfg: Any, run: Any, data: Mapping[str, SentenceData], results: Mapp
     first = next(iter(results.values()))
     for name in first:
         prefix = "" if name == cfg.model.method else f"{name}/"
-        metrics |= {f"{prefix}score": _mean(results, name), f"{prefix}dynamic share": overall(name, cfg.model),
+        metrics |= {f"{prefix}score": sentences.mean_score(results, name), f"{prefix}dynamic share": overall(name, cfg.model),
                     f"{prefix}time an example / static": speed[name] / speed["static"]}
         for task, found in results.items():
             metrics |= {f"{prefix}{task}/{key}": value for key, value in found[name]["scores"].items()}
@@ -248,7 +233,7 @@ def _numbers(cfg: Any, run: Any, data: Mapping[str, SentenceData], results: Mapp
 
 def plan_encoders(cfg: Any) -> dict[str, Any]:
     """What the run would be, from shapes alone. `cfg` is the Config of experiments/padnet_bert_glue.py."""
-    models = {method: dataclasses.replace(cfg.model, method=method) for method in [*cfg.beside, cfg.model.method]}
+    models = by_method(cfg.model, cfg.beside)
     used = {task: min(EXAMPLES[task], cfg.data.train_limit or EXAMPLES[task]) for task in cfg.tasks if task in EXAMPLES}
     steps = {task: sentences.full_steps(cfg, count - round(cfg.data.tuning * count)) for task, count in used.items()}
     planned = {method: _planned(cfg, model) for method, model in models.items()}
@@ -264,12 +249,6 @@ def _planned(cfg: Any, model: Any) -> dict[str, Any]:
     labels = max((TASKS.get(task, DOCSTRINGS).labels for task in cfg.tasks), default=2)
     with torch.device("meta"):
         net = _with_experts(sentence_classifier("google-bert/bert-base-uncased" if model.source == "tiny" else model.source, max(1, labels)), model)
-    counts, macs = count_parameters(net), macs_per_sentence(net, cfg.data.max_length)
-    positions = sum(m.weight[0].numel() for m in net.modules() if isinstance(m, Banked))
-    static = positions - kept_count(positions, model.keep, "up") if model.method == "pad" else 0
-    if static and model.scales != "prune":
-        counts["total"] += positions  # while it trains, a partially dynamic layer holds E whole weights and a whole static one
-    counts["stored"] -= static * (model.num_experts - (model.scales != "prune"))
-    return {"parameters": {"total": counts["total"], "activated (without gates)": counts["active"], "stored (compact)": counts["stored"],
-                           "gates": counts["gate"]},
-            f"MACs a sentence of {cfg.data.max_length} tokens": macs, "memory, GiB (weights, gradients, AdamW)": round(16 * counts["total"] / GIB, 2)}
+    parameters, _, _ = planned_parameters(net, model, model.num_experts)
+    return {"parameters": parameters, f"MACs a sentence of {cfg.data.max_length} tokens": macs_per_sentence(net, cfg.data.max_length),
+            "memory, GiB (weights, gradients, AdamW)": round(16 * parameters["total"] / GIB, 2)}

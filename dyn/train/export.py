@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from dyn.models.llama_moe import Construction, LlamaMoeForCausalLM
-from dyn.models.llama_moe_convert import check_weights
+from dyn.models.llama_moe_dense import check_weights
 from dyn.train.checkpoint import find_checkpoint, verify_checkpoint
 
 PAPER_TASKS: dict[str, int] = {

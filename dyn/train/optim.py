@@ -14,6 +14,10 @@ from dyn.models.hosts import find_host
 from dyn.nn.experts import Gate
 from dyn.nn.masked import flat_matrices
 
+# What a setting may be at most; the least is 0, and null is let through.
+HIGHEST = {"lr": math.inf, "gate_lr": math.inf, "head_lr": math.inf, "eps": math.inf, "momentum": 1, "weight_decay": math.inf, "warmup_steps": math.inf,
+           "warmup_share": 0.99, "floor": 1, "gamma": 1, "clip": math.inf}
+
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
@@ -29,13 +33,7 @@ class OptimConfig:
     clip: float = 1.0  # global gradient norm; 0: no clipping
 
     def __post_init__(self) -> None:
-        for name, low, high in (("lr", 0, math.inf), ("gate_lr", 0, math.inf), ("eps", 0, math.inf), ("weight_decay", 0, math.inf),
-                                ("warmup_steps", 0, math.inf), ("floor", 0, 1), ("clip", 0, math.inf)):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"optim.{name}={value} must lie in [{low}, {high}]")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
+        _check(self)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,17 +58,20 @@ class RecipeConfig:
     clip: float = 1.0  # global gradient norm; 0: no clipping
 
     def __post_init__(self) -> None:
-        for name, low, high in (("lr", 0, math.inf), ("head_lr", 0, math.inf), ("eps", 0, math.inf), ("momentum", 0, 1), ("weight_decay", 0, math.inf),
-                                ("warmup_steps", 0, math.inf), ("warmup_share", 0, 0.99), ("floor", 0, 1), ("gamma", 0, 1), ("clip", 0, math.inf)):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"optim.{name}={value} must lie in [{low}, {high}]")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
+        _check(self)
         if not all(0 < share < 1 for share in self.milestones) or sorted(self.milestones) != list(self.milestones):
             raise ValueError(f"optim.milestones={self.milestones} must be shares of the steps, between 0 and 1, in ascending order")
         if self.nesterov and not self.momentum:
             raise ValueError("optim.nesterov=true needs optim.momentum above 0")
+
+
+def _check(cfg: OptimConfig | RecipeConfig) -> None:
+    """ValueError for a setting out of its range."""
+    for name, high in HIGHEST.items():
+        if (value := getattr(cfg, name, None)) is not None and not 0 <= value <= high:
+            raise ValueError(f"optim.{name}={value} must lie in [0, {high}]")
+    if len(cfg.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.betas):
+        raise ValueError(f"optim.betas={cfg.betas} must be two numbers in [0, 1)")
 
 
 def schedule(cfg: RecipeConfig, total: int) -> Callable[[int], float]:
@@ -97,8 +98,6 @@ def recipe_optimizer(module: nn.Module, cfg: RecipeConfig) -> torch.optim.Optimi
         ValueError: nothing is left to train, or a head's rate without a head.
     """
     groups = param_groups(module, cfg.weight_decay, cfg.decay_all)
-    if not groups:
-        raise ValueError(f"{type(module).__name__} has no parameter with requires_grad: everything is frozen")
     if cfg.head_lr is not None:
         groups = _with_rate(groups, _head(module), cfg.head_lr)
     fused = _fusable(groups) or None
@@ -120,9 +119,13 @@ def param_groups(module: nn.Module, weight_decay: float, decay_all: bool = False
 
     Only parameters with requires_grad; tied ones once. The surviving values of a pruned matrix in flat form decay as the matrix does. What belongs to a
     module whose class name ends in "Norm" is never decayed, whatever its shape. `decay_all` puts everything under decay.
+
+    Raises:
+        ValueError: nothing is left to train.
     """
     norms = {id(p) for m in module.modules() if type(m).__name__.endswith("Norm") for p in m.parameters()}
-    trained = [p for p in module.parameters() if p.requires_grad]
+    if not (trained := [p for p in module.parameters() if p.requires_grad]):
+        raise ValueError(f"{type(module).__name__} has no parameter with requires_grad: everything is frozen")
     flat = {id(p) for p in flat_matrices(module)}
     decayed = [decay_all or ((p.ndim >= 2 or id(p) in flat) and id(p) not in norms) for p in trained]
     groups = [{"params": [p for p, d in zip(trained, decayed, strict=True) if d is wanted], "weight_decay": weight_decay if wanted else 0.0}
@@ -155,8 +158,6 @@ def make_optimizer(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
         ValueError: nothing is left to train.
     """
     groups = param_groups(module, cfg.weight_decay)
-    if not groups:
-        raise ValueError(f"{type(module).__name__} has no parameter with requires_grad: everything is frozen")
     if cfg.gate_lr is not None:
         groups = _with_rate(groups, (p for m in module.modules() if isinstance(m, Gate) for p in m.parameters()), cfg.gate_lr)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=_fusable(groups) or None)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from dyn.models.llama_moe_calibrate import SAMPLE
-from dyn.models.llama_moe_convert import fresh, moe_config
+from dyn.models.llama_moe_convert import moe_config
+from dyn.models.llama_moe_dense import fresh
 from dyn.models.llama_moe_prune import kept_neurons
 from dyn.models.packaged import dense_config
 from dyn.nn.experts import Gate

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dyn.core.partition import kept_count
 from dyn.nn.bank import Banked
-from dyn.nn.surgery import count_parameters, macs_per_image
+from dyn.nn.count import summed
+from dyn.nn.surgery import macs_per_image
 from dyn.train.convnet import build, local_model
+from dyn.train.padnet import by_method, planned_parameters
 from dyn.train.plan import GIB
 from dyn.train.trainer import on_gpu
 
@@ -24,9 +25,9 @@ def plan_convnets(cfg: Any) -> dict[str, Any]:
     """What the run would be, from shapes alone. `cfg` is the Config of experiments/padnet_resnet50.py."""
     model = local_model(cfg.model, cfg.data.size, on_gpu(cfg.trainer))
     images, classes = IMAGES.get(cfg.data.path, (None, 1000))
-    methods = [*cfg.beside, model.method]
-    planned = {method: _planned(cfg, dataclasses.replace(model, method=method), classes) for method in methods}
-    made = {"network": ", ".join(f"{dataclasses.replace(model, method=m).what()}, {model.backbone} at {cfg.data.size} x {cfg.data.size}" for m in methods)}
+    models = by_method(model, cfg.beside)
+    planned = {method: _planned(cfg, model, classes) for method, model in models.items()}
+    made = {"network": ", ".join(f"{m.what()}, {m.backbone} at {cfg.data.size} x {cfg.data.size}" for m in models.values())}
     if images is None and cfg.images is None:
         training = {"epochs": cfg.epochs, "steps": f"known once {cfg.data.path} is open"}
     else:
@@ -43,33 +44,15 @@ def _planned(cfg: Any, model: Any, classes: int) -> dict[str, Any]:
     with torch.device("meta"):
         net = build(cfg, dataclasses.replace(model, pretrained=False), classes)
     shape = (3, cfg.data.size, cfg.data.size)
-    counts, macs = count_parameters(net), macs_per_image(net, shape)
-    banks = [m for m in net.modules() if isinstance(m, Banked)]
-    positions = sum(m.weight[0].numel() for m in banks)
-    static = positions - kept_count(positions, model.keep, "up") if model.method == "pad" else 0
-    if static and model.scales != "prune":
-        counts["total"] += positions  # while it trains, a partially dynamic layer holds K whole kernels and a whole static one
-    counts["stored"] -= static * (model.num_kernels - (model.scales != "prune"))
+    parameters, positions, static = planned_parameters(net, model, model.num_kernels)
     width = 4 if cfg.trainer.precision == "32-true" else 2
-    mixed = sum(m.weight[0].numel() for m in banks) * cfg.batch_size * width
-    memory = {"weights, gradients, momentum": (16 if cfg.optim.optimizer == "adamw" else 12) * counts["total"],
-              "activations": _outputs(net, shape) * cfg.batch_size * width, "mixed kernels, at most": mixed}
-    return {"parameters": {"total": counts["total"], "activated (without gates)": counts["active"], "stored (compact)": counts["stored"],
-                           "gates": counts["gate"]},
-            "MACs an image": macs - static * model.num_kernels,
+    memory = {"weights, gradients, momentum": (16 if cfg.optim.optimizer == "adamw" else 12) * parameters["total"],
+              "activations": _outputs(net, shape) * cfg.batch_size * width, "mixed kernels, at most": positions * cfg.batch_size * width}
+    return {"parameters": parameters,
+            "MACs an image": macs_per_image(net, shape) - static * model.num_kernels,
             "memory, GiB a device (estimate)": {key: round(value / GIB, 2) for key, value in (memory | {"total": sum(memory.values())}).items()}}
 
 
 def _outputs(net: nn.Module, shape: tuple[int, ...]) -> int:
     """Numbers that the network's layers give for one image: about what a backward pass needs kept."""
-    counted = [0]
-
-    def add(_: nn.Module, __: tuple, out: torch.Tensor) -> None:
-        counted[0] += out.numel()
-
-    handles = [m.register_forward_hook(add) for m in net.modules() if isinstance(m, Banked) or not any(m.children())]
-    with torch.no_grad():
-        net.eval()(torch.empty(1, *shape, device="meta"))
-    for handle in handles:
-        handle.remove()
-    return counted[0]
+    return summed(net, lambda m: isinstance(m, Banked) or not any(m.children()), lambda _, out: out.numel(), torch.empty(1, *shape, device="meta"))

@@ -28,11 +28,11 @@ from dyn.data.teacher import fingerprint
 from dyn.data.tiny import tiny_corpus, tiny_tokenizer
 from dyn.data.tokens import Tokens, shard
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, prune_dense
-from dyn.models.llama_moe_convert import check_weights, fresh, load_dense, read_config
+from dyn.models.llama_moe_dense import check_weights, fresh, load_dense, read_config
 from dyn.models.packaged import PACKAGED, cache_folder, dense_config, packaged
 from dyn.nn.experts import Gate
 from dyn.nn.surgery import count_parameters, flops_per_token, train_only
-from dyn.train.calibration import check_amount, draw_calibration, gate_lr, reads_text
+from dyn.train.calibration import check_amount, check_vocabulary, draw_calibration, gate_lr, reads_text
 from dyn.train.callbacks import ExpertLoad, Remix, Throughput
 from dyn.train.distill import parent_hash, taught
 from dyn.train.evaluate import domain_distances, perplexity, sample, shared_neurons
@@ -86,9 +86,7 @@ def check(cfg: Any, run: Any, source: Any, tokenizer: Any) -> None:
     """ValueError for what cannot work, before text is sharded and weights are read: sizes, gates, constructions, tokenizer, processes, disk."""
     check_world(cfg.trainer)
     dense = read_config(source)
-    if len(tokenizer) > dense.vocab_size:
-        raise ValueError(f"model.source={cfg.model.source}: the tokenizer has {len(tokenizer)} entries and the model vocab_size={dense.vocab_size}; "
-                         "they do not belong together")
+    check_vocabulary(tokenizer, dense, cfg.model.source)
     config = shape(cfg.model, dense)
     check_amount(cfg.model, config, _calibration_length(cfg))
     with torch.device("meta"):

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from dyn import env
-from dyn.data.glue import SentenceData, SentenceSet, open_sentences
+from dyn.data.glue import NOT_IN_MEANS, SentenceData, SentenceSet, open_sentences
 from dyn.data.loader import EvaluationLoader, ResumableLoader
 from dyn.data.tiny import tiny_glue, tiny_tokenizer
 from dyn.models.packaged import PACKAGED, SEEN, packaged, sentence_classifier, tiny_encoder
 from dyn.train.classify import Answers
-from dyn.train.speed import interleaved, seconds_per_micro_batch
+from dyn.train.speed import interleaved, on_device, seconds_per_micro_batch
 from dyn.train.trainer import on_gpu, own_device, world
 
 Inputs = dict[str, Tensor]
@@ -96,7 +96,7 @@ def fitting_steps(cfg: Any, run: Any, wanted: Mapping[str, int], nets: Iterable[
         return dict(wanted)
     loss = loss or sentence_loss
     device, seconds = own_device(cfg.trainer), 0.0
-    batch = _on(typical_batch(data.train, cfg.batch_size), device)
+    batch = on_device(typical_batch(data.train, cfg.batch_size), device)
     for make in nets:
         net = make().to(device)
         seconds += seconds_per_micro_batch(net, lambda net=net: loss(net, batch), cfg.trainer.dtype) * cfg.trainer.accumulate
@@ -144,7 +144,7 @@ def scoring_batches(cfg: Any, data: SentenceData, count: int) -> list[Inputs]:
     own size, since one device scores."""
     size, device = min(cfg.batch_size, len(data.train)), own_device(cfg.trainer)
     number = count * max(1, min(cfg.batch_size * cfg.trainer.accumulate * cfg.trainer.world_size, len(data.train)) // size)
-    return [_on(batch, device) for batch in ResumableLoader(data.train, batch_size=size, seed=cfg.seed + 1, num_batches=number)]
+    return [on_device(batch, device) for batch in ResumableLoader(data.train, batch_size=size, seed=cfg.seed + 1, num_batches=number)]
 
 
 def scores(metrics: Mapping[str, float], data: SentenceData) -> dict[str, float]:
@@ -152,6 +152,12 @@ def scores(metrics: Mapping[str, float], data: SentenceData) -> dict[str, float]
     splits = [f"val/{split}/" for split in data.validation] if len(data.validation) > 1 else ["val/"]
     found = {metric: statistics.fmean(metrics[split + metric] for split in splits) for metric in data.metrics}
     return found | {"score": statistics.fmean(found.values())}
+
+
+def mean_score(results: Mapping[str, Mapping[str, Any]], name: str, key: str = "score") -> float:
+    """Average over tasks of the network `name`, as GLUE's without WNLI; results: by task and network, with "scores"."""
+    tasks = [task for task in results if task != NOT_IN_MEANS] or list(results)
+    return statistics.fmean(results[task][name]["scores"][key] for task in tasks)
 
 
 def write_answers(path: Path, answers: Mapping[str, Answers]) -> None:
@@ -169,13 +175,9 @@ def caveats(source: str, tasks: Iterable[str]) -> list[str]:
 def seconds_per_example(cfg: Any, nets: Mapping[str, nn.Module], part: SentenceSet, count: int, rounds: int) -> dict[str, float]:
     """Of a forward pass over `count` examples of average length, in evaluation: medians over interleaved rounds."""
     device = own_device(cfg.trainer)
-    batch = {key: value for key, value in _on(typical_batch(part, count), device).items() if key != "labels"}
+    batch = {key: value for key, value in on_device(typical_batch(part, count), device).items() if key != "labels"}
     nets = {name: net.eval().to(device) for name, net in nets.items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.trainer.precision != "32-true"):
         runs: dict[str, Callable[[], Any]] = {name: lambda net=net: net(**batch) for name, net in nets.items()}
         seconds = interleaved(runs, rounds)
     return {name: statistics.median(values) / len(batch["input_ids"]) for name, values in seconds.items()}
-
-
-def _on(batch: Mapping[str, Tensor], device: torch.device) -> Inputs:
-    return {key: value.to(device) for key, value in batch.items()}

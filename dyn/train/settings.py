@@ -154,6 +154,21 @@ def check_trainings(cfg: Any, **least: int) -> None:
         raise ValueError("these networks fit a device: set trainer.strategy=ddp")
 
 
+def check_tasks(cfg: Any, known: Iterable[str]) -> None:
+    """ValueError for an experiment's `tasks` that are none of `known` or docstrings, or come twice, and for a `data.task` beside them."""
+    allowed = (*known, "docstrings")
+    if wrong := [task for task in cfg.tasks if task not in allowed]:
+        raise ValueError(f"tasks={wrong[0]} is unknown; allowed: {', '.join(allowed)}")
+    if not cfg.tasks or len(set(cfg.tasks)) < len(cfg.tasks) or cfg.data.task != type(cfg.data)().task:
+        raise ValueError(f"tasks={cfg.tasks}: at least one, each once; data.task={cfg.data.task} would be ignored")
+
+
+def check_beside(cfg: Any) -> None:
+    """ValueError for methods in an experiment's `beside` that come twice, or are its `model`'s own."""
+    if len({*cfg.beside, cfg.model.method}) <= len(cfg.beside):
+        raise ValueError(f"beside={cfg.beside} must be methods other than model.method={cfg.model.method}, each once")
+
+
 def seeded_rows(part: str, networks: Iterable[Any], seeds: Iterable[int], suffix: str = "", leave_out: Iterable[str] = (), **more: Any) -> list[dict[str, Any]]:
     """Sweep rows for every seed and network (a dataclass, the config's field `part`), each named by its `what()`; networks of one name are one.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
@@ -19,7 +19,9 @@ from dyn.nn.adapter import adapter_parameters, attach, head_parameters
 from dyn.nn.adapter_build import FLAGS
 from dyn.nn.adapter_sites import adapter_modules
 from dyn.nn.masking import large_sparse, mask_hash, masks, prune, set_masks
+from dyn.nn.structured import dead_units
 from dyn.train.settings import check_trainings, seeded_rows
+from dyn.train.speed import on_device
 
 RATES, WHOLE_RATES = [1e-4, 3e-4, 1e-3, 3e-3], [1e-5, 3e-5, 1e-4]  # of adapters, from BERT-base to MiniLM, and of full fine-tuning
 
@@ -190,8 +192,8 @@ def sparsify(net: nn.Module, cfg: SparseConfig, batches: Callable[[], Iterable[M
     if cfg.kind == "none":
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         log(f"{cfg.what()}: {trained:,} parameters are trained")
-        return {"weights": 0, "kept": 0, "keep": 1.0, "trained_parameters": trained, "adapter_parameters": 0, "head_parameters": 0, "density": {}, "mask": "",
-                "seconds": 0.0}
+        return {"weights": 0, "kept": 0, "keep": 1.0, "trained_parameters": trained, "adapter_parameters": 0, "head_parameters": 0, "density": {},
+                "dead_units": 0, "mask": "", "seconds": 0.0}
     attach(net, cfg.kind, cfg.r if cfg.keep is not None else large_sparse(cfg.r, cfg.factor).r, cfg.name, official=cfg.official, seed=seed, **cfg.made_flags())
     before = {key: p.numel() for key, p in adapter_parameters(net, cfg.name).items()}
     if not cfg.dense():
@@ -202,7 +204,7 @@ def sparsify(net: nn.Module, cfg: SparseConfig, batches: Callable[[], Iterable[M
             net.cpu()
     facts = mask_facts(net, cfg, before) | {"seconds": time.monotonic() - began}
     log(f"{cfg.what()}: {facts['kept']:,} of {facts['weights']:,} adapter weights train, {facts['trained_parameters']:,} parameters in all, found in "
-        f"{facts['seconds']:.1f} s")
+        f"{facts['seconds']:.1f} s" + (f"; {facts['dead_units']:,} units do nothing any more" if facts["dead_units"] else ""))
     return facts
 
 
@@ -236,7 +238,7 @@ def mask_facts(net: nn.Module, cfg: SparseConfig, before: Mapping[str, int] | No
     head = sum(p.numel() for p in head_parameters(net, cfg.name).values())
     return {"weights": weights, "kept": kept, "keep": kept / weights if weights else 1.0, "trained_parameters": sum(after.values()) + head,
             "adapter_parameters": sum(after.values()), "head_parameters": head, "density": {key: after[key] / before[key] for key in matrices},
-            "mask": mask_hash(found) if found else ""}
+            "dead_units": sum(dead_units(net).values()), "mask": mask_hash(found) if found else ""}
 
 
 def _prune(net: nn.Module, cfg: SparseConfig, number: int, batches: Callable[[], Iterable[Mapping[str, Tensor]]], loss_fn: Loss, seed: int,
@@ -261,11 +263,7 @@ def _own_masks(net: nn.Module, cfg: SparseConfig) -> dict[str, Tensor]:
     return {key: mask for key, mask in masks(net).items() if key in own}
 
 
-class _moved:
-    """Batches on a device, made when they are read."""
-
-    def __init__(self, batches: Callable[[], Iterable[Mapping[str, Tensor]]], device: str | torch.device) -> None:
-        self.batches, self.device = batches, device
-
-    def __iter__(self) -> Any:
-        return ({key: value.to(self.device) for key, value in batch.items()} for batch in self.batches())
+def _moved(batches: Callable[[], Iterable[Mapping[str, Tensor]]], device: str | torch.device) -> Iterator[Mapping[str, Tensor]]:
+    """Batches on a device, once; `batches` is called when they are read."""
+    for batch in batches():
+        yield on_device(batch, device)

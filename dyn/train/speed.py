@@ -1,4 +1,4 @@
-"""The rate that a device could reach, which model FLOPs utilisation is measured against, and the time that a step takes."""
+"""What a device does: batches on it, the rate that it could reach, which model FLOPs utilisation is measured against, and the time that a step takes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ GPU_BF16 = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "H800 PCIe": 756e12, "H800": 989e12, "GH200": 989e12,
     "B200": 2250e12, "A100": 312e12, "A800": 312e12, "A10G": 70e12, "A40": 150e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }
+
+
+def on_device(batch: Mapping[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
+    """A batch's tensors on a device."""
+    return {key: value.to(device) for key, value in batch.items()}
 
 
 @functools.cache

@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.text import rouge_score
 
-from dyn.data.loader import counts
+from dyn.data.loader import AWAY, counts
 from dyn.data.summaries import SummarySet
 from dyn.train.optim import RecipeConfig
 from dyn.train.settings import GenerateConfig, TrainerConfig
 from dyn.train.supervised import Supervised, gathered
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
-_AWAY = -100
 
 
 class Summary(NamedTuple):
@@ -40,10 +39,10 @@ def summary_loss(net: nn.Module, batch: Mapping[str, Tensor], smoothing: float =
         logits_BMV = net(**read, decoder_input_ids=net.prepare_decoder_input_ids_from_labels(labels_BM), use_cache=False).logits
     else:
         whole = {"input_ids": torch.cat([read["input_ids"], labels_BM.clamp(min=0)], 1),
-                 "attention_mask": torch.cat([read["attention_mask"], (labels_BM != _AWAY).long()], 1)}
+                 "attention_mask": torch.cat([read["attention_mask"], (labels_BM != AWAY).long()], 1)}
         logits_BMV = net(**whole, use_cache=False, logits_to_keep=labels_BM.shape[1] + 1).logits[:, :-1]  # each place speaks of the next
-    loss_BM = F.cross_entropy(logits_BMV.float().transpose(1, 2), labels_BM, ignore_index=_AWAY, label_smoothing=smoothing, reduction="none")
-    return loss_BM.sum(1) if reduction == "sum" else loss_BM.sum() / (labels_BM != _AWAY).sum()
+    loss_BM = F.cross_entropy(logits_BMV.float().transpose(1, 2), labels_BM, ignore_index=AWAY, label_smoothing=smoothing, reduction="none")
+    return loss_BM.sum(1) if reduction == "sum" else loss_BM.sum() / (labels_BM != AWAY).sum()
 
 
 def rouge_of(text: str, reference: str) -> tuple[float, float, float]:
@@ -109,7 +108,7 @@ class Summarisation(Supervised):
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written_BM[wanted].tolist()]
         references = self.pairs[self.domains[dataloader_idx]].references
         rouge = torch.tensor([rouge_of(text, references[i]) for i, text in zip(index.tolist(), texts, strict=True)], dtype=torch.float64)
-        tokens = (batch["labels"] != _AWAY).sum(1)
+        tokens = (batch["labels"] != AWAY).sum(1)
         facts = torch.stack([v.double() for v in (index, loss[wanted], tokens[wanted], written[wanted])], 1).cpu()
         self._rows[dataloader_idx].append(torch.cat([facts, rouge.reshape(-1, len(ROUGE))], 1))
         self._texts[dataloader_idx] += list(zip(index.tolist(), texts, strict=True))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Trainer, TrainingArguments
 
 import dyn.models  # noqa: F401  (registers dyn_llama_moe)
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense
@@ -73,6 +73,20 @@ def test_generation_with_cache_equals_generation_without():
     moe = from_dense(tiny("mistral"), num_experts=4, num_experts_per_tok=2, seed=1).eval()
     arguments = dict(input_ids=IDS[:, :6], max_new_tokens=8, do_sample=False, pad_token_id=0)
     torch.testing.assert_close(moe.generate(**arguments), moe.generate(**arguments, use_cache=False))
+
+
+def test_outputs_come_in_the_order_of_transformers(tmp_path):
+    dense = tiny()
+    moe = from_dense(dense, num_experts=4, num_experts_per_tok=2).eval()
+    for net in (dense, moe):
+        assert net(input_ids=IDS, labels=IDS)[0].dim() == 0 and net(input_ids=IDS, labels=IDS, return_dict=False)[1].shape == (2, 14, 97)
+        assert net(input_ids=IDS)[0].shape == (2, 14, 97) and isinstance(net.model(input_ids=IDS, return_dict=False), tuple)
+        assert net.model(input_ids=IDS).past_key_values.get_seq_length() == 14 and net.model(input_ids=IDS, use_cache=False).past_key_values is None
+    moe.config.return_dict = False
+    assert isinstance(moe(input_ids=IDS), tuple) and isinstance(moe.model(input_ids=IDS), tuple)
+    moe.config.return_dict = True
+    trainer = Trainer(moe, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), eval_dataset=[{"input_ids": row, "labels": row} for row in IDS])
+    assert trainer.predict(trainer.eval_dataset).predictions.shape == (2, 14, 97)
 
 
 @pytest.mark.parametrize("settings", [dict(num_experts_per_tok=2), dict(num_experts_per_tok=1, gate="switch", balance="switch", capacity_factor=0.5)])

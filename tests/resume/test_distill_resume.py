@@ -12,7 +12,7 @@ from dyn.data.mixture import MixtureLoader, validation_batches
 from dyn.data.teacher import TaughtLoader, TeacherCache, describe
 from dyn.data.tiny import tiny_tokens
 from dyn.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM
-from dyn.models.llama_moe_convert import fresh
+from dyn.models.llama_moe_dense import fresh
 from dyn.models.packaged import dense_config
 from dyn.train.distill import cache_teacher
 from dyn.train.optim import OptimConfig

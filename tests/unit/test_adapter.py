@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -51,6 +53,35 @@ def test_refused_with_the_reason_and_nothing_done(tiny_host, kind, options, word
     with pytest.raises(ValueError, match=words):
         attach(model, kind, **options)
     assert list(model.state_dict()) == keys and [p.requires_grad for p in model.parameters()] == wanted and list(adapters(model)) == ["there"]
+
+
+class Int8Linear(nn.Linear):
+    """As quantised hosts have it: a weight of integers, a scale beside it."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+def test_quantised_hosts(tiny_host, tiny_text):
+    model = tiny_host()
+    for path, module in [(path, m) for path, m in model.named_modules() if type(m) is nn.Linear and ".layer." in path]:
+        model.set_submodule(path, Int8Linear(module))
+    attach(model, "lora", 2)
+    attach(model, "houlsby", 2, "second")
+    assert all(p.dtype == torch.float32 for name in ("default", "second") for p in adapter_parameters(model, name).values())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"query.weight is torch.int8: a quantised weight cannot take a LoRA"):
+        merge(model, "default")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    packed = torch.ao.quantization.quantize_dynamic(tiny_host(), {nn.Linear})
+    with pytest.raises(ValueError, match="has no parameters to sit beside; is it quantised"):
+        attach(packed, "houlsby", 2)
 
 
 def test_hosts_that_do_not_fit(tiny_host):

@@ -1,6 +1,7 @@
 """from_dense: what each argument does, what it refuses, and what it leaves alone."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -122,6 +123,63 @@ def test_linears_that_have_been_replaced_are_refused(change):
     for convert in (lambda: from_dense(dense, num_experts=4, num_experts_per_tok=2), lambda: prune_dense(dense, 0.5, batches=BATCHES)):
         with pytest.raises(ValueError, match=r"model.layers.0.*_proj is a Linear, where an nn.Linear of floating numbers was expected: merge adapters"):
             convert()
+
+
+def with_bias(dense):
+    dense.lm_head = torch.nn.Linear(16, 61)
+
+
+def with_a_compiled_layer(dense):
+    dense.model.layers[1] = torch.compile(dense.model.layers[1])
+
+
+def with_norm(dense):
+    torch.nn.utils.parametrizations.weight_norm(dense.lm_head)
+
+
+@pytest.mark.parametrize(("change", "stray"), [(with_bias, "lm_head.bias is of shape [61], by the model's configuration absent"),
+                                               (with_a_compiled_layer, "model.layers.1._orig_mod."), (with_norm, "lm_head.parametrizations.")])
+def test_weights_that_the_configuration_does_not_know_are_refused_first(change, stray):
+    dense = tiny()
+    change(dense)
+    for convert in (lambda: from_dense(dense, num_experts=4, num_experts_per_tok=2), lambda: prune_dense(dense, 1.0, batches=BATCHES)):
+        with pytest.raises(ValueError, match=re.escape(stray)):
+            convert()
+
+
+def test_the_wrapper_of_a_compiled_model_is_looked_through():
+    dense = tiny()
+    one, two = (from_dense(each, num_experts=4, num_experts_per_tok=2).state_dict() for each in (dense, torch.compile(dense, backend="eager")))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+@pytest.mark.parametrize("method", ["coactivation", "calibrated", "gradient", "prune"])
+def test_what_surrounds_a_conversion_changes_nothing(method):
+    """The caller's default type and autocast, and ids of 32 bits."""
+    dense, default = tiny(), torch.get_default_dtype()
+
+    def convert(batches):
+        if method == "prune":
+            return prune_dense(dense, 0.5, batches=batches).state_dict()
+        return from_dense(dense, num_experts=4, num_experts_per_tok=2, construction=method, batches=batches).state_dict()
+
+    plain = convert(BATCHES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        try:
+            torch.set_default_dtype(torch.float64)
+            other = convert([batch.int() for batch in BATCHES])
+            assert torch.get_default_dtype() == torch.float64
+        finally:
+            torch.set_default_dtype(default)
+    assert all(torch.equal(value, other[key]) for key, value in plain.items())
+
+
+def test_what_is_no_model_is_refused():
+    for wrong in (None, 5, tiny().config):
+        with pytest.raises(ValueError, match=f"dense is a {type(wrong).__name__}; allowed: a causal language model, or the folder or hub id of one"):
+            from_dense(wrong)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"leave torch.inference_mode\(\) first"):
+        from_dense(tiny())
 
 
 def test_budgets_by_layer_and_shared_experts(tmp_path):

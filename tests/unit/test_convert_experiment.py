@@ -19,7 +19,8 @@ from dyn.data.sources import JoinedText, read_joined
 from dyn.data.tiny import tiny_tokenizer, tiny_tokens
 from dyn.models import llama_moe
 from dyn.models.llama_moe_construct import METHODS
-from dyn.models.llama_moe_convert import fresh, moe_config
+from dyn.models.llama_moe_convert import moe_config
+from dyn.models.llama_moe_dense import fresh
 from dyn.models.packaged import dense_config
 from dyn.nn.surgery import count_parameters, flops_per_token
 from dyn.runfolder import Run, create

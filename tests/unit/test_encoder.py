@@ -193,12 +193,31 @@ def partial(family="bert", scales="both", keep=0.4, **kwargs):
 
 
 def test_every_criterion_ranks_experts():
-    for method in [name for name in CRITERIA if name != "synflow"]:  # which sends ones through a network: of ids there are none
+    for method in CRITERIA:
         model = make_moe(dense(), 4, 2, noise=0.1, gate_std=0.02)
         inputs = batch() | labels_for("ForSequenceClassification", batch())
         make_partial(model, [inputs], loss, keep=0.4, method=method, rounds=2)
         masks = [layer.partial.mask for layer in moe_layers(model).values()]
         assert sum(int(m.sum()) for m in masks) == kept_count(sum(m.numel() for m in masks), 0.4, "up"), method
+
+
+def test_synflow_sees_a_feed_forward_at_a_time():
+    model, x = make_moe(dense(), 4, 2, noise=0.1), torch.ones(16)
+    first, second = (layer.weight.detach().abs() for layer in list(moe_layers(model).values())[:2])
+    through = {"first": (second.mean(0).sum(0)[:, None] / 4 * first).mean(0), "second": (second / 4 * (first.mean(0) @ x)).mean(0)}
+    make_partial(model, [batch()], None, keep=0.3, method="synflow", rounds=1, scope="local")
+    for wanted, layer in zip(through.values(), moe_layers(model).values(), strict=False):
+        mask = layer.partial.mask
+        assert wanted[mask].min() >= wanted[~mask].max() * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("scales", ["s", "d"])
+def test_a_single_factor_comes_back(tmp_path, scales):
+    model = partial("bert", scales)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(**batch()).logits, model(**batch()).logits, rtol=0, atol=1e-6)
+    assert all(layer.partial.phi.requires_grad for layer in moe_layers(again).values())
 
 
 def test_a_static_encoder_counts_and_trains():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.hf_api import CommitInfo, RepoUrl
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -47,6 +48,39 @@ def entries(folder: Path) -> set[str]:
 
 
 # --- exports -------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("to", [to_mixtral, to_qwen2_moe])
+def test_a_model_with_other_weights_is_refused_and_a_compiled_one_written(to, tmp_path):
+    moe = tiny(num_shared_experts=1) if to is to_qwen2_moe else tiny()
+    to(torch.compile(moe, backend="eager"), tmp_path / "compiled")
+    to(moe, tmp_path / "plain")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("compiled", "plain"))
+    assert one.keys() == two.keys() and all(torch.equal(value, two[key]) for key, value in one.items())
+    moe.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj.base_layer.weight is of shape .* absent: merge adapters"):
+        to(moe, tmp_path / "adapted")
+    with pytest.raises(ValueError, match="moe is a Linear; allowed: a LlamaMoeForCausalLM"):
+        to(torch.nn.Linear(2, 2), tmp_path / "adapted")
+    assert entries(tmp_path) == {"compiled", "plain"}
+
+
+def test_a_damaged_manifest_costs_no_model(tmp_path):
+    moe = converted()
+    moe.save_pretrained(tmp_path / "inner")
+    assert LlamaMoeForCausalLM.from_pretrained(tmp_path, subfolder="inner").construction.seed == 11
+    (tmp_path / "inner" / "construction.json").write_text("{")
+    with pytest.warns(UserWarning, match="construction.json or construction.safetensors beside it is damaged"):
+        loaded = LlamaMoeForCausalLM.from_pretrained(tmp_path / "inner")
+    assert loaded.construction is None and torch.equal(loaded.lm_head.weight, moe.lm_head.weight)
+
+
+def test_a_damaged_index_is_named(tmp_path):
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**DENSE)).save_pretrained(tmp_path, max_shard_size="5KB")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map"')
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json is damaged or cut short .*fetch or save the model anew"):
+        from_dense(tmp_path, num_experts=4, num_experts_per_tok=2)
+
 
 NO_EXACT_FORM = [
     ("gate='mlp'", dict(gate="mlp")),
@@ -195,7 +229,7 @@ def released(folder: Path, **changes) -> Path:
     ("score_scale", {"score_scale_factor": [1.0, 2.0, 3.0]}),
     ("num_experts_per_tok=3", {"num_selects": 3}),
     (r"lacks 12 tensors.*weight_down\.2, .*, \.\.\.", {"num_experts": 4, "size_experts": [[16] * 4] * 2}),
-    ("has too many: 2 tensors.*weight_noise", {"gate_add_noise": False}),
+    (r"has too many: \d+ tensors.*layers\.1\.", {"num_hidden_layers": 1, "size_experts": None}),
     (r"lm_head\.weight has shape \[48, 16\]; the configuration says \[50, 16\]|embed_tokens\.weight has shape \[48, 16\]", {"vocab_size": 50}),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else None)
 def test_official_refusals_name_the_field(tmp_path, message, changes):
@@ -211,6 +245,12 @@ def test_official_defaults_of_absent_fields(tmp_path):
     assert from_official(released(tmp_path / "e", gate_use_balance=False, capacity_factor=9.0, drop_tokens=False)).config.balance == "none"
     scaled = from_official(released(tmp_path / "f", rope_scaling={"type": "linear", "factor": 2.0}))
     assert scaled.config.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+
+
+def test_official_noise_weights_are_left_out_where_noise_is_off(tmp_path):
+    """The official converter writes them always."""
+    model = from_official(released(tmp_path / "d", gate_add_noise=False))
+    assert not model.config.gate_noise and not any("noise" in name for name in model.state_dict())
 
 
 def test_official_generation_config(tmp_path):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from dyn.data import local_text
+from dyn.data import glue, local_text
 from dyn.data.glue import DOCSTRINGS, TASKS, SentenceSource, open_sentences
 from dyn.data.loader import EvaluationLoader, ResumableLoader
+from dyn.data.sources import labelled
 from dyn.data.tiny import tiny_glue, tiny_tokenizer
 
 silent = dict(log=lambda _: None)
@@ -98,8 +99,12 @@ def test_limits_and_the_held_out_share_go_by_the_seed(folder):
     assert none is None and sorted(train + held) == sorted(whole) and labels(tuning=0.5, seed=1) != (train, held) == labels(tuning=0.5)
     few, _ = labels(train_limit=10)
     assert len(few) == 10 and set(few) <= set(whole)
-    with pytest.raises(ValueError, match="train_limit=0 must be at least 1"):
-        labels(train_limit=0)
+
+
+def test_a_limit_of_nothing_is_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr(glue, "_rows", lambda _: pytest.fail("the data were opened"))
+    with pytest.raises(ValueError, match="train_limit=0 must be at least 1, or null for all"):
+        open_sentences(SentenceSource(train_limit=0), TOKENIZER, **silent)
 
 
 def test_select_keeps_the_tokens(folder):
@@ -137,8 +142,13 @@ def test_a_missing_column_is_named(folder):
     for split in ("train", "validation", "test"):
         halves = [json.dumps({"sentence1": r["sentence1"], "label": 0}) + "\n" for r in rows(folder, "mrpc", split)]
         (folder / "mrpc" / f"{split}.jsonl").write_text("".join(halves))
-    with pytest.raises(ValueError, match="no column 'sentence2'; found sentence1, label"):
+    with pytest.raises(ValueError, match="split 'train': no column 'sentence2'; found sentence1, label"):
         open_sentences(SentenceSource(task="mrpc"), TOKENIZER, **silent)
+
+
+def test_a_data_set_without_a_train_split_is_refused():
+    with pytest.raises(ValueError, match="here: no split train; found test"):
+        labelled({"test": None}, {}, ["test"], "here")
 
 
 def test_the_docstring_task_stands_in_and_says_so(monkeypatch):

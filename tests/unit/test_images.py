@@ -237,7 +237,7 @@ def test_damaged_idx(tmp_path, damage):
 
 @pytest.mark.parametrize(("settings", "message"), [
     (dict(size=4), "size=4 must be at least 8"), (dict(erase=2.0), r"erase=2.0 in \[0, 1\]"), (dict(auto_augment="rand-m9", size=32), "is kept in memory"),
-    (dict(augment="resized", size=32), "allowed are augment=auto, padded, none"), (dict(train_limit=0, size=32), "a limit of 0 leaves nothing"),
+    (dict(augment="resized", size=32), "allowed are augment=auto, padded, none"), (dict(train_limit=0, size=32), "train_limit=0 must be at least 1"),
     (dict(tuning=1.0, size=32), "cannot be held out"),
 ])
 def test_settings_that_do_not_fit(settings, message):

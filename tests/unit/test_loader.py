@@ -38,7 +38,7 @@ def test_epochs_are_permutations_and_one_iteration_may_hold_several():
     loader = ResumableLoader(Numbers(20), batch_size=4, num_batches=10, seed=1)
     batches = seen(loader)
     first, second = flat(batches[:5]), flat(batches[5:])
-    assert sorted(first) == sorted(second) == list(range(20)) and first != second and len(loader) == 10 and loader.epoch == 2.0
+    assert sorted(first) == sorted(second) == list(range(20)) and first != second and len(loader) == 10 == loader.step == 2 * loader.per_epoch
     assert seen(loader) != batches  # the next ten go on
     assert seen(ResumableLoader(Numbers(20), batch_size=4, num_batches=10, seed=1)) == batches
     assert seen(ResumableLoader(Numbers(20), batch_size=4, seed=2)) != batches[:5]

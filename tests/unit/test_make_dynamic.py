@@ -30,6 +30,20 @@ def network():
                          nn.Conv2d(16, 16, 3, groups=16, dilation=2, bias=False)).double().eval()
 
 
+def test_convolutions_that_share_a_weight_stay_static(caplog):
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(4)))
+    model[2].weight = model[1].weight
+    make_dynamic(model, start="fresh")
+    assert names(model) == ["3"] and model[1].weight is model[2].weight and "2 convolutions stay static" in caplog.text
+
+
+@pytest.mark.parametrize("scales", ["both", "s", "d", "none"])
+def test_networks_are_made_on_meta(scales):
+    with torch.device("meta"):
+        model = timm.create_model("padnet_resnet10", scales=scales)
+    assert all(p.is_meta for p in model.parameters())
+
+
 def test_convolutions_that_others_hang_on_stay_static(caplog):
     conv = lambda: nn.Conv2d(4, 4, 3)  # noqa: E731
     normed = nn.utils.spectral_norm(conv()), nn.utils.parametrizations.weight_norm(conv())

@@ -306,6 +306,13 @@ def test_a_factor_of_no_position_is_not_trained(scales, keep):
     assert not any(m.partial.phi.requires_grad for m in model.modules() if isinstance(m, Banked))
 
 
+def test_a_frozen_layer_stays_frozen():
+    model = network()
+    model[3].requires_grad_(False)
+    make_partial(model, data(), loss, keep=0.3)
+    assert not any(p.requires_grad for p in model[3].parameters()) and model[6].partial.phi.requires_grad
+
+
 @pytest.mark.parametrize("method", CRITERIA)
 def test_what_is_left_untouched(method):
     model = network()
@@ -371,6 +378,7 @@ def test_scale_ablations(scales):
     (dict(schedule="x", keep=1.0), "schedule='x' is unknown"),
     (dict(scope="x", keep=0.0), "scope='x' is unknown"),
     (dict(schedule="cosine"), "schedule='cosine' is unknown; allowed: exponential, linear"),
+    (dict(loss_fn=None), r"method='snip' looks at a loss; give loss_fn\(model, batch\) -> scalar"),
     (dict(method="fisher"), "method='fisher' is unknown; allowed: snip, removal"),
     (dict(scales="x"), "scales='x' is unknown; allowed: both, s, d, none, prune"), (dict(batches=[]), "a gradient looks at data, and there are no batches"),
     (dict(temperature=0), "temperature=0 must be positive"), (dict(scope="layer"), "scope='layer' is unknown"),

@@ -24,8 +24,8 @@ def test_weights_from_names_and_mappings():
 
 
 @pytest.mark.parametrize(("weights", "message"), [
-    ("lama", "nearest: llama"),
-    ("llama", "'en_cc', which is no domain here"),
+    ("lama", r"domain weights: no mix 'lama'; there are uniform, llama, sheared_llama \(nearest: llama\)"),
+    ("llama", "domain weights: no domain 'en_cc'; there are code, docs"),
     ({"cods": 1, "docs": 1}, "nearest: code"),
     ({"code": 1}, "lack docs"),
     ({"code": -1, "docs": 1}, "at least 0"),
@@ -62,7 +62,7 @@ def test_batches():
         assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items()} == {
             "input_ids": ((4, 16), torch.int64), "labels": ((4, 16), torch.int64), "domain": ((4,), torch.int64)}
         assert torch.equal(batch["input_ids"], batch["labels"])
-    assert sum(loader.tokens_seen.values()) == 10 * 4 * 16
+    assert sum(loader.used.values()) == 10 * 4
 
 
 def test_iterations_go_on():
@@ -93,7 +93,7 @@ def test_every_token_is_seen_once_a_pass(lengths, size, passes):
     loader = MixtureLoader({"a": tokens}, block_size=size, batch_size=1, num_batches=total, seed=1)
     seen = Counter(i for batch in loader for i in batch["input_ids"].ravel().tolist())
     assert seen == dict.fromkeys(range(total), size)
-    assert loader.epochs == {"a": size}
+    assert loader.used == {"a": total}  # blocks of `size` tokens: `size` passes
 
 
 def test_order_changes_with_epoch_and_seed():

@@ -81,7 +81,7 @@ def test_scores_are_glues():
     both = {f"val/{split}/accuracy": value for split, value in {"validation_matched": 0.5, "validation_mismatched": 0.7}.items()}
     assert sentences.scores(both, data(splits=TASKS["mnli"].splits, metrics=("accuracy",))) == pytest.approx({"accuracy": 0.6, "score": 0.6})
     results = {task: {"pad": {"scores": {"score": score}}} for task, score in {"mrpc": 0.8, "cola": 0.4, "wnli": 0.0}.items()}
-    assert encoders._mean(results, "pad") == pytest.approx(0.6), "WNLI is in no mean"
+    assert sentences.mean_score(results, "pad") == pytest.approx(0.6), "WNLI is in no mean"
 
 
 def test_length(monkeypatch):

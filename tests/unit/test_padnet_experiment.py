@@ -11,6 +11,7 @@ from dyn import config, run, verdicts
 from dyn.data.tiny import tiny_image_folder
 from dyn.train import convnet
 from dyn.train.convnet import SAME, local_model, open_data
+from dyn.train.padnet import by_method
 from dyn.train.plan_convnet import plan_convnets
 
 ROOT = Path(__file__).parents[2]
@@ -116,8 +117,8 @@ def test_minutes_decide_steps_and_precision_from_measured_steps(tmp_path, monkey
     cfg = load("smoke", "minutes=0.011", "trainer.precision=bf16-mixed", "epochs=50", "method=dyconv")
     images = open_data(cfg, Run(tmp_path))
     monkeypatch.setattr(convnet, "interleaved", lambda runs, rounds: {"step": [0.3, 0.01, 0.2]})
-    models = {"static": None, "dyconv": None}
-    monkeypatch.setattr(convnet, "_partitioned", lambda *_: torch.nn.Linear(1, 1))
+    models = by_method(cfg.model, ["static"])
+    monkeypatch.setattr(convnet, "build", lambda *_: torch.nn.Linear(1, 1))
     for bf16, precision, total in ((0.08, "32-true", 2 * (0.05 + 0.01)), (0.01, "bf16-mixed", 2 * (0.01 + 0.01))):
         monkeypatch.setattr(convnet, "seconds_per_micro_batch", lambda net, loss, dtype, bf16=bf16: bf16 if dtype == torch.bfloat16 else 0.05)
         run = Run(tmp_path)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from dyn import config
 from dyn.data import tokens
 from dyn.data.tiny import tiny_corpus, tiny_documents, tiny_tokenizer
-from dyn.models.llama_moe_convert import load_dense
+from dyn.models.llama_moe_dense import load_dense
 from dyn.train import convert, pretrain
 from dyn.train.calibration import gate_lr
 from dyn.train.plan import plan_pretraining
@@ -141,7 +141,7 @@ def test_weights_of_other_domains_are_refused_before_text_is_read(tmp_path, monk
     cfg = settings()
     cfg.data.weights = {"red": 1.0, "green": 1.0, "purple": 1.0}
     monkeypatch.setattr(tokens, "_encode", lambda *_: pytest.fail("text was tokenised"))
-    with pytest.raises(ValueError, match="domain weights name 'purple', which is no domain here"):
+    with pytest.raises(ValueError, match="domain weights: no domain 'purple'; there are red, green, blue"):
         corpus(cfg, tmp_path)
 
 

@@ -14,7 +14,7 @@ from dyn import config
 from dyn.nn.adapter import adapter_parameters, head_parameters
 from dyn.nn.masked import masks
 from dyn.run import main
-from dyn.train import adapt
+from dyn.train import adapt, sentences
 from dyn.train.fit import train_task
 from dyn.train.sparse import SparseConfig
 
@@ -105,8 +105,8 @@ def test_too_many_rounds_are_refused_before_anything_is_trained(tmp_path, capsys
 
 def test_the_mean_leaves_wnli_out():
     results = {task: {"net": {"scores": {"score": score}}} for task, score in (("mrpc", 0.8), ("cola", 0.4), ("wnli", 0.1))}
-    assert adapt._mean(results, "net", "score") == pytest.approx(0.6)
-    assert adapt._mean({"wnli": results["wnli"]}, "net", "score") == pytest.approx(0.1)
+    assert sentences.mean_score(results, "net") == pytest.approx(0.6)
+    assert sentences.mean_score({"wnli": results["wnli"]}, "net") == pytest.approx(0.1)
 
 
 def test_densities_are_lines_over_layers_by_matrix():

@@ -42,7 +42,7 @@ def test_blocks_cross_shards_and_wrap():
     tokens = Tokens([whole[:4], whole[4:5], whole[5:]], [np.array([0]), np.array([0]), np.array([0, 7])], 23)
     assert tokens.num_documents == 4 and tokens.starts.tolist() == [0, 4, 5, 12]
     for index, size in [(0, 6), (3, 7), (100, 9), (1, 50)]:
-        assert tokens.block(index, size).tolist() == [(index * size + i) % 23 for i in range(size)]
+        assert tokens.blocks([index], size)[0].tolist() == [(index * size + i) % 23 for i in range(size)]
     assert tokens.document_ids([0, 1], 12).tolist() == [[0] * 4 + [1] + [2] * 7, [3] * 11 + [0]]
     assert tokens.positions([0, 1, 2], 8).tolist() == [[0, 1, 2, 3, 0, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 0]]
 
@@ -59,20 +59,20 @@ def test_documents_come_out_as_they_went_in(corpus, tokenizer, tmp_path):
     for domain, texts in expected.items():
         for split, part in {"train": texts[8:], "validation": texts[:8]}.items():
             tokens = made[domain][split]
-            text = tokenizer.decode(tokens.block(0, tokens.num_tokens))
+            text = tokenizer.decode(tokens.blocks([0], tokens.num_tokens)[0])
             assert text == "".join("<s>" + t for t in part)
             assert tokens.num_documents == len(part)
-            assert np.array_equal(np.flatnonzero(tokens.block(0, tokens.num_tokens) == tokenizer.bos_token_id), tokens.starts)
+            assert np.array_equal(np.flatnonzero(tokens.blocks([0], tokens.num_tokens)[0] == tokenizer.bos_token_id), tokens.starts)
             assert tokens.shards[0].dtype == np.dtype("<u2") and isinstance(tokens.shards[0], np.memmap)
 
 
 def test_options_of_documents(corpus, tokenizer, tmp_path):
-    made = shard(_source(corpus, domains=["red"]), tokenizer, str(tmp_path), bos=False, eos=True, log=_quiet)
+    made = shard(_source(corpus, domains=["red"]), tokenizer, str(tmp_path), bos=False, log=_quiet)
     assert list(made) == ["red"]
-    ids = made["red"]["train"].block(0, made["red"]["train"].num_tokens)
-    assert ids[-1] == tokenizer.eos_token_id and tokenizer.bos_token_id not in ids
+    ids = made["red"]["train"].blocks([0], made["red"]["train"].num_tokens)[0]
+    assert tokenizer.decode(ids) == "".join(tiny_documents()["red"][8:]) and tokenizer.bos_token_id not in ids and tokenizer.eos_token_id not in ids
     made = shard(_source(corpus, domains=["red"]), tokenizer, str(tmp_path), bos="<unk>", log=_quiet)
-    assert made["red"]["train"].block(0, 1)[0] == tokenizer.unk_token_id
+    assert made["red"]["train"].blocks([0], 1)[0][0] == tokenizer.unk_token_id
 
 
 def test_limits_cut_exactly(corpus, tokenizer, tmp_path):
@@ -94,7 +94,7 @@ def test_wide_vocabulary_takes_four_bytes(corpus, tokenizer, tmp_path):
             return tokenizer(*args, **kwargs)
 
     tokens = shard(_source(corpus, domains=["red"]), Wide(), str(tmp_path), log=_quiet)["red"]["train"]
-    assert tokens.shards[0].dtype == np.dtype("<u4") and tokens.block(0, 1)[0] == 70_000
+    assert tokens.shards[0].dtype == np.dtype("<u4") and tokens.blocks([0], 1)[0][0] == 70_000
 
 
 def test_cache_is_opened_not_made_again(corpus, tokenizer, tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_held_out_split_where_there_is_none(tokenizer, tmp_path):
     source = _source(tiny_corpus(tmp_path / "corpus", validation=False, documents=60), held_out=0.3)
     made = shard(source, tokenizer, str(tmp_path / "cache"), log=_quiet)
     for domain, texts in tiny_documents(documents=60).items():
-        splits = {s: tokenizer.decode(t.block(0, t.num_tokens)).split("<s>")[1:] for s, t in made[domain].items()}
+        splits = {s: tokenizer.decode(t.blocks([0], t.num_tokens)[0]).split("<s>")[1:] for s, t in made[domain].items()}
         assert sorted(splits["train"] + splits["validation"]) == sorted(texts)
         assert 8 <= len(splits["validation"]) <= 30  # of 60 documents at 0.3
 
@@ -171,7 +171,7 @@ def test_domains_from_a_field(tokenizer, tmp_path):
     assert list(made) == ["en_c4", "en_book"]
     for domain, name in {"en_c4": "RedPajamaC4", "en_book": "RedPajamaBook"}.items():
         assert sum(t.num_documents for t in made[domain].values()) == 30
-        assert {line.split()[0] for t in made[domain].values() for line in tokenizer.decode(t.block(0, t.num_tokens)).split("<s>")[1:]} == {name}
+        assert {line.split()[0] for t in made[domain].values() for line in tokenizer.decode(t.blocks([0], t.num_tokens)[0]).split("<s>")[1:]} == {name}
     with pytest.raises(ValueError, match=r"RedPajamaC4.* has no name in domain_names"):
         shard(_source(str(tmp_path / "corpus"), domain_field="meta.set", domain_names={"RedPajamaBook": "b"}), tokenizer, str(tmp_path / "c"), log=_quiet)
 
@@ -283,8 +283,8 @@ def test_tokenizer_without_bos_is_refused(corpus, tmp_path):
     tokenizer.bos_token = None
     with pytest.raises(ValueError, match="no BOS token: set bos=False"):
         shard(_source(corpus), tokenizer, str(tmp_path), log=_quiet)
-    with pytest.raises(ValueError, match="no token '<x>': set eos=False"):
-        shard(_source(corpus), tokenizer, str(tmp_path), bos=False, eos="<x>", log=_quiet)
+    with pytest.raises(ValueError, match="no token '<x>': set bos=False"):
+        shard(_source(corpus), tokenizer, str(tmp_path), bos="<x>", log=_quiet)
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -328,7 +328,7 @@ def test_an_edit_of_equal_length_makes_new_shards(tokenizer, tmp_path):
     for word in ("one", "two"):
         path.write_text("\n".join(json.dumps({"text": f"{word} {i}"}) for i in range(40)))
         made = shard(_source(str(path.parent), held_out=0.3), tokenizer, str(tmp_path / "cache"), log=_quiet)["default"]["train"]
-        assert word in tokenizer.decode(made.block(0, 5))
+        assert word in tokenizer.decode(made.blocks([0], 5)[0])
 
 
 def test_nothing_at_the_path(tokenizer, tmp_path):
@@ -387,4 +387,4 @@ def test_real_corpus_and_tokenizer(tmp_path):
     made = shard(source, tokenizer, str(tmp_path), log=_quiet)
     assert sorted(made) == ["books", "code_python", "docs", "math_tex", "news", "reviews", "wiki"]
     assert all(made[d]["train"].num_tokens == 200_000 and made[d]["validation"].num_tokens == 20_000 for d in made)
-    assert "def " in tokenizer.decode(made["code_python"]["train"].block(3, 2000))
+    assert "def " in tokenizer.decode(made["code_python"]["train"].blocks([3], 2000)[0])
