@@ -192,8 +192,8 @@ def sparsify(net: nn.Module, cfg: SparseConfig, batches: Callable[[], Iterable[M
     if cfg.kind == "none":
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         log(f"{cfg.what()}: {trained:,} parameters are trained")
-        return {"weights": 0, "kept": 0, "keep": 1.0, "trained_parameters": trained, "adapter_parameters": 0, "head_parameters": 0, "density": {},
-                "dead_units": 0, "mask": "", "seconds": 0.0}
+        return {"weights": 0, "kept": 0, "keep": 1.0, "trained_parameters": trained, "adapter_parameters": 0, "head_parameters": 0, "density": {}, "mask": "",
+                "seconds": 0.0}
     attach(net, cfg.kind, cfg.r if cfg.keep is not None else large_sparse(cfg.r, cfg.factor).r, cfg.name, official=cfg.official, seed=seed, **cfg.made_flags())
     before = {key: p.numel() for key, p in adapter_parameters(net, cfg.name).items()}
     if not cfg.dense():
@@ -203,8 +203,9 @@ def sparsify(net: nn.Module, cfg: SparseConfig, batches: Callable[[], Iterable[M
         finally:
             net.cpu()
     facts = mask_facts(net, cfg, before) | {"seconds": time.monotonic() - began}
+    dead = 0 if cfg.dense() else sum(dead_units(net).values())
     log(f"{cfg.what()}: {facts['kept']:,} of {facts['weights']:,} adapter weights train, {facts['trained_parameters']:,} parameters in all, found in "
-        f"{facts['seconds']:.1f} s" + (f"; {facts['dead_units']:,} units do nothing any more" if facts["dead_units"] else ""))
+        f"{facts['seconds']:.1f} s" + (f"; {dead:,} units of bottlenecks do nothing any more" if dead else ""))
     return facts
 
 
@@ -238,7 +239,7 @@ def mask_facts(net: nn.Module, cfg: SparseConfig, before: Mapping[str, int] | No
     head = sum(p.numel() for p in head_parameters(net, cfg.name).values())
     return {"weights": weights, "kept": kept, "keep": kept / weights if weights else 1.0, "trained_parameters": sum(after.values()) + head,
             "adapter_parameters": sum(after.values()), "head_parameters": head, "density": {key: after[key] / before[key] for key in matrices},
-            "dead_units": sum(dead_units(net).values()), "mask": mask_hash(found) if found else ""}
+            "mask": mask_hash(found) if found else ""}
 
 
 def _prune(net: nn.Module, cfg: SparseConfig, number: int, batches: Callable[[], Iterable[Mapping[str, Tensor]]], loss_fn: Loss, seed: int,
