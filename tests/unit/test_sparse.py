@@ -7,6 +7,7 @@ import torch
 
 from dyn.nn.adapter import adapter_parameters
 from dyn.nn.masking import masks
+from dyn.nn.structured import dead_units
 from dyn.train.sparse import SparseConfig, prune_again, round_steps, sparsify, with_controls
 
 silent = dict(log=lambda _: None)
@@ -105,6 +106,13 @@ def test_what_is_kept_is_counted_in_every_form(form):
             assert facts["density"][key] == mask.double().mean().item()
     assert len(lines) == 1 and "512 of 1,024 adapter weights train" in lines[0]
     assert facts["head_parameters"] == 2 * 16 + 2 and not model.bert.embeddings.word_embeddings.weight.requires_grad
+
+
+@pytest.mark.parametrize(("keep", "told"), [(0.02, True), (0.9, False)])
+def test_units_without_effect_are_told(keep, told):
+    lines, model = [], net()
+    sparsify(model, SparseConfig(r=8, keep=keep, method="random"), lambda: [], loss, log=lines.append)
+    assert ("units of bottlenecks do nothing any more" in lines[-1]) is told is any(dead_units(model).values())
 
 
 def test_large_sparse_trains_as_many_weights_as_its_dense_twin():
