@@ -57,7 +57,9 @@ class Processes:
     def _ask(self, *words: object) -> int:
         self.process.stdin.write(shlex.join(map(str, words)) + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        assert answer, f"{self.SCRIPT.name} died with {self.process.wait(60)}; its own message says why"
+        return int(answer)
 
     def start(self, script: Path, runs: Path, output: Path, *words: object) -> int:
         return self._ask("start", script, runs, output, *words)

@@ -3,12 +3,13 @@
   start SCRIPT RUNS_FOLDER OUTPUT word ...   forks a process that calls SCRIPT's start(RUNS_FOLDER, words) and exits with the code that it gives; answers with
                                              its id. KEY=value sets the environment; HOLD=5, or HOLD=5@control for a stage, stops it for good where the
                                              metrics of step 5 are written, so that it can be killed there on however fast a machine
-  wait ID                                    answers with its exit code, negative for a signal
+  wait ID                                    answers with its exit code, negative for a signal; what takes longer than ten minutes is killed
 """
 
 import importlib.util
 import os
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -40,6 +41,18 @@ def hold(step: str, _: str, stage: str) -> None:
     JsonlLogger.log_metrics = log_and_hold
 
 
+def ended(pid: int, seconds: float = 600.0) -> int:
+    end = time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+            end = float("inf")
+        time.sleep(0.01)
+
+
 def process(script: str, runs: str, output: str, words: list[str]) -> int:
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -62,7 +75,7 @@ if __name__ == "__main__":
     for line in sys.stdin:
         command, *words = shlex.split(line)
         if command == "wait":
-            print(os.waitstatus_to_exitcode(os.waitpid(int(words[0]), 0)[1]), flush=True)
+            print(ended(int(words[0])), flush=True)
         elif pid := os.fork():
             print(pid, flush=True)
         else:

@@ -252,7 +252,7 @@ class MoeEncoder:
             raise ValueError(unfit)
         for name, layer in layers.items():
             if isinstance(bank := layer.partial, PartialBank) and bank.mask is not None:
-                bank.train_factor(bank.mask, layer.weight.requires_grad)
+                bank.train_factor(bank.mask, layer.trained)
             if isinstance(bank, CompactBank):
                 try:
                     bank.check()

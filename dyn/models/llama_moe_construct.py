@@ -209,7 +209,7 @@ class Construction:
             words.pop("version")
             indices, layers = load_file(str(path / INDEX)), range(words.pop("layers"))
             return cls(**words, groups=[indices[f"layers.{i}.groups"].long() for i in layers], shared=[indices[f"layers.{i}.shared"].long() for i in layers])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             warnings.warn(f"{path / MANIFEST} or {INDEX} beside it is damaged ({error!r}); the model is loaded without its construction", stacklevel=2)
             return None
 

@@ -40,7 +40,7 @@ def read_config(path: nn.Module | str | Path) -> PretrainedConfig:
 def check_weights(path: str | Path, repair: str = "fetch or save it anew") -> None:
     """Raise ValueError for a safetensors file of a folder that is cut short or damaged at its head, found without reading the weights; `repair`: what to do."""
     if (index := Path(path) / INDEX).is_file():
-        shard_names(index)
+        shard_names(index, repair)
     for file in sorted(Path(path).glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
@@ -104,21 +104,25 @@ def check_parameters(net: PreTrainedModel) -> None:
     given = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     if stray := [name for name in (*given, *wanted) if given.get(name) != wanted.get(name)]:
         was, said = (f"of shape {list(shapes[stray[0]])}" if stray[0] in shapes else "absent" for shapes in (given, wanted))
-        raise ValueError(f"{stray[0]} is {was}, by the model's configuration {said}: merge adapters and parametrisations into the weights, and give layers "
-                         "without wrappers (module.compile() needs none)")
+        raise ValueError(f"{stray[0]} is {was}, by the model's configuration {said}: merge adapters and parametrisations into the weights, give layers without "
+                         "wrappers (module.compile() needs none), take out what is not the model's, or set the configuration right")
+    head, embeddings = net.get_output_embeddings().weight, net.get_input_embeddings().weight
+    if net.config.tie_word_embeddings and head is not embeddings and not head.is_meta and not torch.equal(head, embeddings):
+        raise ValueError(f"lm_head.weight {list(head.shape)} is not the input embeddings, as config.tie_word_embeddings=True says; set that to False")
 
 
-def shard_names(index: Path) -> list[str]:
-    """The files that an index of shards names. ValueError for an index that cannot be read."""
+def shard_names(index: Path, repair: str = "fetch or save it anew") -> list[str]:
+    """The files that an index of shards names. ValueError for an index that cannot be read; `repair`: what to do."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return sorted({"" + name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged or cut short ({error!r}); fetch or save the model anew") from error
+        raise ValueError(f"{index} is damaged or cut short ({error!r}); {repair}") from error
 
 
 @contextmanager
 def plain_arithmetic() -> Iterator[None]:
-    """Within the block, or the decorated function, no autocast, and float32 as the default type: a caller's settings change no conversion."""
+    """Within the block, or the decorated function, no autocast, and float32 as the default type: a caller's settings change no conversion. The default
+    type is the process's: other threads see it too."""
     kinds, default = {"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}, torch.get_default_dtype()
     with ExitStack() as stack:
         for kind in kinds:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dyn.nn.adapter_build import AdapterConfig as AdapterConfig
 from dyn.nn.adapter_build import Kind, make_config, pieces
-from dyn.nn.adapter_modules import AdapterModule, Fusion, LoRA, Prefix, SharedPrefix
+from dyn.nn.adapter_modules import FLOATS, AdapterModule, Fusion, LoRA, Prefix, SharedPrefix
 from dyn.nn.adapter_sites import Active, Place, Site, check_place, choose, modules_of, open_site, own_parameters, sites
 
 
@@ -250,7 +250,8 @@ def merge(model: nn.Module, name: str | None = None) -> nn.Module:
         name: of a LoRA; None: the one that acts.
 
     Raises:
-        ValueError: no such adapter, one that is no LoRA (nothing else is linear), one that is merged already, several that act, a host's weight with a mask.
+        ValueError: no such adapter, one that is no LoRA (nothing else is linear), one that is merged already, several that act, a host's weight with a mask or
+            quantised.
     """
     active = _known(model, name)
     refuse_merged(model)
@@ -264,7 +265,7 @@ def merge(model: nn.Module, name: str | None = None) -> nn.Module:
     if pruned := {owner for owner, _, _ in found} & {m for m in model.modules() if "weight" in getattr(m, "_kept", ())}:
         path = next(path for path, m in model.named_modules() if m in pruned)
         raise ValueError(f"{path}.weight is pruned, and a mask would take from a merged sum what it adds there; first drop_masks(model)")
-    if integer := {owner for owner, _, _ in found if not owner.weight.is_floating_point()}:
+    if integer := {owner for owner, _, _ in found if owner.weight.dtype not in FLOATS}:
         path, m = next((path, m) for path, m in model.named_modules() if m in integer)
         raise ValueError(f"{path}.weight is {m.weight.dtype}: a quantised weight cannot take a LoRA; merge into the weights from before quantisation")
     for owner, site, module in found:

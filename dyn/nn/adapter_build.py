@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import skip_init  # values come from `draw`, and nothing else draws from the random state
 
-from dyn.nn.adapter_modules import Activation, AdapterModule, Bottleneck, Fusion, Init, LoRA, Norm, Prefix, PrefixSource, SharedPrefix, check_choice
+from dyn.nn.adapter_modules import FLOATS, Activation, AdapterModule, Bottleneck, Fusion, Init, LoRA, Norm, Prefix, PrefixSource, SharedPrefix, check_choice
 from dyn.nn.adapter_sites import Place, sites
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _like(module: nn.Module, dtype: torch.dtype | None, name: str) -> dict[str, 
     parameter = next(module.parameters(), None)
     if parameter is None:
         raise ValueError(f"attach: the host's {type(module).__name__} has no parameters to sit beside; is it quantised so that weights are packed away?")
-    return {"adapter_name": name, "device": parameter.device, "dtype": dtype or (parameter.dtype if parameter.is_floating_point() else torch.float32)}
+    return {"adapter_name": name, "device": parameter.device, "dtype": dtype or (parameter.dtype if parameter.dtype in FLOATS else torch.float32)}
 
 
 def _block(layer: Layer, place: Place, role: str, config: AdapterConfig, name: str, dtype: torch.dtype | None, norm: str = "layer_norm",

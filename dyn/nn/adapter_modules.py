@@ -20,6 +20,7 @@ Norm = Literal["none", "in", "out"]
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 STD = 0.02  # of init="bert"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that one can compute with; float8 is for storage, as integers are
 
 
 class AdapterModule(nn.Module):

@@ -54,6 +54,12 @@ class Banked(nn.Module):
         """(sets [K, ...], zero where static; lambda_s * static, zero where dynamic, or None; lambda_d, or None for 1)."""
         return (self.weight, None, None) if self.partial is None else self.partial.parts(self.weight)
 
+    @property
+    def trained(self) -> bool:
+        """Do its values train? The bank of a layer without a dynamic position does not, whoever trains its static values."""
+        static = getattr(self.partial, "static", None)
+        return self.weight is None or self.weight.requires_grad or (static is not None and static.requires_grad)
+
     def add_partial(self, scales: Scales = "both") -> PartialBank:
         """Give the layer modes, all positions dynamic. ValueError if it is compact or has others already."""
         if isinstance(self.partial, CompactBank) or (self.partial is not None and self.partial.scales != scales):
@@ -61,7 +67,7 @@ class Banked(nn.Module):
             raise ValueError(f"{type(self).__name__} has {kind} already; scales={scales!r} cannot be set")
         if self.partial is None:
             self.partial = PartialBank(scales, device=self.weight.device, dtype=self.weight.dtype).train(self.training)
-            self.partial.train_factor(torch.ones(1, dtype=torch.bool, device="cpu"), self.weight.requires_grad)
+            self.partial.train_factor(torch.ones(1, dtype=torch.bool, device="cpu"), self.trained)
         return self.partial
 
     @torch.no_grad()
@@ -86,12 +92,13 @@ class Banked(nn.Module):
         if self.weight is not None and (mask.dtype != torch.bool or mask.shape != self.weight.shape[1:]):
             raise ValueError(f"mask must be bool {list(self.weight.shape[1:])}, one set of the bank; got {mask.dtype} {list(mask.shape)}")
         partial, values = self.add_partial(self.partial.scales if self.partial else "both"), static if isinstance(static, Tensor) else self.static_start(static)
-        partial.train_factor(mask, self.weight is None or self.weight.requires_grad)
+        trained = self.trained
+        partial.train_factor(mask, trained)
         if mask.all():
             partial.hold(None, None)
             return
-        self.weight = nn.Parameter(self.weight.masked_fill(~mask, 0), self.weight.requires_grad)
-        partial.hold(mask.clone(), None if partial.scales == "prune" else values.masked_fill(mask, 0), self.weight.requires_grad)
+        self.weight = nn.Parameter(self.weight.masked_fill(~mask, 0), trained)
+        partial.hold(mask.clone(), None if partial.scales == "prune" else values.masked_fill(mask, 0), trained)
         self.fit_form()
 
     def fit_form(self) -> None:
@@ -125,12 +132,13 @@ class Banked(nn.Module):
             if there.mask is None:
                 room = None if static is None else torch.zeros_like(self.weight[0])
                 there.hold(torch.ones_like(mask, device=self.weight.device), room, self.weight.requires_grad)
-                there.train_factor(mask, self.weight.requires_grad)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
 def _settle(layer: Banked, _: object) -> None:  # not a lambda: layers are pickled
     layer.settle()
+    if isinstance(partial := layer.partial, PartialBank) and partial.mask is not None and partial.scales in ("s", "d"):
+        partial.train_factor(partial.mask, layer.trained)
 
 
 class PartialBank(nn.Module):

@@ -80,8 +80,8 @@ def _convertible(model: nn.Module, kind: str, skip: list[str]) -> dict[str, nn.C
         _log.info("make_dynamic: %d convolutions stay static as the classifier's: %s", len(heads), ", ".join(sorted(heads)[:6]))
     chosen = {name: conv for name, conv in convs.items() if conv not in stem and name not in heads
               and not any(re.search(pattern, name) for pattern in skip) and not (kind in DOWN_SAMPLE_STATIC and DOWN_SAMPLE.search(name))}
-    owners = Counter(id(conv._parameters.get("weight")) for conv in dict.fromkeys(convs.values()))
-    unfit = [name for name, conv in chosen.items() if not _is_plain(conv) or owners[id(conv._parameters.get("weight"))] > 1]
+    owners = Counter(id(p) for conv in dict.fromkeys(convs.values()) for p in conv.parameters(recurse=False))
+    unfit = [name for name, conv in chosen.items() if not _is_plain(conv) or any(owners[id(p)] > 1 for p in conv.parameters(recurse=False))]
     if unfit:
         _log.warning("make_dynamic: %d convolutions stay static, as they are no plain zero-padded nn.Conv2d, share weights, or others hang on them: %s",
                      len(unfit), ", ".join(unfit[:6]))

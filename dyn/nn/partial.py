@@ -96,8 +96,6 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
     if (not monotone or shuffle) and (there := [name for name, m in layers.items() if m.partial is not None and m.partial.mask is not None]):
         how = "monotone=False ranks" if not monotone else "shuffle moves"
         raise ValueError(f"{how} positions that are static already, whose kernels are gone: {there[0]}; start from a fully dynamic model")
-    if loss_fn is None and method in ("snip", "removal", "grasp") and keep not in (0, 1):
-        raise ValueError(f"method={method!r} looks at a loss; give loss_fn(model, batch) -> scalar")
     total = sum(m.weight[0].numel() for m in layers.values())
     keep = float(keep) if keep in (0, 1) else keep  # 1 means all, also where it is written as an int
     count = kept_counts(total, keep, rounds, schedule, "up")[-1]
@@ -112,14 +110,18 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
             m.add_partial(scales)
         masks = {name: torch.ones_like(values[name], dtype=torch.bool) if m.partial.mask is None else m.partial.mask for name, m in layers.items()}
 
+        trained = {name: m.trained for name, m in layers.items()}
+
         def apply(masks: Masks) -> None:
             for name, m in layers.items():
-                m.partial.hold(masks[name], None if scales == "prune" else values[name], settled=False)
+                m.partial.hold(masks[name], None if scales == "prune" else values[name], trained[name], settled=False)
 
         apply(masks)
         if count == 0:
             masks = {name: torch.zeros_like(mask) for name, mask in masks.items()}
         elif count < total or not all(mask.all() for mask in masks.values()):
+            if loss_fn is None and method in ("snip", "removal", "grasp"):
+                raise ValueError(f"method={method!r} looks at a loss; give loss_fn(model, batch) -> scalar")
             criterion = CRITERIA[method](model, layers, batches, loss_fn, seed, scope, flow)
             with _at_temperature(model, temperature), _twice_differentiable(layers, method):
                 masks = partition_in_rounds(criterion, masks, keep=keep, rounds=rounds, schedule=schedule, scope=scope, seed=seed, rounding="up",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dyn.core.rounds import Masks
 from dyn.nn.adapter_modules import AdapterModule
-from dyn.nn.masked import dense_weight
+from dyn.nn.masked import masks
 
 
 class Units:
@@ -69,12 +69,12 @@ def narrow(units: Units, masks: Masks) -> None:
 
 @torch.no_grad()
 def dead_units(model: nn.Module) -> dict[str, int]:
-    """How many units of every masked bottleneck have lost a whole row or a whole column, so that they do nothing (section 7.7), by the block's path."""
-    dead = {}
+    """How many units of every bottleneck a mask took a whole row or a whole column from, so that they do nothing (section 7.7), by the block's path."""
+    dead, held = {}, masks(model)
     for path, m in model.named_modules():
         if isinstance(m, AdapterModule) and m.kind in ("bottleneck", "lora"):
-            inner, outer = (m.get_submodule(weight.rpartition(".")[0]) for weight in m.prunable)
-            dead[path] = int(((dense_weight(inner) == 0).all(1) | (dense_weight(outer) == 0).all(0)).sum())
+            inner, outer = (held.get(f"{path}.{weight}".lstrip("."), torch.ones_like(m.get_parameter(weight), dtype=torch.bool)) for weight in m.prunable)
+            dead[path] = int((~inner.any(1) | ~outer.any(0)).sum())
     return dead
 
 

@@ -46,7 +46,7 @@ def test_profiles_and_sweep_rows_load(name):
     for sweep, rows in module.SWEEPS.items():
         assert rows and len({(row["row"], row.get("seed")) for row in rows}) == len(rows), f"{sweep}: two rows have one name"
         for row in {row["row"]: row for row in rows}.values():  # one seed of each
-            config.load(module.Config, name, "small", row={k: v for k, v in row.items() if k != "row"}, root=ROOT)
+            assert config.digest(config.load(module.Config, name, "small", row={k: v for k, v in row.items() if k != "row"}, root=ROOT))
 
 
 @pytest.mark.parametrize("name", NAMES)

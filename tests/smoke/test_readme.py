@@ -37,6 +37,12 @@ def test_experiments_accept_the_words(processes, tmp_path, command):
     assert "parameters" in said and "memory, GiB" in said
 
 
+def test_a_process_of_its_own_imports_what_it_needs():
+    line = [sys.executable, "-m", "dyn.run", "padnet_bert_glue", "profile=smoke", "dry=1"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0 and "parameters" in done.stdout, done.stderr
+
+
 def test_the_python_blocks_run_one_after_the_other(tmp_path):
     code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.S))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})

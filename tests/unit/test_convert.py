@@ -137,7 +137,12 @@ def with_norm(dense):
     torch.nn.utils.parametrizations.weight_norm(dense.lm_head)
 
 
-@pytest.mark.parametrize(("change", "stray"), [(with_bias, "lm_head.bias is of shape [61], by the model's configuration absent"),
+def with_a_head_of_its_own(dense):
+    dense.config.tie_word_embeddings = True
+
+
+@pytest.mark.parametrize(("change", "stray"), [(with_a_head_of_its_own, "lm_head.weight [61, 16] is not the input embeddings"),
+                                               (with_bias, "lm_head.bias is of shape [61], by the model's configuration absent"),
                                                (with_a_compiled_layer, "model.layers.1._orig_mod."), (with_norm, "lm_head.parametrizations.")])
 def test_weights_that_the_configuration_does_not_know_are_refused_first(change, stray):
     dense = tiny()

@@ -21,6 +21,7 @@ from dyn.data.tiny import tiny_tokenizer
 from dyn.models import encoder
 from dyn.models.encoder import FAMILIES, make_moe, moe_layers
 from dyn.nn.count import count_parameters, macs_per_sentence
+from dyn.nn.linear_experts import LinearExperts
 from dyn.nn.partial import CRITERIA, compact, make_partial
 
 SIZES = dict(vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, max_position_embeddings=40, num_labels=3,
@@ -217,7 +218,19 @@ def test_a_single_factor_comes_back(tmp_path, scales):
     model.save_pretrained(tmp_path)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     torch.testing.assert_close(again(**batch()).logits, model(**batch()).logits, rtol=0, atol=1e-6)
-    assert all(layer.partial.phi.requires_grad for layer in moe_layers(again).values())
+    made = AutoModelForSequenceClassification.from_config(again.config)
+    for layer in moe_layers(made).values():
+        layer.add_partial(scales)
+    made.load_state_dict(model.state_dict())
+    assert all(layer.partial.phi.requires_grad for net in (again, made) for layer in moe_layers(net).values())
+
+
+def test_a_second_partition_freezes_nothing():
+    net = nn.Sequential(*(LinearExperts(8, 8, 4, 2) for _ in range(2)))
+    net[0].weight.data *= 1e-3
+    for keep in (0.5, 0.3):
+        make_partial(net, None, None, keep=keep, method="magnitude", rounds=1)
+        assert net[0].form == "static" and net[0].partial.static.requires_grad and net[0].partial.phi.requires_grad
 
 
 def test_a_static_encoder_counts_and_trains():

@@ -78,7 +78,7 @@ def test_a_damaged_index_is_named(tmp_path):
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**DENSE)).save_pretrained(tmp_path, max_shard_size="5KB")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map"')
-    with pytest.raises(ValueError, match=r"model.safetensors.index.json is damaged or cut short .*fetch or save the model anew"):
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json is damaged or cut short .*fetch or save it anew"):
         from_dense(tmp_path, num_experts=4, num_experts_per_tok=2)
 
 

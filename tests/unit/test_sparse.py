@@ -108,10 +108,10 @@ def test_what_is_kept_is_counted_in_every_form(form):
     assert facts["head_parameters"] == 2 * 16 + 2 and not model.bert.embeddings.word_embeddings.weight.requires_grad
 
 
-@pytest.mark.parametrize(("keep", "told"), [(0.02, True), (0.9, False)])
-def test_units_without_effect_are_told(keep, told):
+@pytest.mark.parametrize(("kind", "keep", "told"), [("houlsby", 0.02, True), ("houlsby", 0.9, False), ("lora", 0.9, False), ("parallel", 0.9, False)])
+def test_units_without_effect_are_told(kind, keep, told):
     lines, model = [], net()
-    sparsify(model, SparseConfig(r=8, keep=keep, method="random"), lambda: [], loss, log=lines.append)
+    sparsify(model, SparseConfig(kind=kind, r=8, keep=keep, method="random"), lambda: [], loss, log=lines.append)
     assert ("units of bottlenecks do nothing any more" in lines[-1]) is told is any(dead_units(model).values())
 
 
