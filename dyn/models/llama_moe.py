@@ -349,7 +349,7 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, GenerationMixin):
         """As in transformers; the construction's manifest comes along where a local folder has one."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.construction = Construction.load(Path(pretrained_model_name_or_path, kwargs.get("subfolder", "")))
+        model.construction = Construction.load(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         return loaded
 
 
