@@ -42,6 +42,9 @@ from dyn.ops.rows import (
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
 
+# For `_all_pay`, of two CPUs: multiplications in the time that one more call of a product takes, with 16 bits and else, and in that of reading a weight.
+_CALL_16, _CALL, _READ = 4 << 20, 1 << 20, 16
+
 
 def experts(
     x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, backend: str = "auto", recompute: bool = False,
@@ -114,9 +117,36 @@ def _torch(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor,
     keep = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
     if not unobserved(*differentiable):
         return _forward(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, keep)[0]
+    if _all_pay(*idx_TK.shape, down_EDF):
+        return _all_experts(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK)
     if len(x_TD) == 1:
         return _one_token(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK)
     return _run(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK, keep)[0]
+
+
+def _all_pay(T: int, K: int, down_EDF: Tensor) -> bool:
+    """Whether few tokens are sooner through all experts than through their own, as in decoding with small experts: two products in place of two an expert.
+
+    What is then done in vain, against what a call of a product costs, both in multiplications: for the rows of other experts, and for weights that no token
+    chose, each of which takes about as long to read as `_READ` products with it.
+    """
+    E, D, F = down_EDF.shape
+    if T * K == 0 or K >= E:
+        return False
+    unread = E * (1 - K / E) ** T  # expected
+    in_vain = 3 * D * F * ((E - K) * T + _READ * unread)
+    return in_vain <= 2 * (E - unread) * (_CALL_16 if down_EDF.element_size() == 2 else _CALL)
+
+
+def _all_experts(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    refuse_negative("experts", idx_TK.min(), expert_tensors(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK))
+    (T, D), E = x_TD.shape, len(down_EDF)
+    y_ED = scratch(x_TD, (E + 1) * T, D)  # the last T rows: of no expert
+    y_ED[E * T :].zero_()
+    gate_ETF, up_ETF = torch.bmm(x_TD.expand(E, T, D), gate_up_E2FD.transpose(1, 2)).chunk(2, dim=-1)
+    torch.bmm(F.silu(gate_ETF).mul_(up_ETF), down_EDF.transpose(1, 2), out=y_ED[: E * T].view(E, T, D))
+    row_TK = idx_TK.clamp(max=E) * T + torch.arange(T)[:, None]
+    return F.embedding_bag(row_TK, y_ED, per_sample_weights=chosen_weights(idx_TK, weight_TK.to(x_TD.dtype), E), mode="sum")
 
 
 def _one_token(x_1D: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_1K: Tensor, weight_1K: Tensor) -> Tensor:

@@ -323,19 +323,45 @@ def test_inference_keeps_nothing():
         experts(*problem())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("K", [1, 3])
-def test_one_token_without_gradients(dtype, K):
-    for ids in (None, 9, [7] * K):  # inside, some and all beyond the experts
-        args = problem(T=1, K=K, dtype=dtype, ids=ids if isinstance(ids, int) else None)
-        if isinstance(ids, list):
-            args[3] = torch.tensor([ids])
+@pytest.mark.parametrize("T", [1, 7])
+@pytest.mark.parametrize("through_all", [True, False])
+def test_few_tokens_without_gradients(through_all, T, K, dtype, monkeypatch):
+    """Through all experts or through their own alone."""
+    assert experts_module._all_pay(T, K, problem(K=K)[2])  # tiny experts
+    monkeypatch.setattr(experts_module, "_all_pay", lambda *_: through_all)
+    for ids in (None, 9, 7):  # inside, some and all beyond the experts
+        args = problem(T=T, K=K, dtype=dtype, ids=ids)
+        if ids == 7:
+            args[3] = torch.full((T, K), 7)
+        args[1], args[2] = (w.transpose(1, 2).contiguous().transpose(1, 2) for w in args[1:3])
         with torch.no_grad():
             y = experts(*args, backend="torch")
-        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        tolerance = 2e-2 if dtype.itemsize == 2 else 1e-5
         torch.testing.assert_close(y, experts(*args, backend="eager").detach(), rtol=tolerance, atol=tolerance)
     with torch.no_grad(), pytest.raises(ValueError, match="idx holds -1"):
-        experts(*args[:3], torch.full((1, K), -1), args[4], backend="torch")
+        experts(*args[:3], torch.full((T, K), -1), args[4], backend="torch")
+
+
+def test_few_tokens_meet_nothing_of_experts_that_they_did_not_choose():
+    args = problem(T=3, K=2)
+    args[3] = torch.tensor([[0, 1], [1, 9], [0, 9]])
+    with torch.no_grad():
+        args[1][2:] = float("inf")
+        args[2][2:] = float("nan")
+        assert experts_module._all_pay(3, 2, args[2])
+        torch.testing.assert_close(experts(*args, backend="torch"), experts(*args, backend="eager"))
+
+
+def test_all_experts_are_for_few_tokens_and_small_experts():
+    def pays(T, K, E, D, F, dtype=torch.bfloat16):
+        return experts_module._all_pay(T, K, torch.empty(E, D, F, dtype=dtype, device="meta"))
+
+    assert pays(8, 16, 32, 576, 48) and pays(8, 4, 8, 576, 192) and pays(1, 16, 32, 576, 48)
+    assert not pays(4096, 16, 32, 576, 48)  # many tokens
+    assert not pays(8, 2, 8, 4096, 14336) and not pays(1, 8, 64, 1024, 256)  # large experts; most would not be read
+    assert not pays(0, 4, 8, 576, 192) and not pays(8, 8, 8, 16, 16)  # nothing to do; nothing done in vain anyway
 
 
 class Seen(TorchDispatchMode):
