@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
 
-from dyn.nn.experts import Balance, Experts, Gate, MoeFeedForward, check_gate
+from dyn.nn.experts import GATES, Balance, Experts, Gate, MoeFeedForward, check_gate
 from dyn.ops.experts import experts as experts_op
 
 PER_LAYER = ("num_experts_per_tok", "moe_intermediate_size", "num_shared_experts", "score_scale")  # a value, or a list of one a layer
@@ -48,7 +48,8 @@ class LlamaMoeConfig(LlamaConfig):
     """
 
     model_type = "dyn_llama_moe"
-    keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "aux_loss", "balance_loss", "expert_load", "expert_importance", "dropped_mass"]
+    keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "aux_loss", "balance_loss", "expert_load", "expert_importance", "dropped_mass",
+                                   "router_logits"]
     base_model_tp_plan = None
 
     num_experts: int = 16
@@ -169,18 +170,20 @@ class LlamaMoeDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None, output_router_stats: bool = False, **kwargs) -> tuple[Tensor, ...]:
-        """[B, L, D] -> (hidden [B, L, D], attention weights or None, the five statistics of `Routing.stats`)."""
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None, output_router_stats: bool = False, output_router_logits: bool = False,
+                **kwargs) -> tuple[Tensor, ...]:
+        """[B, L, D] -> (hidden [B, L, D], attention weights or None, the gate's clean logits [B * L, E] or None, the five statistics of `Routing.stats`)."""
         attended, weights = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         mixed, routed = self.mlp(self.post_attention_layernorm(hidden_states), token_mask, output_router_stats)
-        return hidden_states + mixed, weights, *routed.stats()
+        return hidden_states + mixed, weights, routed.logits_TE if output_router_logits else None, *routed.stats()
 
 
 @dataclass
 class LlamaMoeOutput(CausalLMOutputWithPast):
     """loss = lm_loss, plus aux_loss while training. aux_loss: weighted balance and z losses, summed over layers. Statistics, where asked for: expert_load and
-    expert_importance [layers, E] (tokens, sums of scores), dropped_mass [layers] (probability of experts not chosen), balance_loss [layers], unweighted."""
+    expert_importance [layers, E] (tokens, sums of scores), dropped_mass [layers] (probability of experts not chosen), balance_loss [layers], unweighted.
+    router_logits, where asked for: of every layer [B * L, E], without noise and selection bias."""
 
     lm_loss: Tensor | None = None
     aux_loss: Tensor | None = None
@@ -188,13 +191,15 @@ class LlamaMoeOutput(CausalLMOutputWithPast):
     expert_load: Tensor | None = None
     expert_importance: Tensor | None = None
     dropped_mass: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class LlamaMoeModelOutput(BaseModelOutputWithPast):
-    """router_stats, where asked for: of every layer the five statistics of `Routing.stats`."""
+    """Where asked for, of every layer, router_stats: the five statistics of `Routing.stats`; router_logits: as in `LlamaMoeOutput`."""
 
     router_stats: list[list[Tensor]] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 class LlamaMoePreTrainedModel(PreTrainedModel):
@@ -248,13 +253,16 @@ class LlamaMoeModel(LlamaMoePreTrainedModel):
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
                 output_hidden_states: bool | None = None, output_attentions: bool | None = None, output_router_stats: bool = False,
-                return_dict: bool | None = None, **kwargs) -> LlamaMoeModelOutput | tuple:
-        """Last hidden states [B, L, D], and what else is asked for. ValueError for attention weights where the implementation of attention makes none."""
+                output_router_logits: bool = False, return_dict: bool | None = None, **kwargs) -> LlamaMoeModelOutput | tuple:
+        """Last hidden states [B, L, D], and what else is asked for. ValueError for attention weights where the implementation of attention makes none, and for
+        logits of a gate without."""
         output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if output_router_logits and GATES[self.config.gate].logits is None:
+            raise ValueError(f"output_router_logits=True: a gate of kind {self.config.gate!r} has no logits")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -267,18 +275,21 @@ class LlamaMoeModel(LlamaMoePreTrainedModel):
         masks = attention_mask if isinstance(attention_mask, dict) else {
             kind: (create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask)(**packed) for kind in set(self.config.layer_types)}
         position_embeddings = self.rotary_emb(hidden, position_ids)
-        history, attentions, stats = [], [], []
+        history, attentions, router_logits, stats = [], [], [], []
         for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
             history += [hidden] if output_hidden_states else []
-            hidden, weights, *layer_stats = layer(hidden, token_mask=token_mask, output_router_stats=output_router_stats, attention_mask=masks[kind],
-                                         position_ids=position_ids, past_key_values=past_key_values, position_embeddings=position_embeddings, **kwargs)
+            hidden, weights, logits, *layer_stats = layer(
+                hidden, token_mask=token_mask, output_router_stats=output_router_stats, output_router_logits=output_router_logits, attention_mask=masks[kind],
+                position_ids=position_ids, past_key_values=past_key_values, position_embeddings=position_embeddings, **kwargs)
             attentions += [weights] if output_attentions else []
+            router_logits += [logits] if output_router_logits else []
             stats.append(layer_stats)
         if any(weights is None for weights in attentions):
             raise ValueError(f"output_attentions=True needs attn_implementation='eager'; {self.config._attn_implementation} makes no attention weights")
         hidden = self.norm(hidden)
         output = LlamaMoeModelOutput(last_hidden_state=hidden, past_key_values=past_key_values if use_cache else None, attentions=tuple(attentions) or None,
-                                     hidden_states=(*history, hidden) if output_hidden_states else None, router_stats=stats if output_router_stats else None)
+                                     hidden_states=(*history, hidden) if output_hidden_states else None, router_stats=stats if output_router_stats else None,
+                                     router_logits=tuple(router_logits) or None)
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
 
@@ -301,7 +312,8 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, GenerationMixin):
                 return_dict: bool | None = None, **kwargs) -> LlamaMoeOutput | tuple:
         """Next-token logits and, with `labels` [B, L] (-100 = ignored; shifted inside), the loss.
 
-        `output_router_stats` (None: while training or with labels) fills the statistics of `LlamaMoeOutput`.
+        `output_router_stats` (None: while training or with labels) fills the statistics of `LlamaMoeOutput`; `output_router_logits`, `output_hidden_states`
+        and `output_attentions` what they name.
         """
         stats_wanted = self.training or labels is not None if output_router_stats is None else output_router_stats
         use_cache = (self.config.use_cache and not self.training and labels is None) if use_cache is None else use_cache
@@ -321,7 +333,7 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, GenerationMixin):
                 items = kwargs.get("num_items_in_batch")
                 loss = lm_loss + aux_loss * (1.0 if items is None else (labels[:, 1:] != -100).sum() / items)
         output = LlamaMoeOutput(loss=loss, logits=logits, past_key_values=base.past_key_values, hidden_states=base.hidden_states, attentions=base.attentions,
-                                lm_loss=lm_loss, **stats)
+                                lm_loss=lm_loss, router_logits=base.router_logits, **stats)
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
     def update_selection_bias(self, expert_load: Tensor) -> None:

@@ -156,6 +156,27 @@ def test_hidden_states_and_attention_are_given_out(where, tmp_path):
         torch.testing.assert_close(base(IDS).last_hidden_state, ours.hidden_states[-1])
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_router_logits_are_given_out(checkpointing):
+    moe = from_dense(tiny(), num_experts=4, num_experts_per_tok=2, gate_noise=True).train()
+    if checkpointing:
+        moe.gradient_checkpointing_enable()
+    seen = [[] for _ in moe.model.layers]
+    for layer, inputs in zip(moe.model.layers, seen, strict=True):
+        layer.mlp.gate.register_forward_hook(lambda gate, args, _, inputs=inputs: inputs.append(args[0].detach()))
+    output = moe(input_ids=IDS, labels=IDS, output_router_logits=True)
+    assert moe(input_ids=IDS).router_logits is None
+    for layer, inputs, logits_TE in zip(moe.model.layers, seen, output.router_logits, strict=True):
+        torch.testing.assert_close(logits_TE, layer.mlp.gate.logits(inputs[0]), atol=0, rtol=0)
+    output.router_logits[-1].sum().backward()
+    assert moe.model.layers[-1].mlp.gate.weight.grad.abs().sum() > 0
+    moe.eval()
+    torch.testing.assert_close(moe.model(IDS, output_router_logits=True).router_logits, moe(input_ids=IDS, output_router_logits=True).router_logits)
+    plain = from_dense(tiny(), num_experts=4, num_experts_per_tok=4, gate="uniform")
+    with pytest.raises(ValueError, match="output_router_logits=True: a gate of kind 'uniform' has no logits"):
+        plain(input_ids=IDS, output_router_logits=True)
+
+
 def test_padding_is_not_in_the_statistics():
     moe = from_dense(tiny(), num_experts=4, num_experts_per_tok=2).eval()
     mask = torch.ones_like(IDS)
