@@ -145,7 +145,7 @@ def _all_experts(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: T
     y_ED[E * T :].zero_()
     gate_ETF, up_ETF = torch.bmm(x_TD.expand(E, T, D), gate_up_E2FD.transpose(1, 2)).chunk(2, dim=-1)
     torch.bmm(F.silu(gate_ETF).mul_(up_ETF), down_EDF.transpose(1, 2), out=y_ED[: E * T].view(E, T, D))
-    row_TK = idx_TK.clamp(max=E) * T + torch.arange(T)[:, None]
+    row_TK = idx_TK.clamp(max=E) * T + torch.arange(T, device=idx_TK.device)[:, None]
     return F.embedding_bag(row_TK, y_ED, per_sample_weights=chosen_weights(idx_TK, weight_TK.to(x_TD.dtype), E), mode="sum")
 
 

@@ -164,6 +164,11 @@ def test_defaults_of_torch_change_nothing(default, monkeypatch):
 
         assert torch.equal(pool.submit(run).result(), plain)
         assert torch.equal(pool.submit(experts, x, gate_up, down, idx, weight).result(), plain)
+    with torch.no_grad():
+        few = problem(T=3)
+        plain = experts(*few)
+        with default():
+            assert torch.equal(experts(*few), plain)
 
 
 @contextmanager
