@@ -10,7 +10,7 @@ from dyn.ops.dynamic_conv import FORMS, dynamic_conv2d
 
 def theirs(**kwargs):
     torch.manual_seed(0)
-    return TimmCondConv2d(8, 12, 3, num_experts=4, dtype=torch.float64, **kwargs)
+    return TimmCondConv2d(8, 12, 3, num_experts=4, **kwargs).double()
 
 
 CASES = [dict(padding=1), dict(padding=0, stride=2, bias=True), dict(padding=2, dilation=2, groups=4, bias=True)]

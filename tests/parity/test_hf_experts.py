@@ -111,7 +111,8 @@ def test_a_gate_of_its_own(kind, sentinels, calls):
     results = []
     for implementation in ("eager", "dyn"):
         config._experts_implementation = implementation
-        y = module(x, idx, weight)
+        # Not every version of transformers takes sentinels in its own loop: what they stand for is a weight of zero.
+        y = module(x, idx, weight) if implementation == "dyn" else module(x, idx.clamp(max=4), weight.masked_fill(idx == 5, 0))
         leaves = {"x": x, "weight": weight, **dict(module.named_parameters())}
         results.append({"y": y} | dict(zip(leaves, torch.autograd.grad(y.square().sum(), list(leaves.values())), strict=True)))
     assert calls == ["routed_linear"] * 2

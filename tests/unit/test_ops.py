@@ -190,10 +190,10 @@ def test_exports_for_any_number_of_tokens(op, strict):
         def __init__(self):
             super().__init__()
             _, gate_up, down, *_ = problem()
-            self.weights = torch.nn.ParameterList([gate_up, down] if op is experts else [gate_up])
+            self.gate_up, self.down = torch.nn.Parameter(gate_up), torch.nn.Parameter(down)
 
         def forward(self, x, idx, weight):
-            return op(x, *self.weights, idx, weight)
+            return op(x, *((self.gate_up, self.down) if op is experts else (self.gate_up,)), idx, weight)
 
     def some(T):
         x, *_, idx, weight = problem(T)
