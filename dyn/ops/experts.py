@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 _logged: set[str] = set()
 
 # For `_all_pay`, of two CPUs: multiplications in the time that one more call of a product takes, with 16 bits and else, and in that of reading a weight.
-_CALL_16, _CALL, _READ = 4 << 20, 1 << 20, 16
+_CALL_16, _CALL, _READ = 6 << 20, 1 << 20, 16
 
 
 def experts(
