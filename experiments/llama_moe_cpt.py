@@ -39,6 +39,7 @@ class ModelConfig:
     score_scale: str | float | None = None  # None: n_over_k (section 2.3), or what a calibrated construction fits
     reinit: float = 0.0
     attention_dropout: float = 0.0
+    repair_ridge: float | None = None  # of kind=prune: see `prune_dense`
     calibration_sequences: int = 64  # of block_size tokens, for constructions and scales that look at data
 
     def keep(self) -> Fraction:
@@ -103,8 +104,9 @@ class Config:
         if not self.model.attention_dropout < 1 or not self.model.reinit <= 1 or (self.model.reinit and self.model.construction != "copy"):
             raise ValueError(f"model.attention_dropout={self.model.attention_dropout} must lie in [0, 1); model.reinit={self.model.reinit} in [0, 1], and is 0 "
                              f"unless model.construction=copy, got {self.model.construction}")
-        if self.model.features != "up" and self.model.construction != "kmeans":
-            raise ValueError(f"model.features={self.model.features} is for model.construction=kmeans, got {self.model.construction}")
+        for name, owner, only in (("features", "construction", "kmeans"), ("repair_ridge", "kind", "prune")):
+            if getattr(self.model, name) != getattr(ModelConfig(), name) and (got := getattr(self.model, owner)) != only:
+                raise ValueError(f"model.{name}={getattr(self.model, name)} is for model.{owner}={only}, got {got}")
         if (self.minutes is not None and not self.minutes > 0) or not all(self.prompts):
             raise ValueError(f"minutes={self.minutes} must be above 0, or null for no limit; prompts={self.prompts} have a character at least")
         if self.steps() < 1:
@@ -132,10 +134,9 @@ class Config:
 
 def row(name: str, **changes: Any) -> dict[str, Any]:
     """A sweep row: the paper's network with `changes`, whatever the profile has; `model__gate=...` means the key model.gate."""
-    model = ModelConfig()
     kept = ("kind", "start", "train", "num_experts", "num_experts_per_tok", "construction", "moe_intermediate_size", "overlap", "features", "gate",
             "gate_noise", "capacity_factor", "balance", "balance_weight", "z_loss_weight", "score_scale", "reinit")
-    base = {f"model.{key}": getattr(model, key) for key in kept} | {"model.num_shared_experts": None, "dense_control": False}
+    base = {f"model.{key}": getattr(ModelConfig(), key) for key in kept} | {"model.num_shared_experts": None, "dense_control": False}
     return {"row": name} | base | {key.replace("__", "."): value for key, value in changes.items()}
 
 

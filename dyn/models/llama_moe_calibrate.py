@@ -123,7 +123,7 @@ def check_enough(batches: Sequence[Tensor], dense: nn.Module, active: int) -> No
 
 @torch.no_grad()
 def walk(dense: nn.Module, batches: Sequence[Tensor], choose: Callable[[int, nn.Module, Sample], tuple[LayerFit, Features]], *, refit: bool,
-         seed: int, alone: bool = False) -> Iterator[LayerFit]:
+         seed: int, alone: bool = False, repair: float | None = None) -> Iterator[LayerFit]:
     """Both streams through the layers: sample, choose, refit, go on.
 
     Activations of one layer and one batch are held at a time, one sample (of `SAMPLE` tokens at most) and the sums of one regression. Both streams are kept
@@ -134,6 +134,7 @@ def walk(dense: nn.Module, batches: Sequence[Tensor], choose: Callable[[int, nn.
             len(shared_S) where there is no gate.
         refit: fit the down projection by ridge regression towards the dense one; else it stays.
         alone: every layer behind the dense ones, as if it were the only one to be converted.
+        repair: ridge of what repairs earlier layers' errors. None: RIDGE for layers without a gate from `MANY` tokens on, else REPAIR_RIDGE.
 
     Raises:
         ValueError: activations that are not finite.
@@ -172,7 +173,8 @@ def walk(dense: nn.Module, batches: Sequence[Tensor], choose: Callable[[int, nn.
             kept = slice(None) if fit.gate_ED is not None else fit.shared_S
             down_PD = mlp.down_proj.weight.detach().T[kept].float()
             if refit:
-                down_PD = _refit(layer, mlp, streams, device, features, down_PD, RIDGE if fit.gate_ED is None and tokens >= MANY else REPAIR_RIDGE)
+                usual = RIDGE if fit.gate_ED is None and tokens >= MANY else REPAIR_RIDGE
+                down_PD = _refit(layer, mlp, streams, device, features, down_PD, usual if repair is None else repair)
                 fit.down_DN = fit.down_DN.clone()
                 fit.down_DN[:, kept] = down_PD.T.to(dtype)
                 down_PD = fit.down_DN.T[kept].float()  # as it will be stored

@@ -273,7 +273,7 @@ def _convert(cfg: Any, source: Any, batches: list[Tensor] | None) -> nn.Module:
     if on_gpu(cfg.trainer) and batches is not None:  # statistics are forward and backward passes
         source = load_dense(source).to(own_device(cfg.trainer))
     if model.kind == "prune":
-        return prune_dense(source, model.keep(), batches=batches, seed=cfg.seed).float().cpu()
+        return prune_dense(source, model.keep(), batches=batches, seed=cfg.seed, repair_ridge=model.repair_ridge).float().cpu()
     moe = from_dense(
         source, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok, construction=model.construction, overlap=model.overlap,
         num_shared_experts=model.num_shared_experts, moe_intermediate_size=model.moe_intermediate_size, gate=model.gate, gate_noise=model.gate_noise,

@@ -120,7 +120,7 @@ def test_the_refit_and_the_routing_help(dense):
 
 
 def test_strengths_of_the_repair(dense, monkeypatch):
-    """The control's own from many tokens on; a mixture's is always the stronger one."""
+    """The control's own from many tokens on, or what it is told; a mixture's is always the stronger one."""
     seen, refit = [], calibrate._refit
     monkeypatch.setattr(calibrate, "_refit", lambda *args: seen.append(args[-1]) or refit(*args))
     batches = text()
@@ -128,7 +128,10 @@ def test_strengths_of_the_repair(dense, monkeypatch):
         monkeypatch.setattr(calibrate, "MANY", many)
         prune_dense(dense, 0.5, batches=batches)
         from_dense(dense, num_experts=8, num_experts_per_tok=4, construction="calibrated", batches=batches)
-    assert seen == [1.0] * 6 + [0.1] * 3 + [1.0] * 3
+    prune_dense(dense, 0.5, batches=batches, repair_ridge=0.5)
+    assert seen == [1.0] * 6 + [0.1] * 3 + [1.0] * 3 + [0.5] * 3
+    with pytest.raises(ValueError, match="repair_ridge=0 must be above 0"):
+        prune_dense(dense, 0.5, batches=batches, repair_ridge=0)
 
 
 def test_what_the_refit_saw_is_what_the_model_does(dense):
