@@ -263,7 +263,8 @@ def test_every_sweep_row_is_the_network_that_its_name_says(sweep, profile, monke
                                                ("data.block_size=1", "must be at least 2"), ("sample_tokens=-1", "must be at least 0"),
                                                ("model.balance_weight=-1", "must be at least 0"), ("seed=-1", "seed=-1 must be at least 0"),
                                                ("model.reinit=0.5", "is 0 unless model.construction=copy"),
-                                               ("model.features=gate", "is for model.construction=kmeans, got random"), ("model.repair_ridge=1", "is for model.kind=prune, got moe"),
+                                               ("model.features=gate", "is for model.construction=kmeans, got random"),
+                                               ("model.repair_ridge=1", "is for model.kind=prune, got moe"),
                                                ("minutes=0", "minutes=0.0 must be above 0"),
                                                ("model.attention_dropout=2", r"attention_dropout=2.0 must lie in \[0, 1\)"),
                                                ("model.kind=dense", "twice")])
