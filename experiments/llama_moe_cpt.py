@@ -64,6 +64,7 @@ class DataConfig:
     filters: list[str] = field(default_factory=list)  # of training documents: advert, fluency (section 4.1)
     fluency_band: tuple[float, float] = (1.0, 1000.0)  # perplexities under the dense model that the fluency filter keeps
     cache: str | None = None  # of token shards, any fsspec address; None: the user's cache folder
+    prepare_only: bool = False  # make the shards and end: on a machine without accelerators, before a long job
 
 
 @dataclass(kw_only=True, slots=True)
@@ -187,9 +188,8 @@ def main(cfg: Config, run: Any) -> dict[str, float]:
     """Convert, train, evaluate, export; see `dyn.train.pretrain`."""
     from dyn.train.pretrain import pretrain
 
-    metrics = pretrain(cfg, run)
-    if (named := controls(run.row, cfg)) is not None:
-        run.notes["controls"] = named
+    metrics, named = pretrain(cfg, run), controls(run.row, cfg)
+    run.notes |= {"controls": named} if named is not None else {}
     return metrics
 
 

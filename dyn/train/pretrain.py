@@ -66,6 +66,9 @@ def pretrain(cfg: Any, run: Any) -> dict[str, float]:
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     source = find_source(cfg, run, world(cfg.trainer)[0])
     tokenizer = load_tokenizer(source)
+    if cfg.data.prepare_only:
+        check_vocabulary(tokenizer, read_config(source), cfg.model.source)
+        return {f"tokens/{d}": float(t.num_tokens) for d, t in load_corpus(cfg, run, source, tokenizer).train.items()}
     check(cfg, run, source, tokenizer)
     corpus = load_corpus(cfg, run, source, tokenizer)
     calibration_batches(cfg, corpus)  # refuses too little text before references are measured and teachers asked

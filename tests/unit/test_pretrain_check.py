@@ -159,6 +159,20 @@ def test_the_fluency_filter_scores_with_the_dense_model(tmp_path):
     assert corpus(cfg, tmp_path).train["green"].num_documents == 32
 
 
+def test_shards_alone_need_no_accelerator_and_the_job_finds_them(tmp_path, monkeypatch):
+    cfg, lines = settings(), []
+    cfg.trainer.accelerator, cfg.trainer.devices, cfg.data.prepare_only = "gpu", 8, True
+    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=259)).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    cfg.model.source, cfg.data.text.path, cfg.data.cache = str(tmp_path / "dense"), tiny_corpus(tmp_path / "text", documents=40), str(tmp_path / "tokens")
+    run = types.SimpleNamespace(folder=tmp_path, resumed=False, log=lines.append, stage=lambda *_: pytest.fail("measured"))
+    counted = pretrain.pretrain(cfg, run)
+    monkeypatch.setattr(tokens, "_encode", lambda *_: pytest.fail("text was tokenised again"))
+    cfg.trainer, cfg.data.prepare_only = settings().trainer, False
+    made = pretrain.load_corpus(cfg, run, cfg.model.source, tiny_tokenizer())
+    assert counted == {f"tokens/{d}": t.num_tokens for d, t in made.train.items()}
+
+
 @pytest.mark.parametrize("model", [dict(kind="prune"), dict(construction="coactivation"), dict(score_scale="measured")])
 def test_too_little_text_is_refused_before_anything_is_measured(tmp_path, monkeypatch, model):
     cfg, lines = settings(calibration_sequences=2000, **model), []
