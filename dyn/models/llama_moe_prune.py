@@ -42,7 +42,7 @@ def prune_dense(dense: PreTrainedModel | str | Path, keep: float | Fraction | Se
         importance: energy: mean of (h - its mean)^2 |w_down|^2 over tokens, weighted by 1 / |residual stream|^2; taylor: mean |h dL/dh|, dense model.
         seed: of the sample of tokens that energies are measured on.
         repair_ridge: of the part of the refit that repairs earlier layers' errors, in mean diagonals of its Gram matrix. None: 0.1 from 50,000 tokens on, 1.0
-            below. Text that has some domains rarely wants 1.0 (docs/llama_moe.md).
+            below (docs/llama_moe.md).
 
     Raises:
         ValueError: keep, importance or repair_ridge out of range, a family that does not fit, batches of another tokenizer or too short for the regression.

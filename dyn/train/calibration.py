@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dyn.data.mixture import MixtureLoader
 from dyn.data.tokens import Tokens
 from dyn.models.llama_moe_calibrate import active_neurons
 from dyn.models.llama_moe_construct import FITTED, METHODS
@@ -83,28 +83,30 @@ def check_conversion(cfg: Any, dense: Any) -> Any:
 
 def draw_calibration(tokens: Mapping[str, Tokens], weights: Mapping[str, float], *, sequences: int, length: int, batch_size: int, seed: int,
                      setting: str) -> list[Tensor]:
-    """Exactly `sequences` sequences of training text, drawn by the domains' weights: ids [B, length], of which the last batch may hold fewer.
+    """Exactly `sequences` sequences of training text, by the domains' weights: ids [B, length], of which the last batch may hold fewer.
+
+    A domain's share is rounded, not left to chance, and where there are as many sequences as domains each has one: what calibration never saw costs most.
 
     Args:
-        tokens, weights: text and weight by domain.
-        sequences, length, batch_size: how many, of how many tokens, B.
-        seed: of the draws.
+        tokens, weights: text and weight by domain; a domain of weight 0 gives none.
+        sequences, length, batch_size: how many, of how many tokens, B, which changes no text.
+        seed: of what is drawn from a domain, and of the order.
         setting: key=value of what asks for so many, for the error.
 
     Raises:
         ValueError: a domain has less text than it should give: statistics of repeated text would count it twice.
     """
-    loader = MixtureLoader(tokens, weights, block_size=length, batch_size=batch_size, num_batches=math.ceil(sequences / batch_size), seed=seed)
-    drawn = list(loader)
-    counts = torch.cat([batch["domain"] for batch in drawn])[:sequences].bincount(minlength=len(tokens)).tolist()
-    short = [f"{d} has {t.num_tokens:,} training tokens and should give {n * length:,}" for (d, t), n in zip(tokens.items(), counts, strict=True)
-             if n * length > t.num_tokens]
+    shares = {d: sequences * w / sum(weights.values()) for d, w in weights.items() if w > 0}
+    counts = dict.fromkeys(shares, int(sequences >= len(shares)))
+    for _ in range(sequences - sum(counts.values())):
+        counts[max(counts, key=lambda d: shares[d] - counts[d])] += 1
+    short = [f"{d} has {tokens[d].num_tokens:,} training tokens and should give {n * length:,}" for d, n in counts.items() if n * length > tokens[d].num_tokens]
     if short:
         raise ValueError(f"{setting} would repeat text: {'; '.join(short)}. Lower {setting.partition('=')[0]}, raise data.text.max_tokens, or change "
                          "data.weights")
-    batches = [batch["input_ids"] for batch in drawn]
-    batches[-1] = batches[-1][: sequences - batch_size * (len(batches) - 1)]
-    return batches
+    random = np.random.default_rng(seed)
+    drawn = [tokens[d].blocks(random.choice(tokens[d].num_tokens // length, n, replace=False), length) for d, n in counts.items() if n]
+    return list(torch.from_numpy(random.permutation(np.concatenate(drawn))).split(batch_size)) if drawn else []
 
 
 def budget_text(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 from dyn import config
 from dyn.data.sources import JoinedText, read_joined
 from dyn.data.tiny import tiny_tokenizer, tiny_tokens
+from dyn.data.tokens import Tokens
 from dyn.models import llama_moe
 from dyn.models.llama_moe_construct import METHODS
 from dyn.models.llama_moe_convert import moe_config
@@ -25,6 +26,7 @@ from dyn.models.packaged import dense_config
 from dyn.nn.surgery import count_parameters, flops_per_token
 from dyn.runfolder import Run, create
 from dyn.train import calibration, convert
+from dyn.train.calibration import draw_calibration
 from dyn.train.plan import plan_conversion
 from dyn.train.pretrain import Corpus
 
@@ -181,6 +183,29 @@ def test_calibration_text_is_what_was_asked_for():
     assert sum(b.numel() for b in batches) == 990 and [b.shape[0] for b in batches] == [4] * 8 + [1]
     again, other = (convert.calibration_batches(settings(*words, seed), seen) for seed in ("seed=0", "seed=1"))
     assert all(torch.equal(a, b) for a, b in zip(batches, again, strict=True)) and not all(torch.equal(a, b) for a, b in zip(batches, other, strict=True))
+
+
+def test_calibration_text_has_every_domain_and_its_share_whatever_the_batch_size():
+    tokens = tiny_tokens(vocab_size=259)
+    for place, domain in enumerate(tokens):  # each domain has ids of its own
+        tokens[domain]["train"].shards[0][:] = place + 3
+    train, weights = {d: t["train"] for d, t in tokens.items()}, dict(zip(tokens, (0.9, 0.095, 0.005), strict=True))
+
+    def draw(sequences, batch_size=4, seed=0):
+        batches = draw_calibration(train, weights, sequences=sequences, length=20, batch_size=batch_size, seed=seed, setting="n=1")
+        return torch.cat(batches)[:, 0].sub(3).tolist()
+
+    assert [[draw(n).count(d) for d in range(3)] for n in (1, 2, 3, 20, 100)] == [[1, 0, 0], [2, 0, 0], [1, 1, 1], [18, 1, 1], [90, 9, 1]]
+    assert draw(20, batch_size=7) == draw(20) != draw(20, seed=1)
+    weights = dict(zip(tokens, (2.0, 0.0, 2.0), strict=True))
+    assert [draw(6).count(d) for d in range(3)] == [3, 0, 3]
+
+
+def test_calibration_text_is_no_block_twice():
+    train = {"a": Tokens.from_documents([list(range(1000))], vocab_size=1000)}
+    for seed in range(3):
+        batches = draw_calibration(train, {"a": 1.0}, sequences=50, length=20, batch_size=8, seed=seed, setting="n=1")
+        assert torch.cat(batches).flatten().sort().values.tolist() == list(range(1000))
 
 
 def test_a_domain_left_out_is_never_seen():
