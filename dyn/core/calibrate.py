@@ -86,7 +86,7 @@ def fit_gate(x_TD: Tensor, energy_TE: Tensor, k: int, *, start_ED: Tensor | None
     first_ED, second_ED = torch.zeros_like(gate_ED), torch.zeros_like(gate_ED)
     rate = GATE_RATE * start_ED.std()
     for step in range(steps):
-        rows_B = torch.randint(len(x_TD), (min(GATE_BATCH, len(x_TD)),), generator=generator).to(x_TD.device)
+        rows_B = torch.randint(len(x_TD), (min(GATE_BATCH, len(x_TD)),), generator=generator, device="cpu").to(x_TD.device)
         x_BD, cost_BE = x_TD.index_select(0, rows_B), cost_TE.index_select(0, rows_B)
         score_BE = x_BD @ gate_ED.T
         margin_BE = score_BE - threshold(score_BE, k)
@@ -103,7 +103,7 @@ def fit_gate(x_TD: Tensor, energy_TE: Tensor, k: int, *, start_ED: Tensor | None
 def seed_choices(x_TD: Tensor, num_experts: int, k: int, generator: torch.Generator) -> Tensor:
     """Choices [T, E] to start from: every token takes the k nearest of E directions, the means of spherical k-means over tokens."""
     unit_TD = nnf.normalize(x_TD - x_TD.mean(0))
-    order_T = torch.randperm(len(unit_TD), generator=generator)[:num_experts].to(x_TD.device)
+    order_T = torch.randperm(len(unit_TD), generator=generator, device="cpu")[:num_experts].to(x_TD.device)
     centre_ED = unit_TD[order_T]
     for _ in range(SEED_ROUNDS):
         nearest_T = (unit_TD @ centre_ED.T).argmax(1)

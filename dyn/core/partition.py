@@ -95,7 +95,7 @@ def check_scope(scope: str, keep: Keep) -> None:
 def _permuted(mask: Tensor, among: Tensor | None, generator: torch.Generator) -> Tensor:
     places_M = (torch.ones_like(mask) if among is None else among).flatten().nonzero().squeeze(1)
     flat_N = mask.flatten()
-    drawn_M = flat_N[places_M[torch.randperm(len(places_M), generator=generator).to(mask.device)]]
+    drawn_M = flat_N[places_M[torch.randperm(len(places_M), generator=generator, device="cpu").to(mask.device)]]
     return torch.zeros_like(flat_N).index_put_((places_M,), drawn_M).view(mask.shape)
 
 
@@ -107,7 +107,7 @@ def _best(score_N: Tensor, count: int, generator: torch.Generator) -> Tensor:
     threshold = score_N.sort().values[place] if score_N.is_cuda else score_N.kthvalue(place + 1).values
     kept_N = score_N > threshold
     tied_M = (score_N == threshold).nonzero().squeeze(1)
-    drawn = torch.randperm(len(tied_M), generator=generator)[: count - int(kept_N.sum())]
+    drawn = torch.randperm(len(tied_M), generator=generator, device="cpu")[: count - int(kept_N.sum())]
     kept_N[tied_M[drawn.to(tied_M.device)]] = True
     return kept_N
 

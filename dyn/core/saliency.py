@@ -196,7 +196,7 @@ def _summed(model: nn.Module, named: Named, batches: Sequence[Any], loss_fn: Los
 
 def _random(model: nn.Module, named: Named, *_: Any) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(torch.initial_seed() + APART)  # on the CPU, so that every device gets the same
-    return {name: torch.rand(p.shape, generator=generator).to(p.device) for name, p in named.items()}
+    return {name: torch.rand(p.shape, generator=generator, device="cpu").to(p.device) for name, p in named.items()}
 
 
 def _magnitude(model: nn.Module, named: Named, factor: Named, *_: Any) -> dict[str, Tensor]:

@@ -6,14 +6,12 @@ are fields of the configuration. T tokens, B sequences, D hidden size, E routed 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
@@ -24,91 +22,11 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
 
-from dyn.nn.experts import GATES, Balance, Experts, Gate, MoeFeedForward, check_gate
+from dyn.models.llama_moe_config import LlamaMoeConfig
+from dyn.nn.experts import GATES, Balance, Experts, Gate, MoeFeedForward
 from dyn.ops.experts import experts as experts_op
-
-PER_LAYER = ("num_experts_per_tok", "moe_intermediate_size", "num_shared_experts", "score_scale")  # a value, or a list of one a layer
-SHARED_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings",
-                 "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")  # by all formats
-
-
-@strict
-class LlamaMoeConfig(LlamaConfig):
-    """Configuration of `LlamaMoeForCausalLM`. Beyond LlamaConfig:
-
-    num_experts: routed experts E. num_experts_per_tok: K. moe_intermediate_size: F. num_shared_experts: always-on experts of width F, added with
-    weight 1. score_scale: c, multiplies the routed sum. These last four: one value, or a list of one a layer.
-    gate, gate_noise, noise_epsilon, balance, legacy_load, capacity_factor: see `dyn.nn.experts.Gate`. balance_weight, z_loss_weight: weights of the two
-    losses, summed over layers (0.01 and 0 in the paper). bias_update_rate: step of balance="bias". learnable_scale: c becomes a parameter of each layer.
-    attention_output_bias: bias of o_proj (attention_bias is that of q, k, v). qk_norm: RMSNorm of queries and keys (Qwen3).
-    sliding_window and layer_types: as in Mistral and Qwen. intermediate_size: width of the dense model that it came from.
-    """
-
-    model_type = "dyn_llama_moe"
-    keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "aux_loss", "balance_loss", "expert_load", "expert_importance", "dropped_mass",
-                                   "router_logits"]
-    base_model_tp_plan = None
-
-    num_experts: int = 16
-    num_experts_per_tok: int | list[int] = 4
-    moe_intermediate_size: int | list[int] = 688
-    num_shared_experts: int | list[int] = 0
-    score_scale: float | int | list[float] = 4.0
-    learnable_scale: bool = False
-    gate: str = "mlp"
-    gate_noise: bool = True
-    noise_epsilon: float = 0.01
-    balance: str = "importance_load"
-    balance_weight: float = 0.01
-    z_loss_weight: float = 0.0
-    bias_update_rate: float = 1e-3
-    legacy_load: bool = False
-    capacity_factor: float | int | None = None
-    attention_output_bias: bool = False
-    qk_norm: bool = False
-    sliding_window: int | None = None
-    layer_types: list[str] | None = None
-
-    def __post_init__(self, **kwargs) -> None:
-        if self.layer_types is None:
-            self.layer_types = ["full_attention" if self.sliding_window is None else "sliding_attention"] * self.num_hidden_layers
-        super().__post_init__(**kwargs)
-
-    def validate_moe(self) -> None:
-        """Part of `strict`'s validation: every layer's gate and widths, with the layer in the message."""
-        for name in PER_LAYER:
-            value = getattr(self, name)
-            if isinstance(value, list) and len(value) != self.num_hidden_layers:
-                raise ValueError(f"{name} has {len(value)} entries; one value or one for each of the {self.num_hidden_layers} layers is allowed")
-        for layer in range(self.num_hidden_layers):
-            check_gate(self.num_experts, self.of_layer("num_experts_per_tok", layer), self.gate, self.gate_noise, self.balance, self.capacity_factor,
-                       f"layer {layer}")
-            if self.of_layer("moe_intermediate_size", layer) < 1 or self.of_layer("num_shared_experts", layer) < 0:
-                raise ValueError(f"layer {layer}: moe_intermediate_size must be at least 1 and num_shared_experts at least 0, got "
-                                 f"{self.of_layer('moe_intermediate_size', layer)} and {self.of_layer('num_shared_experts', layer)}")
-        for name in ("noise_epsilon", "balance_weight", "z_loss_weight", "bias_update_rate"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be finite and at least 0")
-        if self.mlp_bias:
-            raise ValueError("mlp_bias=True: experts have no biases")
-        if self.hidden_act != "silu":
-            raise ValueError(f"hidden_act={self.hidden_act!r}: the experts are SwiGLU, so only 'silu' is allowed")
-
-    def of_layer(self, name: str, layer: int) -> Any:
-        """The value of a per-layer field (one of PER_LAYER) in one layer."""
-        value = getattr(self, name)
-        return value[layer] if isinstance(value, list) else value
-
-    def shared_width(self, layer: int) -> int:
-        """Width of a layer's always-on experts together."""
-        return self.of_layer("num_shared_experts", layer) * self.of_layer("moe_intermediate_size", layer)
-
-    def active_width(self, layer: int) -> int:
-        """Neurons that a token passes through in a layer: of its chosen experts and of the shared ones."""
-        return self.of_layer("num_experts_per_tok", layer) * self.of_layer("moe_intermediate_size", layer) + self.shared_width(layer)
 
 
 @use_experts_implementation
@@ -253,11 +171,12 @@ class LlamaMoeModel(LlamaMoePreTrainedModel):
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
                 output_hidden_states: bool | None = None, output_attentions: bool | None = None, output_router_stats: bool = False,
-                output_router_logits: bool = False, return_dict: bool | None = None, **kwargs) -> LlamaMoeModelOutput | tuple:
+                output_router_logits: bool | None = None, return_dict: bool | None = None, **kwargs) -> LlamaMoeModelOutput | tuple:
         """Last hidden states [B, L, D], and what else is asked for. ValueError for attention weights where the implementation of attention makes none, and for
         logits of a gate without."""
         output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_router_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")

@@ -48,7 +48,7 @@ def align(net: nn.Module, dense: nn.Module, batches: Iterable[Tensor], *, passes
     sequences = [row for batch in batches for row in batch.split(1)]
     per_step = max(1, TOKENS_PER_STEP // max(s.numel() for s in sequences))
     random = generator(seed, "align")
-    steps = [rows.tolist() for _ in range(passes) for rows in torch.randperm(len(sequences), generator=random).split(per_step)]
+    steps = [rows.tolist() for _ in range(passes) for rows in torch.randperm(len(sequences), generator=random, device="cpu").split(per_step)]
     with for_statistics(dense), for_statistics(net):
         trained = _moving(net)
         for parameter in trained:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dyn.core.split import nearest_divisors
-from dyn.models.llama_moe import SHARED_FIELDS, LlamaMoeConfig, LlamaMoeForCausalLM, ScaleMode, filled
+from dyn.models.llama_moe import LlamaMoeForCausalLM, ScaleMode, filled
 from dyn.models.llama_moe_calibrate import MOST_EXPERTS, active_neurons, fit_layers, geometry
+from dyn.models.llama_moe_config import SHARED_FIELDS, LlamaMoeConfig
 from dyn.models.llama_moe_construct import METHODS, Construction, generator, layer_source
 from dyn.models.llama_moe_dense import causal, check_family, load_dense, plain_arithmetic, read_config
 from dyn.models.llama_moe_measure import dense_ratios, install_measured_scales, layer_coactivations, layer_scores
@@ -225,7 +226,7 @@ def _check_split(construction: str, shared_S: Tensor, groups_EF: Tensor, config:
 
 
 def _known(construction: str) -> str:
-    if construction not in METHODS:
+    if not isinstance(construction, str) or construction not in METHODS:
         near = difflib.get_close_matches(str(construction), METHODS, 1)
         raise ValueError(f"construction={construction!r} is unknown; allowed: {', '.join(METHODS)}" + (f"; did you mean {near[0]!r}?" if near else ""))
     return construction

@@ -121,12 +121,13 @@ def shard_names(index: Path, repair: str = "fetch or save it anew") -> list[str]
 
 @contextmanager
 def plain_arithmetic() -> Iterator[None]:
-    """Within the block, or the decorated function, no autocast, and float32 as the default type: a caller's settings change no conversion. The default
+    """Within the block, or the decorated function, no autocast, and float32 and the CPU as defaults: a caller's settings change no conversion. The default
     type is the process's: other threads see it too."""
     kinds, default = {"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}, torch.get_default_dtype()
     with ExitStack() as stack:
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.device("cpu"))
         torch.set_default_dtype(torch.float32)
         stack.callback(torch.set_default_dtype, default)
         yield

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, MixtralConfig, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2MoeConfig
 
-from dyn.models.llama_moe import SHARED_FIELDS, LlamaMoeConfig, LlamaMoeForCausalLM
+from dyn.models.llama_moe import LlamaMoeForCausalLM
 from dyn.models.llama_moe_card import push_to_hub as push_to_hub
 from dyn.models.llama_moe_card import write_card as write_card
+from dyn.models.llama_moe_config import SHARED_FIELDS, LlamaMoeConfig
 from dyn.models.llama_moe_dense import INDEX, check_parameters
 from dyn.models.llama_moe_official import from_official as from_official
 from dyn.nn.experts import MoeFeedForward
@@ -172,9 +173,9 @@ def _write(moe: LlamaMoeForCausalLM, d: str | Path, tokenizer: Tokenizer | None,
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is no empty folder; give a new one")
     tokenizer = _tokenizer(tokenizer, config.vocab_size)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
-    part.mkdir()
+    given = folder.is_dir()  # it may be a mount, a link or somebody's working directory: it is filled, not replaced
+    part = (folder if given else folder.parent) / f".{folder.name}.{secrets.token_hex(4)}"
+    part.mkdir(parents=True)
     try:
         config.architectures, config.dtype = [architecture], moe.dtype
         config.save_pretrained(part)
@@ -185,9 +186,12 @@ def _write(moe: LlamaMoeForCausalLM, d: str | Path, tokenizer: Tokenizer | None,
         with torch.no_grad():
             _save_shards(part, _tensors(moe, block))
         write_card(moe, part)
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
+        if not given:
+            part.rename(folder)
+            return folder
+        for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):  # last: without it the folder is no model
+            file.rename(folder / file.name)
+        part.rmdir()
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):

@@ -5,6 +5,7 @@ T tokens, N neurons, E data groups (one for each routed expert), L layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -59,7 +60,7 @@ def group_sequences(model: nn.Module, batches: Sequence[Tensor], num_groups: int
         means = torch.cat([model.model(input_ids=b.to(model.device), use_cache=False)[0].float().mean(1).cpu() for b in batches])
     if len(means) < num_groups:
         raise ValueError(f"{len(means)} sequences cannot make {num_groups} groups; give more batches")
-    labels = torch.from_numpy(KMeans(num_groups, n_init=10, random_state=seed).fit(F.normalize(means).numpy()).labels_)
+    labels = torch.from_numpy(KMeans(num_groups, n_init=10, random_state=seed % (1 << 32)).fit(F.normalize(means).numpy()).labels_)
     sequences = [row for batch in batches for row in batch]
     size = max(len(b) for b in batches)
     groups = []
@@ -141,7 +142,8 @@ class _Stop(Exception):
 
 @torch.no_grad()
 def install_measured_scales(moe: nn.Module, dense: Sequence[float], batches: Sequence[Tensor]) -> None:
-    """Set score_scale by layer to rho_moe / rho_dense, in order, each measured with scale 1 behind the layers already set (section 2.3)."""
+    """Set score_scale by layer to rho_moe / rho_dense, in order, each measured with scale 1 behind the layers already set (section 2.3). A layer that adds
+    nothing, dense or routed, keeps 1. ValueError for activations without a finite ratio."""
     scales = []
     for i, layer in enumerate(moe.model.layers):
         layer.mlp.score_scale, ratio, stream = 1.0, _Ratio(), {}
@@ -160,6 +162,9 @@ def install_measured_scales(moe: nn.Module, dense: Sequence[float], batches: Seq
                         continue
         finally:
             hook.remove()
-        layer.mlp.score_scale = layer.mlp.initial_scale = ratio.value() / dense[i]
+        scale = 1.0 if ratio.value() == dense[i] == math.inf else ratio.value() / dense[i]
+        if not 0 < scale < math.inf:
+            raise ValueError(f"layer {i}: score_scale='measured' found no finite ratio of norms: a broken checkpoint, or a dtype that is too narrow")
+        layer.mlp.score_scale = layer.mlp.initial_scale = scale
         scales.append(layer.mlp.score_scale)
     moe.config.score_scale = scales

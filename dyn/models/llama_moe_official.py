@@ -13,8 +13,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dyn.models.llama_moe import SHARED_FIELDS, LlamaMoeConfig, LlamaMoeForCausalLM, filled
+from dyn.models.llama_moe import LlamaMoeForCausalLM, filled
+from dyn.models.llama_moe_config import SHARED_FIELDS, LlamaMoeConfig
 from dyn.models.llama_moe_dense import INDEX, shard_names
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
@@ -86,17 +88,25 @@ def _config(folder: Path) -> LlamaMoeConfig:
         given = json.loads(where.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{where} is no JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} holds a {type(given).__name__}; a configuration is an object")
     if given.get("model_type") != "llama_moe":
         raise ValueError(f"{where}: model_type={given.get('model_type')!r}; from_official reads 'llama_moe', AutoModelForCausalLM.from_pretrained the others")
     given = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_experts": 16, **given}
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts"):
+        if type(given[name]) is not int or given[name] < 1:
+            raise ValueError(f"{where}: {name}={given[name]!r} must be a whole number above 0")
     for name, allowed in FIXED.items():
         if given.get(name, allowed) != allowed:
             raise ValueError(f"{where}: {name}={given[name]!r} is not supported; allowed: {allowed!r}")
     network = given.get("gate_network", "mlp")
     if network not in ("mlp", "linear"):
         raise ValueError(f"{where}: gate_network={network!r} is not supported; allowed: 'mlp', 'linear'")
-    rope = dict(given.get("rope_scaling") or {})
-    rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+    rope = given.get("rope_scaling") or {}
+    kind = rope.get("type", rope.get("rope_type", "default")) if isinstance(rope, dict) else None
+    if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+        raise ValueError(f"{where}: rope_scaling={rope!r} is not supported; allowed: null, or a type of {', '.join(ROPE_INIT_FUNCTIONS)}")
+    rope = {name: value for name, value in rope.items() if name != "type"} | {"rope_type": kind}
     try:
         return LlamaMoeConfig(
             **{name: given[name] for name in COPIED if name in given},

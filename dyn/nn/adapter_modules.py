@@ -54,13 +54,13 @@ class AdapterModule(nn.Module):
 @torch.no_grad()
 def _normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
     if not weight.is_meta:  # drawn on the CPU in float32, so that every device and precision starts alike
-        weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+        weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu") * std)
 
 
 @torch.no_grad()
 def _uniform(weight: Tensor, bound: float, generator: torch.Generator | None) -> None:
     if not weight.is_meta:
-        weight.copy_((torch.rand(weight.shape, generator=generator) * 2 - 1) * bound)
+        weight.copy_((torch.rand(weight.shape, generator=generator, device="cpu") * 2 - 1) * bound)
 
 
 def _draw_pair(first: Tensor, second: Tensor, init: Init, generator: torch.Generator | None) -> None:

@@ -253,7 +253,7 @@ def _stand_ins(chosen: Mapping[str, nn.Parameter], seed: int | None, gone: Colle
     for key, data in own.items():
         values[key] = data
         if seed is not None and key not in gone and not data.any():
-            values[key] = (torch.randn(data.shape, generator=generator) * STD).to(data)
+            values[key] = (torch.randn(data.shape, generator=generator, device="cpu") * STD).to(data)
             drawn.append(key)
     if drawn:
         _log.warning("prune: %d of %d tensors (%s, ...) are zero: scored as if drawn from N(0, %g^2); they stay zero", len(drawn), len(own), drawn[0], STD)

@@ -275,7 +275,7 @@ def _feed_forwards_alone(layers: list[LinearExperts]) -> Flow:
 
 def _random(model: nn.Module, layers: Layers, batches: list[Any], loss_fn: Loss, seed: int, *_: Any) -> Criterion:
     generator = torch.Generator().manual_seed(seed + APART + 1)
-    drawn = {name: torch.rand(m.weight.shape[1:], generator=generator).to(m.weight.device) for name, m in layers.items()}
+    drawn = {name: torch.rand(m.weight.shape[1:], generator=generator, device="cpu").to(m.weight.device) for name, m in layers.items()}
     return lambda masks: drawn  # one draw for all rounds: a new one each would make more rounds no different from one
 
 

@@ -87,10 +87,10 @@ def two_of_four(scores: Mapping[str, Tensor], seed: int = 0, shuffle: bool = Fal
     masks = {}
     for key, s in scores.items():
         groups_G4 = s.reshape(-1, 4)
-        order_G4 = torch.rand(groups_G4.shape, generator=generator).to(s.device).argsort(1)
+        order_G4 = torch.rand(groups_G4.shape, generator=generator, device="cpu").to(s.device).argsort(1)
         best_G4 = order_G4.gather(1, groups_G4.gather(1, order_G4).argsort(dim=1, descending=True, stable=True))
         mask_G4 = torch.zeros_like(groups_G4, dtype=torch.bool).scatter_(1, best_G4[:, :2], True)
         if shuffle:
-            mask_G4 = mask_G4[torch.randperm(len(mask_G4), generator=generator).to(s.device)].gather(1, order_G4)
+            mask_G4 = mask_G4[torch.randperm(len(mask_G4), generator=generator, device="cpu").to(s.device)].gather(1, order_G4)
         masks[key] = mask_G4.view(s.shape)
     return masks

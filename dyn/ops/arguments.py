@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -26,10 +27,11 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def unobserved(*tensors: Tensor) -> bool:
-    """Whether nobody needs to see a call on CPU as one operation: no autograd, compilation, tracing, mode or subclass of tensors. Its computation may then run
-    without the custom operation around it, whose dispatch takes as long as the computation of a few tokens."""
+    """Whether nobody needs to see a call on CPU as one operation: no autograd, compilation, tracing, mode, transform (vmap) or subclass of
+    tensors. Its computation may then run without the custom operation around it, whose dispatch takes as long as the computation of a few tokens."""
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
-                or any(not t.is_cpu or type(t) not in (Tensor, nn.Parameter) for t in tensors)
+                or peek_interpreter_stack() is not None
+                or any(not t.is_cpu or type(t) not in (Tensor, nn.Parameter) or is_legacy_batchedtensor(t) for t in tensors)
                 or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)))
 
 

@@ -132,7 +132,7 @@ def _out_size(x_BCHW: Tensor, bank_KOIhw: Tensor, window: Window) -> Pair:
 def _mixed(bank_KOIhw: Tensor, alpha_BK: Tensor, static_OIhw: Tensor | None, spatial_Bhw: Tensor | None) -> Tensor:
     """Every sample's kernel, [B, O, I, h, w]."""
     bank_KP = bank_KOIhw.flatten(1)
-    mixed_BP = alpha_BK @ bank_KP if static_OIhw is None else torch.addmm(static_OIhw.view(1, -1), alpha_BK, bank_KP)
+    mixed_BP = alpha_BK @ bank_KP if static_OIhw is None else torch.addmm(static_OIhw.reshape(1, -1), alpha_BK, bank_KP)
     mixed_BOIhw = mixed_BP.unflatten(1, bank_KOIhw.shape[1:])
     return mixed_BOIhw if spatial_Bhw is None else mixed_BOIhw * spatial_Bhw[:, None, None]
 

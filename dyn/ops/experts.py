@@ -42,8 +42,9 @@ from dyn.ops.rows import (
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
 
-# For `_all_pay`, of two CPUs: multiplications in the time that one more call of a product takes, with 16 bits and else, and in that of reading a weight.
-_CALL_16, _CALL, _READ = 6 << 20, 1 << 20, 16
+# For `_all_pay`, of two CPUs: multiplications in the time that one more call of a product takes, in bfloat16 and else, and in that of reading a weight; and how
+# many times sooner a call for a single token is done, which needs no sort.
+_CALL_BF16, _CALL, _READ, _ALONE = 6 << 20, 1 << 20, 32, 3
 
 
 def experts(
@@ -135,7 +136,8 @@ def _all_pay(T: int, K: int, down_EDF: Tensor) -> bool:
         return False
     unread = E * (1 - K / E) ** T  # expected
     in_vain = 3 * D * F * ((E - K) * T + _READ * unread)
-    return in_vain <= 2 * (E - unread) * (_CALL_16 if down_EDF.element_size() == 2 else _CALL)
+    call = (_CALL_BF16 if down_EDF.dtype == torch.bfloat16 else _CALL) / (_ALONE if T == 1 else 1)
+    return in_vain <= 2 * (E - unread) * call
 
 
 def _all_experts(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def order_rows(idx_TK: Tensor, num_experts: int, block_m: int) -> Tensor:
     num_slots = idx_TK.numel()
     if num_slots >= 2**31:
         raise ValueError(f"the triton backend takes fewer than 2**31 routed rows; got T*K={num_slots}")
-    idx_S = idx_TK.reshape(-1)
+    idx_S = idx_TK.reshape(-1).contiguous()  # of one column or row, reshape gives a view with any stride
     buffer = torch.empty(order_size(num_slots, num_experts), dtype=torch.int32, device=idx_TK.device)
     order = read_order(buffer, num_slots, num_experts)
     bins = power_of_two(num_experts)

@@ -31,7 +31,7 @@ def reads_text(model: Any) -> bool:
 
 
 def check_amount(model: Any, config: Any, length: int) -> None:
-    """ValueError for fewer calibration sequences than a conversion needs, by sizes alone.
+    """ValueError for fewer calibration sequences than a conversion needs, by sizes alone, and for a ridge that is none.
 
     Args:
         model: the experiment's ModelConfig.
@@ -40,6 +40,8 @@ def check_amount(model: Any, config: Any, length: int) -> None:
     """
     if not reads_text(model):
         return
+    if model.repair_ridge is not None and not 0 < model.repair_ridge < math.inf:
+        raise ValueError(f"model.repair_ridge={model.repair_ridge} must be above 0 and finite, or null")
     needs = "activations" if model.kind == "prune" else METHODS[model.construction].needs
     least, why = 1, "statistics need one at least"
     if needs == "scores":

@@ -169,6 +169,15 @@ def test_strided_views_and_int32_ids(D, F):
     assert_near(outputs_and_gradients(padded, idx, wanted=padded[:3]), want[:4], TOLERANCE[torch.float32], NAMES[:4])
 
 
+@pytest.mark.parametrize(("T", "K", "view"), [(9, 1, lambda ids: ids.repeat(1, 2)[:, :1]), (1, 3, lambda ids: torch.stack([ids, ids + 1], 2)[..., 0]),
+                                              (9, 1, lambda ids: ids[:1].expand_as(ids))])
+def test_ids_of_any_strides(T, K, view):
+    leaves, idx = problem(T, 8, 4, 4, K)
+    ids = view(idx)
+    assert ids.flatten().stride() != (1,)  # one column or row is flattened without a copy
+    assert_near(outputs_and_gradients(leaves, ids), reference(leaves, ids.contiguous()), TOLERANCE[torch.float32])
+
+
 def test_an_expanded_gradient():
     leaves, idx = problem(20, 12, 8, 4, 2)
     exact = [t.detach().double().requires_grad_() for t in leaves]

@@ -92,6 +92,14 @@ def test_channels_last_products_copy_nothing(monkeypatch):
     assert seen == [x.data_ptr()]
 
 
+@pytest.mark.parametrize("form", ["auto", *FAST])
+def test_a_static_part_of_any_layout(form):
+    x, bank, alpha, *_ = tensors(6)
+    static = torch.randn(bank.shape[1:], dtype=bank.dtype).to(memory_format=torch.channels_last)
+    want = dynamic_conv2d(x, bank, alpha, form=form, static_OIhw=static.contiguous())
+    torch.testing.assert_close(dynamic_conv2d(x, bank, alpha, form=form, static_OIhw=static), want)
+
+
 @pytest.mark.parametrize("form", FAST)
 def test_second_derivatives(form):
     x, bank, alpha, *_ = tensors(5, B=2, K=2, channels=2, outputs=2, size=(4, 4))

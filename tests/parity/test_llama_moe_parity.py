@@ -172,6 +172,8 @@ def test_router_logits_are_given_out(checkpointing):
     assert moe.model.layers[-1].mlp.gate.weight.grad.abs().sum() > 0
     moe.eval()
     torch.testing.assert_close(moe.model(IDS, output_router_logits=True).router_logits, moe(input_ids=IDS, output_router_logits=True).router_logits)
+    moe.config.output_router_logits = True
+    assert len(moe(input_ids=IDS).router_logits) == len(seen) and moe(input_ids=IDS, output_router_logits=False).router_logits is None
     plain = from_dense(tiny(), num_experts=4, num_experts_per_tok=4, gate="uniform")
     with pytest.raises(ValueError, match="output_router_logits=True: a gate of kind 'uniform' has no logits"):
         plain(input_ids=IDS, output_router_logits=True)

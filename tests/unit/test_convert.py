@@ -5,12 +5,13 @@ import re
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dyn.models import llama_moe_convert
-from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, prune_dense
+from dyn.models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM, from_dense, prune_dense
 from dyn.models.llama_moe_construct import METHODS, Method
 from dyn.nn.experts import Gate
 from dyn.nn.surgery import count_parameters, freeze, train_only
@@ -92,6 +93,16 @@ def test_measured_scale_restores_the_ratio_of_feed_forward_to_residual():
     assert all(r > 0 for r in dense_ratios(dense, BATCHES))
 
 
+def test_measured_scale_of_a_layer_that_adds_nothing():
+    dense = tiny()
+    dense.model.layers[0].mlp.down_proj.weight.data.zero_()
+    scales = from_dense(dense, num_experts=4, num_experts_per_tok=2, score_scale="measured", batches=BATCHES).config.score_scale
+    assert scales[0] == 1 and 0 < scales[1] < 100
+    dense.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layer 1: score_scale='measured' found no finite ratio"):
+        from_dense(dense, num_experts=4, num_experts_per_tok=2, score_scale="measured", batches=BATCHES)
+
+
 def test_measured_scales_are_means_over_tokens_and_repeat():
     from dyn.models.llama_moe_measure import dense_ratios
     parts = [BATCHES[0][:1], *BATCHES[0][1:].split(3)]  # of other sizes
@@ -103,6 +114,18 @@ def test_measured_scales_are_means_over_tokens_and_repeat():
         torch.rand(3)
     assert scales[0] == scales[1]
     torch.set_rng_state(before)
+
+
+@pytest.mark.parametrize("wrong", [dict(moe_intermediate_size=1.5), dict(num_shared_experts=0.5), dict(score_scale="n"), dict(gate_noise="false"),
+                                   dict(learnable_scale="no"), dict(sliding_window="x"), dict(num_experts="4"), dict(layer_types="full")])
+def test_fields_of_a_wrong_type_are_refused(wrong):
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_experts=4, num_experts_per_tok=2,
+                 moe_intermediate_size=12)
+    LlamaMoeConfig(**sizes, score_scale=[1, 2.0], balance_weight=0)
+    with pytest.raises(StrictDataclassError, match=next(iter(wrong))):
+        LlamaMoeConfig(**sizes | wrong)
+    with pytest.raises(ValueError, match=r"construction=\['random'\] is unknown"):
+        from_dense(tiny(), num_experts=4, num_experts_per_tok=2, construction=["random"])
 
 
 def test_the_result_shares_nothing_with_the_dense_model():

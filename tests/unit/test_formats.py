@@ -139,6 +139,18 @@ def test_a_used_folder_is_refused_and_an_empty_one_taken(tmp_path):
     assert {"config.json", "generation_config.json", "model.safetensors", CARD} == entries(tmp_path / "empty")
 
 
+def test_an_empty_folder_is_filled_where_it_is(tmp_path, monkeypatch):
+    """A link or a mount cannot be replaced, and a process that stands in the folder would lose it."""
+    for name in ("real", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "here")
+    for target in (tmp_path / "link", "."):
+        to_mixtral(tiny(), target)
+    assert (tmp_path / "link").is_symlink() and Path.cwd() == tmp_path / "here"
+    assert entries(tmp_path / "real") == entries(tmp_path / "here") == {"config.json", "generation_config.json", "model.safetensors", CARD}
+
+
 @pytest.mark.parametrize(("error", "raised"), [
     (OSError(errno.ENOSPC, "No space left on device"), "the disk of .* is full"),
     (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk of .* is full"),
@@ -146,6 +158,8 @@ def test_a_used_folder_is_refused_and_an_empty_one_taken(tmp_path):
     (KeyboardInterrupt("ctrl-c"), "ctrl-c"),
 ], ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None)
 def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch, error, raised):
+    (tmp_path / "given").mkdir()
+
     def fails(held, path, metadata):
         Path(path).write_bytes(b"half")
         raise error
@@ -153,7 +167,9 @@ def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch, error, raised):
     monkeypatch.setattr(llama_moe_formats, "save_file", fails)
     with pytest.raises(OSError if isinstance(error, Exception) else KeyboardInterrupt, match=raised):
         to_mixtral(tiny(), tmp_path / "d")
-    assert not entries(tmp_path)
+    with pytest.raises(OSError if isinstance(error, Exception) else KeyboardInterrupt, match=raised):
+        to_mixtral(tiny(), tmp_path / "given")
+    assert entries(tmp_path) == {"given"} and not entries(tmp_path / "given")
 
 
 def test_the_exported_model_stays_as_it_is(tmp_path):
@@ -217,6 +233,12 @@ def released(folder: Path, **changes) -> Path:
 @pytest.mark.parametrize(("message", "changes"), [
     (r"size_experts of layer 1 is \[10, 22\]", {"size_experts": [[16, 16], [10, 22]]}),
     (r"size_experts of layer 0 is \[16, 8, 8\]", {"size_experts": [[16, 8, 8], [16, 16]]}),
+    ("num_experts=0 must be a whole number above 0", {"num_experts": 0}),
+    ("num_experts='4' must be a whole number above 0", {"num_experts": "4"}),
+    (r"rope_scaling=\[1\] is not supported", {"rope_scaling": [1]}),
+    (r"rope_scaling=\{'type': 'foo'\} is not supported; allowed: null, or a type of ", {"rope_scaling": {"type": "foo"}}),
+    ("config.json: .*moe_intermediate_size", {"size_experts": "big"}),
+    ("config.json: .*score_scale", {"score_scale_factor": "x"}),
     (r"size_experts has 1 entries for 2 layers", {"size_experts": [[16, 16]]}),
     (r"num_experts=3 does not divide intermediate_size=32", {"num_experts": 3, "size_experts": None}),
     ("calculator_type='SwitchDropTokenCalculator'", {"calculator_type": "SwitchDropTokenCalculator"}),
@@ -235,6 +257,12 @@ def released(folder: Path, **changes) -> Path:
 def test_official_refusals_name_the_field(tmp_path, message, changes):
     with pytest.raises(ValueError, match=message):
         from_official(released(tmp_path / "d", **changes))
+
+
+def test_an_official_configuration_that_is_none(tmp_path):
+    (released(tmp_path / "d") / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config\.json holds a list; a configuration is an object"):
+        from_official(tmp_path / "d")
 
 
 def test_official_defaults_of_absent_fields(tmp_path):

@@ -240,3 +240,13 @@ def test_scales_keep_their_digits():
         y = partial_routed_linear(x, dynamic, static, torch.full((1, 1), mask), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.float64),
                                   dynamic_scale=0.6, static_scale=1.4)
         assert y.item() == expected
+
+
+def test_scores_of_less_precision_are_summed_in_that_of_x():
+    x, weight, idx, scores, bias = problem(dtype=torch.float64)
+    idx, scores = idx[:, :1].expand(-1, 3), torch.rand(10, 3).detach()  # one expert three times
+    want = routed_linear(x, weight, idx, scores.double(), bias)
+    torch.testing.assert_close(routed_linear(x, weight, idx, scores, bias), want, rtol=1e-14, atol=1e-14)
+    mask = torch.rand(weight.shape[1:]) < 0.5
+    merged, factorised = (partial_routed_linear(x, weight, weight[0], mask, idx, scores, bias, form=form) for form in ("merged", "factorised"))
+    torch.testing.assert_close(factorised, merged, rtol=1e-14, atol=1e-14)

@@ -366,6 +366,8 @@ def test_all_experts_are_for_few_tokens_and_small_experts():
     assert pays(8, 16, 32, 576, 48) and pays(8, 4, 8, 576, 192) and pays(1, 16, 32, 576, 48)
     assert not pays(4096, 16, 32, 576, 48)  # many tokens
     assert not pays(8, 2, 8, 4096, 14336) and not pays(1, 8, 64, 1024, 256)  # large experts; most would not be read
+    assert not pays(1, 4, 32, 576, 48) and not pays(2, 8, 128, 576, 48)  # few of many
+    assert not pays(1, 16, 32, 576, 48, torch.float16)  # whose single products are quick
     assert not pays(0, 4, 8, 576, 192) and not pays(8, 8, 8, 16, 16)  # nothing to do; nothing done in vain anyway
 
 
@@ -389,6 +391,17 @@ def test_who_watches_sees_one_operation(T):
         traced = torch.jit.trace(lambda *args: experts(*args, backend="torch"), tuple(args), check_trace=False)
     assert any("dyn.experts" in op for op in seen.ops) and "dyn::experts" in str(traced.graph)
     torch.testing.assert_close(watched, alone)
+
+
+@pytest.mark.parametrize("T", [1, 10, 200])
+def test_transforms_without_gradients(T):
+    x, gate_up, down, idx, weight = (t.detach() for t in problem(T=T))
+    X = torch.stack([x, 2 * x])
+    for op in (lambda v: experts(v, gate_up, down, idx, weight), lambda v: routed_linear(v, gate_up, idx, weight)):
+        torch.testing.assert_close(torch.func.vmap(op)(X), torch.stack([op(v) for v in X]))
+    y, dY = experts(x, gate_up.requires_grad_(), down, idx, weight), torch.randn(3, T, x.shape[1])
+    [batched] = torch.autograd.grad(y, gate_up, dY, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(batched, torch.stack([torch.autograd.grad(y, gate_up, dy, retain_graph=True)[0] for dy in dY]))
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (4,), (1, 2), (0, 4)])

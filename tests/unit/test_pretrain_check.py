@@ -55,6 +55,7 @@ def test_what_fits_passes(tmp_path):
      r"calibration_sequences=0 of 32 tokens are too few: the regression of 36 active neurons a layer needs 36 tokens.*use 2 or more"),
     (dict(kind="prune", calibration_sequences=1, num_experts_per_tok=3), "calibration_sequences=1 of 32 tokens.*36 active neurons.*use 2 or more"),
     (dict(construction="coactivation", calibration_sequences=0), "calibration_sequences=0 of 32 tokens are too few.*use 1 or more"),
+    (dict(kind="prune", repair_ridge=-1.0), r"model\.repair_ridge=-1\.0 must be above 0 and finite, or null"),
     (dict(score_scale="half"), "score_scale='half'"),
     (dict(score_scale=0.0), "score_scale=0.0 must be a finite number above 0"),
     (dict(score_scale=-1.0), "score_scale=-1.0 must be a finite number above 0"),
