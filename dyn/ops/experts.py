@@ -65,7 +65,7 @@ def experts(
         debug: look for negative ids on every device, at the price of waiting for it.
 
     Returns y_TD in x's dtype. Under autocast x and the expert weights are cast first, as a linear layer would, and y
-    has the autocast dtype. Results are deterministic. Only "eager" has a second derivative.
+    has the autocast dtype. Results are deterministic. Only "eager" has a second derivative, and gradients by torch.func.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, for an unknown backend and for one that cannot run here.
     """

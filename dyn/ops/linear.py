@@ -55,7 +55,7 @@ def routed_linear(
         backend: "eager" (a loop over experts under autograd: the reference), "torch", or "auto" (today "torch").
 
     Returns y_TO in x's dtype. Under autocast x, weights and biases are cast first, as a linear layer would, and y has the autocast dtype. Results are
-    deterministic. The "torch" backend has no second derivative.
+    deterministic. The "torch" backend has no second derivative, and no gradients by torch.func.
 
     Raises ValueError for shapes, dtypes or devices that do not fit and for an unknown backend.
     """
