@@ -156,9 +156,13 @@ def _insert(model: nn.Module, config: Any, **kwargs: float) -> None:
         raise ValueError(f"make_moe: {wrong[0]}, where an nn.Linear was expected; replace feed-forward layers before anything else is put on them")
     if not found:
         raise ValueError(f"make_moe: {type(model).__name__} has no {block.__name__}")
-    for name, linear in found:
-        model.set_submodule(name, LinearExperts.from_linear(linear, config.num_experts, config.num_experts_per_tok, gate=config.gate,
-                                                            gate_noise=config.gate_noise, **kwargs))
+    if hung := [name for name, m in found
+                if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._modules or m._parameters.get("weight") is None]:
+        raise ValueError(f"make_moe: {hung[0]} has an adapter, a mask, a weight norm or hooks; replace feed-forward layers before that")
+    made = [LinearExperts.from_linear(linear, config.num_experts, config.num_experts_per_tok, gate=config.gate, gate_noise=config.gate_noise, **kwargs)
+            for _, linear in found]
+    for (name, _), experts in zip(found, made, strict=True):
+        model.set_submodule(name, experts)
 
 
 def _modes(layers: dict[str, LinearExperts]) -> tuple[str | None, str | None, list[int | None] | None]:

@@ -54,9 +54,10 @@ def make_dynamic(model: nn.Module, kind: str = "dyconv", num_kernels: int = 4, r
         raise ValueError(f"noise={noise} must be a number, not negative")
     found = _convertible(model, kind, [skip] if isinstance(skip, str) else list(skip or ()))
     made: dict[nn.Conv2d, MixedConv2d] = {}
-    for name, conv in found.items():
+    for conv in found.values():
         if conv not in made:  # a convolution used in two places stays one layer
             made[conv] = _dynamic(conv, kind, num_kernels, reduction, start, noise, form)
+    for name, conv in found.items():  # all of them or none
         model.set_submodule(name, made[conv])
     return model
 
@@ -80,7 +81,7 @@ def _convertible(model: nn.Module, kind: str, skip: list[str]) -> dict[str, nn.C
         _log.info("make_dynamic: %d convolutions stay static as the classifier's: %s", len(heads), ", ".join(sorted(heads)[:6]))
     chosen = {name: conv for name, conv in convs.items() if conv not in stem and name not in heads
               and not any(re.search(pattern, name) for pattern in skip) and not (kind in DOWN_SAMPLE_STATIC and DOWN_SAMPLE.search(name))}
-    owners = Counter(id(p) for conv in dict.fromkeys(convs.values()) for p in conv.parameters(recurse=False))
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     unfit = [name for name, conv in chosen.items() if not _is_plain(conv) or any(owners[id(p)] > 1 for p in conv.parameters(recurse=False))]
     if unfit:
         _log.warning("make_dynamic: %d convolutions stay static, as they are no plain zero-padded nn.Conv2d, share weights, or others hang on them: %s",
@@ -104,7 +105,8 @@ def _parts(convs: dict[str, nn.Conv2d]) -> dict[str, str]:
 def _is_plain(conv: nn.Conv2d) -> bool:
     """Zero-padded, real, its weight and bias parameters of its own (under a weight norm or a pruning they are made for each pass), nobody waiting at it."""
     return (type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and _padding(conv) is not None and conv._parameters.get("weight") is not None
-            and not conv.weight.is_complex() and getattr(conv, "bias", None) is conv._parameters.get("bias")
+            and conv.weight.shape == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size) and not conv.weight.is_complex()
+            and getattr(conv, "bias", None) is conv._parameters.get("bias")
             and not (conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks))
 
 

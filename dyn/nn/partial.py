@@ -322,9 +322,20 @@ def compact(model: nn.Module, expand: bool = False) -> nn.Module:
     for m in made.modules():
         if isinstance(m, Banked) and isinstance(m.partial, CompactBank) and m.weight is not None:
             m.weight = None
-        if isinstance(m, MixedConv2d) and m.is_static and m.bias is None:
-            m.attention.requires_grad_(False)  # nothing asks it, and processes wait for gradients of all that is trained
+        if isinstance(m, MixedConv2d) and isinstance(m.partial, CompactBank):
+            _fit_attention(m)
+            m.register_load_state_dict_post_hook(_fit_attention)
     return made
+
+
+def _fit_attention(layer: MixedConv2d, _: object = None) -> None:
+    """Where nothing asks the attention it does not train: processes wait for gradients of all that does. A file with dynamic positions makes it train again."""
+    unasked, parameters = layer.is_static and layer.bias is None, list(layer.attention.parameters())
+    if unasked:
+        layer.attention_trains = getattr(layer, "attention_trains", False) or any(p.requires_grad for p in parameters)
+        layer.attention.requires_grad_(False)
+    elif getattr(layer, "attention_trains", False):
+        layer.attention.requires_grad_(True)
 
 
 def _compact_bank(layer: Banked, expand: bool) -> CompactBank:
@@ -332,4 +343,4 @@ def _compact_bank(layer: Banked, expand: bool) -> CompactBank:
     dynamic, static = partial.scale()
     mask = torch.ones_like(bank[0], dtype=torch.bool) if partial.mask is None else partial.mask
     values = None if partial.scales == "prune" else torch.zeros_like(bank[0]) if partial.static is None else partial.static * static
-    return CompactBank.of(bank * dynamic, mask, values, expand=expand, folded=layer.sums_to_one, requires_grad=bank.requires_grad).train(layer.training)
+    return CompactBank.of(bank * dynamic, mask, values, expand=expand, folded=layer.sums_to_one, requires_grad=layer.trained).train(layer.training)

@@ -14,14 +14,17 @@ import transformers
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import prune as torch_prune
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 from dyn.core.partition import kept_count
 from dyn.data.tiny import tiny_tokenizer
 from dyn.models import encoder
 from dyn.models.encoder import FAMILIES, make_moe, moe_layers
+from dyn.nn.adapter import attach
 from dyn.nn.count import count_parameters, macs_per_sentence
 from dyn.nn.linear_experts import LinearExperts
+from dyn.nn.masking import prune
 from dyn.nn.partial import CRITERIA, compact, make_partial
 
 SIZES = dict(vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, max_position_embeddings=40, num_labels=3,
@@ -373,3 +376,39 @@ def test_a_subclass_of_somebody_elses():
 
     model = make_moe(Mine(BertConfig(**SIZES)), 4, 2).train()
     assert isinstance(model, Mine) and model(*batch().values()).aux_loss > 0
+
+
+@pytest.mark.parametrize("hang", [
+    lambda net: attach(net, "lora", 4, where=("query", "ffn")), lambda net: prune(net, method="magnitude", params=r"layer.\d.output\.dense\.weight", keep=0.5),
+    lambda net: net.bert.encoder.layer[1].output.dense.register_forward_hook(lambda *args: None),
+    lambda net: nn.utils.parametrizations.weight_norm(net.bert.encoder.layer[1].output.dense), lambda net: torch_prune.identity(
+        net.bert.encoder.layer[1].output.dense, "weight")], ids=["adapter", "mask", "hook", "norm", "torch's mask"])
+def test_what_hangs_on_a_linear_is_not_dropped(hang):
+    net = dense()
+    hang(net)
+    kept = [type(m) for m in net.modules()]
+    with pytest.raises(ValueError, match=r"make_moe: bert\.encoder\.layer\.\d\.(intermediate|output)\.dense .*replace feed-forward layers before"):
+        make_moe(net, 4, 2)
+    assert [type(m) for m in net.modules()] == kept
+
+
+def test_all_layers_or_none(monkeypatch):
+    net, real, made = dense(), LinearExperts.from_linear, []
+
+    def fails(*args, **kwargs):
+        made.append(args)
+        if len(made) == 3:
+            raise RuntimeError("out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(LinearExperts, "from_linear", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make_moe(net, 4, 2)
+    assert len(made) == 3 and not any(isinstance(m, LinearExperts) for m in net.modules())
+
+
+def test_static_values_train_in_the_compact_form_too():
+    net = make_partial(make_moe(dense(), 4, 2), [], None, keep=0, method="random")
+    for made in (net, compact(net)):
+        static = [p for name, p in made.named_parameters() if name.endswith("partial.static")]
+        assert len(static) == 6 and all(p.requires_grad for p in static)

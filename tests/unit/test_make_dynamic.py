@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from dyn.models.resnet import ENTRIES, make_network
+from dyn.nn import convert_conv
 from dyn.nn.bank import Banked
 from dyn.nn.convert_conv import DOWN_SAMPLE
 from dyn.nn.dynamic_conv import KINDS, DynamicConv2d
@@ -35,6 +36,35 @@ def test_convolutions_that_share_a_weight_stay_static(caplog):
     model[2].weight = model[1].weight
     make_dynamic(model, start="fresh")
     assert names(model) == ["3"] and model[1].weight is model[2].weight and "2 convolutions stay static" in caplog.text
+
+
+def test_a_weight_shared_with_another_kind_of_layer_stays_shared():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, bias=False), nn.Conv2d(16, 16, 3), nn.ConvTranspose2d(16, 8, 3, bias=False))
+    model[3].weight = model[1].weight
+    make_dynamic(model)
+    assert names(model) == ["2"] and model[3].weight is model[1].weight
+
+
+def test_a_convolution_that_was_cut_by_hand_stays_static():
+    model = network()
+    model[4].weight = nn.Parameter(model[4].weight[:12])
+    make_dynamic(model)
+    assert names(model) == ["2", "6"]
+
+
+def test_all_layers_or_none(monkeypatch):
+    model, made, dynamic = network(), [], convert_conv._dynamic
+
+    def fails(conv, *args):
+        made.append(conv)
+        if len(made) == 3:
+            raise RuntimeError("out of memory")
+        return dynamic(conv, *args)
+
+    monkeypatch.setattr(convert_conv, "_dynamic", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make_dynamic(model)
+    assert len(made) == 3 and not names(model)
 
 
 @pytest.mark.parametrize("scales", ["both", "s", "d", "none"])

@@ -405,3 +405,20 @@ def test_models_without_dynamic_layers():
         make_partial(plain, data(), loss)
     with pytest.raises(ValueError, match="compact: no layer of Sequential has modes; call make_partial first"):
         compact(network())
+
+
+def test_a_file_says_what_the_attention_of_a_compact_network_trains():
+    def asked(net):
+        return [any(p.requires_grad for p in m.attention.parameters()) for m in net.modules() if isinstance(m, Banked)]
+
+    def made(keep):
+        return compact(make_partial(network(), [], None, keep=keep, method="random"))
+
+    some, none = made(0.5), made(0)
+    assert asked(some) == [True] * 3 and asked(none) == [False, False, True]  # the last has a bias of each kernel
+    some.load_state_dict(made(0).state_dict())
+    none.load_state_dict(made(0.5).state_dict())
+    assert asked(some) == [False, False, True] and asked(none) == [True] * 3
+    frozen = compact(make_partial(network().requires_grad_(False), [], None, keep=0, method="random"))
+    frozen.load_state_dict(made(0.5).state_dict())
+    assert not any(asked(copy.deepcopy(frozen)))
