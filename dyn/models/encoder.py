@@ -34,6 +34,7 @@ from transformers.utils import ModelOutput
 from dyn.nn.bank import CompactBank, PartialBank
 from dyn.nn.experts import GATES, Choice, Gate, check_gate
 from dyn.nn.linear_experts import LinearExperts
+from dyn.nn.probe import is_bare
 
 Where = Literal["both", "out", "int"]  # both linears of the feed-forward, the one back to the hidden size, the one out of it
 
@@ -156,8 +157,7 @@ def _insert(model: nn.Module, config: Any, **kwargs: float) -> None:
         raise ValueError(f"make_moe: {wrong[0]}, where an nn.Linear was expected; replace feed-forward layers before anything else is put on them")
     if not found:
         raise ValueError(f"make_moe: {type(model).__name__} has no {block.__name__}")
-    if hung := [name for name, m in found
-                if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._modules or m._parameters.get("weight") is None]:
+    if hung := [name for name, m in found if not is_bare(m)]:
         raise ValueError(f"make_moe: {hung[0]} has an adapter, a mask, a weight norm or hooks; replace feed-forward layers before that")
     made = [LinearExperts.from_linear(linear, config.num_experts, config.num_experts_per_tok, gate=config.gate, gate_noise=config.gate_noise, **kwargs)
             for _, linear in found]

@@ -186,12 +186,12 @@ def _write(moe: LlamaMoeForCausalLM, d: str | Path, tokenizer: Tokenizer | None,
         with torch.no_grad():
             _save_shards(part, _tensors(moe, block))
         write_card(moe, part)
-        if not given:
+        if given:
+            for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):  # last: without it the folder is no model
+                file.rename(folder / file.name)
+            part.rmdir()
+        else:
             part.rename(folder)
-            return folder
-        for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):  # last: without it the folder is no model
-            file.rename(folder / file.name)
-        part.rmdir()
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):

@@ -162,7 +162,8 @@ def install_measured_scales(moe: nn.Module, dense: Sequence[float], batches: Seq
                         continue
         finally:
             hook.remove()
-        scale = 1.0 if ratio.value() == dense[i] == math.inf else ratio.value() / dense[i]
+        found = ratio.value()
+        scale = 1.0 if found == dense[i] == math.inf else found / dense[i]
         if not 0 < scale < math.inf:
             raise ValueError(f"layer {i}: score_scale='measured' found no finite ratio of norms: a broken checkpoint, or a dtype that is too narrow")
         layer.mlp.score_scale = layer.mlp.initial_scale = scale

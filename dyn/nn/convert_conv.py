@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dyn.nn.dynamic_conv import KINDS, MixedConv2d
+from dyn.nn.probe import is_bare
 
 _log = logging.getLogger(__name__)
 
@@ -103,11 +104,9 @@ def _parts(convs: dict[str, nn.Conv2d]) -> dict[str, str]:
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:
-    """Zero-padded, real, its weight and bias parameters of its own (under a weight norm or a pruning they are made for each pass), nobody waiting at it."""
-    return (type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and _padding(conv) is not None and conv._parameters.get("weight") is not None
-            and conv.weight.shape == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size) and not conv.weight.is_complex()
-            and getattr(conv, "bias", None) is conv._parameters.get("bias")
-            and not (conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks))
+    """Zero-padded, real, of the size that it says, nothing on it."""
+    return (type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and _padding(conv) is not None and is_bare(conv) and not conv.weight.is_complex()
+            and conv.weight.shape == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size))
 
 
 def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:

@@ -112,7 +112,7 @@ class LinearExperts(Banked):
 
     def _linear(self, x_TI: Tensor, weight_OI: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Tensor:
         y_TO = F.linear(x_TI, weight_OI)
-        return y_TO if self.bias is None else y_TO + score_matrix(idx_TK, weight_TK, len(self.bias)).to(y_TO.dtype) @ self.bias.to(y_TO.dtype)
+        return y_TO if self.bias is None else y_TO + score_matrix(idx_TK, weight_TK, len(self.bias), y_TO.dtype).to(y_TO.dtype) @ self.bias.to(y_TO.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, form={self.form}"

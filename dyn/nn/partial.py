@@ -330,11 +330,11 @@ def compact(model: nn.Module, expand: bool = False) -> nn.Module:
 
 def _fit_attention(layer: MixedConv2d, _: object = None) -> None:
     """Where nothing asks the attention it does not train: processes wait for gradients of all that does. A file with dynamic positions makes it train again."""
-    unasked, parameters = layer.is_static and layer.bias is None, list(layer.attention.parameters())
-    if unasked:
-        layer.attention_trains = getattr(layer, "attention_trains", False) or any(p.requires_grad for p in parameters)
+    trains = getattr(layer, "attention_trains", False)
+    if layer.is_static and layer.bias is None:
+        layer.attention_trains = trains or any(p.requires_grad for p in layer.attention.parameters())
         layer.attention.requires_grad_(False)
-    elif getattr(layer, "attention_trains", False):
+    elif trains:
         layer.attention.requires_grad_(True)
 
 

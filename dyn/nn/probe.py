@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from dyn.core.saliency import taylor
 
 
+def is_bare(layer: nn.Module) -> bool:
+    """Whether a linear layer or a convolution stands alone: weight and bias are parameters of its own (under a weight norm or a pruning they are made for each
+    pass), no module lies in it, and no hook waits at it."""
+    return (layer._parameters.get("weight") is not None and getattr(layer, "bias", None) is layer._parameters.get("bias")
+            and not (layer._modules or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks))
+
+
 @contextmanager
 def watch(modules: Sequence[nn.Module], visit: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Within the block, call `visit(i, input)` whenever modules[i] gets its first positional input (shape as the module gets it)."""

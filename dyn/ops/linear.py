@@ -134,7 +134,7 @@ def partial_routed_linear(
     rows_R, columns_C, block_RC = _block(mask_OI)
     block_ERC = dynamic_scale * dynamic_EOI[:, rows_R][:, :, columns_C] * block_RC
     dynamic_TR = routed_linear(x_TI.index_select(1, columns_C), block_ERC, idx_TK, weight_TK, None, backend)
-    scores_TE = score_matrix(idx_TK, weight_TK.to(torch.promote_types(x_TI.dtype, weight_TK.dtype)), dynamic_EOI.shape[0])
+    scores_TE = score_matrix(idx_TK, weight_TK, dynamic_EOI.shape[0], x_TI.dtype)
     y_TO = x_TI.new_zeros(x_TI.shape[0], static_OI.shape[0]) if bias_EO is None else scores_TE.to(x_TI.dtype) @ bias_EO.to(x_TI.dtype)
     y_TO = y_TO.index_add(1, rows_R, dynamic_TR)
     rows_R, columns_C, block_RC = _block(~mask_OI)
@@ -149,8 +149,9 @@ def _block(mask_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows_R, columns_C, mask_OI[rows_R][:, columns_C]
 
 
-def score_matrix(idx_TK: Tensor, weight_TK: Tensor, num_experts: int) -> Tensor:
-    """P_TE, the score that every token gives every expert: 0 for experts not chosen. Ids >= E are left out."""
+def score_matrix(idx_TK: Tensor, weight_TK: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """P_TE, the score that every token gives every expert: 0 for experts not chosen. Ids >= E are left out. Summed in the wider of the scores' and `dtype`."""
+    weight_TK = weight_TK.to(torch.promote_types(dtype, weight_TK.dtype))
     P_TE = weight_TK.new_zeros(idx_TK.shape[0], num_experts + 1)
     idx_TK = idx_TK.clamp(max=num_experts).long()
     for k in range(idx_TK.shape[1]):  # one id a token and step: an order of sums that is the same on every device, also where a token names an expert twice
@@ -181,8 +182,7 @@ def _torch(x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor, 
     y_TO = run(x_TI, weight_EOI, idx_TK, weight_TK)[0]
     if bias_EO is None:
         return y_TO
-    scores_TE = score_matrix(idx_TK, weight_TK.to(torch.promote_types(x_TI.dtype, weight_TK.dtype)), bias_EO.shape[0])
-    return y_TO + scores_TE.to(x_TI.dtype) @ bias_EO
+    return y_TO + score_matrix(idx_TK, weight_TK, bias_EO.shape[0], x_TI.dtype).to(x_TI.dtype) @ bias_EO
 
 
 def _run(x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:

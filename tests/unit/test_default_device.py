@@ -54,8 +54,11 @@ def test_conversions(construction, where):
 
 
 def test_align():
+    expected, made = (from_dense(dense(), num_experts=4, num_experts_per_tok=2, batches=BATCHES) for _ in range(2))
+    align(expected, dense(), BATCHES)
     with Elsewhere():
-        align(from_dense(dense(), num_experts=4, num_experts_per_tok=2, construction="calibrated", batches=BATCHES), dense(), BATCHES)
+        align(made, dense(), BATCHES)
+    equal(made, expected)
 
 
 @pytest.mark.parametrize("method", ["random", "snip"])

@@ -37,7 +37,7 @@ def test_by_hand(backend):
 
 def test_score_matrix():
     scores = torch.tensor([[0.5, 0.25, 4.0]], requires_grad=True)
-    P = score_matrix(torch.tensor([[2, 2, 3]], dtype=torch.int32), scores, 3)
+    P = score_matrix(torch.tensor([[2, 2, 3]], dtype=torch.int32), scores, 3, torch.float32)
     assert P.tolist() == [[0, 0, 0.75]]
     assert torch.autograd.grad(P.sum(), scores)[0].tolist() == [[1, 1, 0]]
 
