@@ -116,8 +116,10 @@ def _set_file(tree: Any, schema: type, path: Path) -> None:
         content = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
-    if isinstance(content, list):
-        raise ValueError(f"{path.name}: expected keys with values, got a list")
+    except AssertionError:  # OmegaConf's, for a number alone
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name}: expected keys with values, got a {'number' if content is None else 'list'}")
     for key, value in content.items():
         _set(tree, schema, str(key), value, place=path.name)
 

@@ -91,10 +91,10 @@ def main(cfg: Config, run: Any) -> dict[str, Any]:
 
 def plan(cfg: Config) -> dict[str, Any]:
     """What the run would be, from shapes alone."""
-    from dyn.models.packaged import sentence_classifier
+    from dyn.models.packaged import sentence_classifier, with_places
     from dyn.train.adapt import plan_adapters
 
     source, labels = cfg.source if cfg.source != "tiny" else "google-bert/bert-base-uncased", [TASKS[task].labels for task in cfg.tasks if task in TASKS]
     examples = [EXAMPLES[task] for task in cfg.tasks if task in EXAMPLES]
     used = sum(min(count, cfg.data.train_limit or count) for count in examples)
-    return plan_adapters(cfg, lambda: sentence_classifier(source, max(1, *labels, 2)), used or None, "sentences")
+    return plan_adapters(cfg, lambda: with_places(sentence_classifier(source, max(1, *labels, 2)), cfg.data.max_length), used or None, "sentences")

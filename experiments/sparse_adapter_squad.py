@@ -71,7 +71,7 @@ def main(cfg: Config, run: Any) -> dict[str, Any]:
 
 def plan(cfg: Config) -> dict[str, Any]:
     """What the run would be, from shapes alone."""
-    from dyn.models.packaged import question_answerer
+    from dyn.models.packaged import question_answerer, with_places
     from dyn.train.adapt import plan_adapters
 
-    return plan_adapters(cfg, lambda: question_answerer(cfg.source, 260), WINDOWS.get(cfg.data.path), "windows (about)")
+    return plan_adapters(cfg, lambda: with_places(question_answerer(cfg.source, 260), cfg.data.max_length), WINDOWS.get(cfg.data.path), "windows (about)")

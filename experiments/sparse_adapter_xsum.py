@@ -67,7 +67,7 @@ def main(cfg: Config, run: Any) -> dict[str, Any]:
 
 def plan(cfg: Config) -> dict[str, Any]:
     """What the run would be, from shapes alone."""
-    from dyn.models.packaged import summariser
+    from dyn.models.packaged import summariser, with_places
     from dyn.train.adapt import plan_adapters
 
-    return plan_adapters(cfg, lambda: summariser(cfg.source, 260), PAIRS.get(cfg.data.path), "pairs")
+    return plan_adapters(cfg, lambda: with_places(summariser(cfg.source, 260), cfg.data.max_document, "data.max_document"), PAIRS.get(cfg.data.path), "pairs")

@@ -22,7 +22,7 @@ def kept_counts(total: int, keep: Keep, rounds: int, schedule: Schedule = "expon
     Raises:
         ValueError: no round, an unknown schedule, a budget out of range.
     """
-    if not isinstance(rounds, int) or rounds < 1:
+    if type(rounds) is not int or rounds < 1:
         raise ValueError(f"rounds={rounds} must be an integer, at least 1")
     if schedule not in ("exponential", "linear"):
         raise ValueError(f"schedule={schedule!r} is unknown; allowed: exponential, linear")

@@ -53,7 +53,7 @@ def score(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, method: str =
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; allowed: {', '.join(METHODS)}")
     names = list(select(model, params))
-    batches = list(batches) if batches is not None else []
+    batches = listed(batches)
     if not batches and (method in ("snip", "grasp") or (method == "synflow" and flow is None)):
         raise ValueError(f"method={method!r} looks at data, and there are no batches")
     with _undisturbed(model, seed, runs=method in DATA_DRIVEN):
@@ -63,12 +63,19 @@ def score(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, method: str =
         return {name: found[name].detach().to(torch.promote_types(found[name].dtype, torch.float32)) for name in names}
 
 
+def listed(batches: Iterable[Any] | None) -> list[Any]:
+    """Batches as a list. ValueError for a single one, whose rows or names would pass for batches."""
+    if isinstance(batches, (Tensor, Mapping)):
+        raise ValueError(f"batches is a {type(batches).__name__}; give a list of batches, [batch] for a single one")
+    return [] if batches is None else list(batches)
+
+
 def gradient(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, params: str | Sequence[str], *, seed: int = 0) -> dict[str, Tensor]:
     """dL/dw of the chosen parameters with its sign, summed over batches and processes; everything else as in `score`.
 
     Of a parameter that is a mask this is what switching an entry does to the loss, to first order (PAD-Net section 4.2).
     """
-    names, batches = list(select(model, params)), list(batches)
+    names, batches = list(select(model, params)), listed(batches)
     if not batches:
         raise ValueError("a gradient looks at data, and there are no batches")
     with _undisturbed(model, seed):

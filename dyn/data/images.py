@@ -58,6 +58,13 @@ class ImageSource:
     erase: float = 0.0
     seed: int = 0
 
+    def check(self) -> None:
+        """ValueError for what cannot be."""
+        if self.size < 8 or not 0 <= self.erase <= 1 or (self.auto_augment and self.augment == "padded"):
+            raise ValueError(f"images: size={self.size} must be at least 8, erase={self.erase} in [0, 1], and auto_augment needs augment=resized, "
+                             f"not {self.augment}")
+        at_least_one(self, "train_limit", "validation_limit")
+
 
 @dataclass
 class ImageData:
@@ -176,10 +183,7 @@ def open_images(source: ImageSource, *, log: Callable[[str], None] = print, cach
     Raises:
         ValueError: nothing found, an unreadable small image, a split without labels, a label out of range, settings that do not fit.
     """
-    if source.size < 8 or not 0 <= source.erase <= 1 or (source.auto_augment and source.augment == "padded"):
-        raise ValueError(f"images: size={source.size} must be at least 8, erase={source.erase} in [0, 1], and auto_augment needs augment=resized, "
-                         f"not {source.augment}")
-    at_least_one(source, "train_limit", "validation_limit")
+    source.check()
     if (arrays := small_images.find(source.path, source.seed, cache)) is not None:
         data = _of_arrays(arrays, source)
     else:

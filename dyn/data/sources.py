@@ -57,6 +57,8 @@ class TextSource:
 
     def __post_init__(self) -> None:
         at_least_one(self, "max_tokens", "max_validation_tokens", of=f" of the text {self.path!r}")
+        if self.domains == []:
+            raise ValueError(f"domains=[] of the text {self.path!r}: name one at least, or null for all")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -226,10 +228,11 @@ def _ask_hub(source: TextSource, question: Callable, *args: str) -> list[str]:
         return list(question(resolve(source.path), *args, revision=source.revision))
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         if (place := Path(resolve(source.path))).is_dir():
-            empty = [str(file.relative_to(place)) for file in sorted(place.rglob("*")) if file.is_file() and not file.stat().st_size]
-            more = f"; without a byte: {', '.join(empty[:5])}" if empty else ""
+            files = _files(place)
+            empty = [name for name, size, _ in files if not size]
+            more = f"; without a byte: {', '.join(empty[:5])}" if empty else f"; its files: {', '.join(name for name, *_ in files[:5])}" if files else ""
             what = "/".join(map(str, args)) or "the folder"
-            raise ValueError(f"{place}: {what} cannot be read as a data set ({type(error).__name__}: {error}){more}") from error
+            raise ValueError(f"{place}: {what} cannot be read as a data set ({_reason(error)}){more}") from error
         looked = "a folder" + (", a copy below $DYN_DATA" if os.environ.get("DYN_DATA") else " (DYN_DATA, a folder of local copies, is not set)")
         raise ValueError(f"path={source.path!r}: no data set; looked for {looked} and on the hub ({type(error).__name__}: {error})") from error
 
@@ -249,10 +252,14 @@ def _files(folder: Path) -> list[tuple[str, int, int]]:
     return sorted((f.relative_to(folder).as_posix(), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
 
 
-def _unreadable(where: str, error: Exception) -> ValueError:
+def _reason(error: BaseException) -> str:
     """`datasets` raises of every kind, often with the reason in the cause."""
     cause = error.__cause__ or error
-    return ValueError(f"{where}: cannot be read ({type(cause).__name__}: {cause}); allowed are the files that the library datasets reads, whole")
+    return f"{type(cause).__name__}: {cause}"
+
+
+def _unreadable(where: str, error: Exception) -> ValueError:
+    return ValueError(f"{where}: cannot be read ({_reason(error)}); allowed are the files that the library datasets reads, whole")
 
 
 def _read(source: TextSource | JoinedText, config: str, split: str, columns: list[str]) -> Iterator[dict]:

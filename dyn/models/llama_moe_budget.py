@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dyn.core.calibrate import allocate, routed_activations
 from dyn.models.llama_moe_calibrate import LayerFit, activations, active_neurons, check_enough, fit_layers, walk
-from dyn.models.llama_moe_construct import FITTED, METHODS
+from dyn.models.llama_moe_construct import METHODS, fitted
 from dyn.models.llama_moe_convert import check_ints, moe_config
 from dyn.models.llama_moe_dense import causal, plain_arithmetic
 from dyn.models.llama_moe_measure import check_batches, placed, summed_divergence
@@ -48,8 +48,8 @@ def layer_budgets(dense: PreTrainedModel, *, num_experts: int = 32, num_experts_
         raise ValueError(f"layer_budgets measures a network, got {type(dense).__name__}; load it first")
     dense = causal(dense)
     prune = construction == "prune"
-    if not prune and construction not in FITTED:
-        raise ValueError(f"construction={construction!r} has no budgets to measure; allowed: {', '.join(FITTED)}, prune")
+    if not prune and construction not in fitted():
+        raise ValueError(f"construction={construction!r} has no budgets to measure; allowed: {', '.join(fitted())}, prune")
     n, k, batches, held_out = num_experts, num_experts_per_tok, list(batches), list(held_out)
     levels = [k] if levels is None else list(levels)
     check_ints(num_experts=n, num_experts_per_tok=k, **{f"levels[{i}]": level for i, level in enumerate(levels)})

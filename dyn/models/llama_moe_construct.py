@@ -171,8 +171,11 @@ METHODS: dict[str, Method] = {
     "cmoe": Method(cmoe, needs="activations"),
     "expert_weaver": Method(expert_weaver, needs="activations"),
 }
-FITTED = tuple(name for name, method in METHODS.items() if method.needs == "activations")
-"""Constructions whose groups and gates are fitted to activations."""
+
+
+def fitted() -> list[str]:
+    """Constructions whose groups and gates are fitted to activations."""
+    return [name for name, method in METHODS.items() if method.needs == "activations"]
 
 
 @dataclass(kw_only=True, slots=True)

@@ -24,6 +24,7 @@ from transformers import (
     BertModel,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers import logging as hf_logging
 
@@ -115,6 +116,17 @@ def dense_config(source: str | Path) -> PretrainedConfig:
         raise ValueError(f"{source} is no model that transformers can load: {str(error).splitlines()[0]}") from error
 
 
+def load_tokenizer(source: str | Path, setting: str = "model.source") -> PreTrainedTokenizerBase:
+    """The tokenizer of a packaged model's name, a folder or a hub id; `setting` gave it. ValueError, in one line, where there is none."""
+    if Path(source).exists() and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"{setting}={source} is no model folder: it has no config.json")
+    try:
+        return AutoTokenizer.from_pretrained(packaged(source) if source in PACKAGED else source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{setting}={source} has no tokenizer that transformers can load: {str(error).splitlines()[0].rstrip(':. ')}; give a folder with the "
+                         "model and its tokenizer, or a hub id that can be reached") from error
+
+
 def sentence_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
     """A pre-trained encoder with a new head for sentences of `num_labels` outputs; see `_pretrained`."""
     return _pretrained(AutoModelForSequenceClassification, "encoder", source, num_labels=num_labels)
@@ -136,6 +148,17 @@ def summariser(source: str | Path, vocab_size: int) -> PreTrainedModel:
         vocab_size=vocab_size, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
         decoder_ffn_dim=64, max_position_embeddings=128, pad_token_id=vocab_size - 1, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
         forced_eos_token_id=2))
+
+
+def with_places(net: PreTrainedModel, tokens: int, setting: str = "data.max_length") -> PreTrainedModel:
+    """The network, if it has places for so many tokens, which `setting` asks for; else ValueError."""
+    config = net.config
+    places = getattr(config, "max_position_embeddings", None) or tokens
+    if "roberta" in config.model_type:  # counts from behind the padding's place
+        places -= config.pad_token_id + 1
+    if tokens > places:
+        raise ValueError(f"{setting}={tokens} is more than the {places} tokens that {type(net).__name__} has places for")
+    return net
 
 
 def _pretrained(kind: Any, what: str, source: str | Path, **config: Any) -> PreTrainedModel:

@@ -91,6 +91,8 @@ class Banked(nn.Module):
         """
         if self.weight is not None and (mask.dtype != torch.bool or mask.shape != self.weight.shape[1:]):
             raise ValueError(f"mask must be bool {list(self.weight.shape[1:])}, one set of the bank; got {mask.dtype} {list(mask.shape)}")
+        if isinstance(static, Tensor) and static.shape != mask.shape:
+            raise ValueError(f"static values must be {list(mask.shape)}, as the mask; got {list(static.shape)}")
         partial, values = self.add_partial(self.partial.scales if self.partial else "both"), static if isinstance(static, Tensor) else self.static_start(static)
         trained = self.trained
         partial.train_factor(mask, trained)

@@ -45,7 +45,7 @@ class MixedConv2d(Banked):
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         where = f"{type(self).__name__}({in_channels}, {out_channels}, {kernel_size})"
-        if any(not isinstance(n, int) or n < 1 for n in (in_channels, out_channels, num_kernels, reduction)):
+        if any(type(n) is not int or n < 1 for n in (in_channels, out_channels, num_kernels, reduction)):
             raise ValueError(f"{where}: numbers of channels, num_kernels={num_kernels} and reduction={reduction} must be integers, at least 1")
         if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"{where}: temperature={temperature} must be positive and finite")
@@ -103,6 +103,10 @@ class MixedConv2d(Banked):
     def is_static(self) -> bool:
         """Is the layer compact without a dynamic position? Its attention then weighs biases alone."""
         return isinstance(self.partial, CompactBank) and self.partial.num_dynamic == 0
+
+    def idle(self) -> list[nn.Module]:
+        """Parts of the attention that nothing asks where the layer `is_static`."""
+        return [self.attention] if self.bias is None else []
 
     def _static(self, x_BCHW: Tensor, kernel_OIhw: Tensor) -> Tensor:
         return F.conv2d(x_BCHW, kernel_OIhw, None, self.stride, self.padding, self.dilation, self.groups)
@@ -265,6 +269,10 @@ class ODConv2d(MixedConv2d):
     def alpha(self, x_BCHW: Tensor) -> Tensor:
         """Softmax over kernels; ones for a single kernel."""
         return self._alpha(self.attention.trunk(x_BCHW))
+
+    def idle(self) -> list[nn.Module]:
+        """See `MixedConv2d.idle`: biases ask for the kernels' weights alone, and of one kernel for nothing."""
+        return [self.attention] if self.bias is None or self.attention.kernel is None else self.attention.sigmoid_heads
 
     def expected_set(self) -> Tensor:
         """The mean over kernels times 1/2 for each of the other factors, where their sigmoids start."""

@@ -324,7 +324,7 @@ def check_gate(num_experts: int, k: int, kind: str, noise: bool, balance: str, c
         raise ValueError(f"gate={kind!r} is unknown{where}; allowed: {', '.join(GATES)}" + (f"; did you mean {near[0]!r}?" if near else ""))
     if balance not in get_args(Balance):
         raise ValueError(f"balance={balance!r} is unknown{where}; allowed: {', '.join(get_args(Balance))}")
-    if not isinstance(num_experts, int) or not isinstance(k, int) or not 1 <= k <= num_experts:
+    if type(num_experts) is not int or type(k) is not int or not 1 <= k <= num_experts:
         raise ValueError(f"num_experts_per_tok={k} must be between 1 and num_experts={num_experts}, both integers{where}")
     if (only := GATES[kind].only_k(num_experts)) not in (None, k):
         raise ValueError(f"gate={kind!r} needs num_experts_per_tok={only}, got {k} of {num_experts} experts{where}")

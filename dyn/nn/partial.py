@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dyn.core.mixture import Scales
 from dyn.core.partition import Keep, Scope, keep_masks
 from dyn.core.rounds import Masks, Schedule, kept_counts, partition_in_rounds
-from dyn.core.saliency import APART, DATA_DRIVEN, Loss, gradient, score
+from dyn.core.saliency import APART, DATA_DRIVEN, Loss, gradient, listed, score
 from dyn.nn.bank import Banked, CompactBank, PartialBank, StaticStart
 from dyn.nn.dynamic_conv import DynamicConv2d, MixedConv2d, set_temperature
 from dyn.nn.linear_experts import LinearExperts
@@ -97,11 +97,11 @@ def make_partial(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, keep: 
         how = "monotone=False ranks" if not monotone else "shuffle moves"
         raise ValueError(f"{how} positions that are static already, whose kernels are gone: {there[0]}; start from a fully dynamic model")
     total = sum(m.weight[0].numel() for m in layers.values())
-    keep = float(keep) if keep in (0, 1) else keep  # 1 means all, also where it is written as an int
+    keep = float(keep) if type(keep) is int and keep in (0, 1) else keep  # 1 means all, also where it is written as an int
     count = kept_counts(total, keep, rounds, schedule, "up")[-1]
     if scope not in get_args(Scope):
         raise ValueError(f"scope={scope!r} is unknown; allowed: {', '.join(get_args(Scope))}")
-    batches = list(batches) if batches is not None else []
+    batches = listed(batches)
     before = {name: (m.partial, *((m.partial.mask, m.partial.static) if m.partial else (None, None))) for name, m in layers.items()}
     try:
         generator = torch.Generator().manual_seed(seed + APART)
@@ -329,13 +329,13 @@ def compact(model: nn.Module, expand: bool = False) -> nn.Module:
 
 
 def _fit_attention(layer: MixedConv2d, _: object = None) -> None:
-    """Where nothing asks the attention it does not train: processes wait for gradients of all that does. A file with dynamic positions makes it train again."""
-    trains = getattr(layer, "attention_trains", False)
-    if layer.is_static and layer.bias is None:
-        layer.attention_trains = trains or any(p.requires_grad for p in layer.attention.parameters())
-        layer.attention.requires_grad_(False)
-    elif trains:
-        layer.attention.requires_grad_(True)
+    """What nothing asks of the attention does not train: processes wait for gradients of all that does. A file with dynamic positions makes it train again."""
+    trains, idle = getattr(layer, "attention_trains", False), layer.idle()
+    if layer.is_static:
+        layer.attention_trains = trains or any(p.requires_grad for part in idle for p in part.parameters())
+    for part in idle:
+        if layer.is_static or trains:
+            part.requires_grad_(not layer.is_static)
 
 
 def _compact_bank(layer: Banked, expand: bool) -> CompactBank:

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 from dyn.data.glue import TASKS
 from dyn.data.squad import open_questions
 from dyn.data.summaries import open_summaries
 from dyn.data.tiny import tiny_tokenizer
-from dyn.models.packaged import PACKAGED, dense_config, packaged, question_answerer, summariser
+from dyn.models.packaged import dense_config, load_tokenizer, question_answerer, summariser, with_places
 from dyn.train import sentences
 from dyn.train.adapt import Job
 from dyn.train.classify import Classifier
@@ -76,7 +75,7 @@ def questions(cfg: Any, run: Any) -> Job:
     def answer(said: Any) -> dict[str, Any]:
         return {"id": said.id, "text": said.text, "null": said.null, "exact_match": said.em, "f1": said.f1, "spans": [list(span) for span in said.spans[:3]]}
 
-    return Job(data, _seeded(cfg, lambda: question_answerer(cfg.source, len(tokenizer))), question_loss, task,
+    return Job(data, _seeded(cfg, lambda: with_places(question_answerer(cfg.source, len(tokenizer)), cfg.data.max_length)), question_loss, task,
                ("f1", "exact_match", "f1_answerable", "f1_unanswerable", "best_f1"), lambda said: [answer(one) for one in said],
                {"pruned": {"dense": "SNIP at 40 % pruned is better than the dense adapter on SQuAD (the paper's table 2)"}},
                {"source": "google-bert/bert-base-uncased", "path": "rajpurkar/squad"}, lambda answers: _means(answers, lambda said: said.f1),
@@ -96,7 +95,8 @@ def summaries(cfg: Any, run: Any) -> Job:
         return {"index": said.index, "text": said.text, "rouge": list(said.rouge)}
 
     loss = functools.partial(summary_loss, smoothing=cfg.generate.label_smoothing)
-    build = _seeded(cfg, lambda: summariser(cfg.source, len(tokenizer)))
+    longest = cfg.data.max_document + (cfg.data.max_summary if decoder else 0)
+    build = _seeded(cfg, lambda: with_places(summariser(cfg.source, len(tokenizer)), longest, f"data.max_document{' + data.max_summary' if decoder else ''}"))
     return Job(data, build, loss, task, ("rouge2", "rouge1", "rougeL", "length"), lambda said: [answer(one) for one in said],
                {"pruned": {"dense": "SNIP at 40 % pruned is better than the dense adapter on XSum (the paper's table 2)"}},
                {"source": "facebook/bart-large", "path": "EdinburghNLP/xsum"}, lambda answers: _means(answers, lambda said: said.rouge[1]))
@@ -113,10 +113,4 @@ def _seeded(cfg: Any, build: Any) -> Any:
 
 
 def _tokenizer(source: str) -> Any:
-    if source == "tiny":
-        return tiny_tokenizer(framed=True)
-    try:
-        return AutoTokenizer.from_pretrained(packaged(source) if source in PACKAGED else source)
-    except OSError as error:
-        raise ValueError(f"source={source}: no tokenizer that transformers can load ({str(error).splitlines()[0]}); give a folder with the model and its "
-                         "tokenizer, or a hub id that can be reached") from error
+    return tiny_tokenizer(framed=True) if source == "tiny" else load_tokenizer(source, "source")

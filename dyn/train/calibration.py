@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dyn.data.tokens import Tokens
 from dyn.models.llama_moe_calibrate import active_neurons
-from dyn.models.llama_moe_construct import FITTED, METHODS
+from dyn.models.llama_moe_construct import METHODS, fitted
 from dyn.models.llama_moe_convert import moe_config
 
 
@@ -67,8 +67,8 @@ def check_conversion(cfg: Any, dense: Any) -> Any:
         mixture = moe_config(dense, model.construction, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
                              num_shared_experts=model.num_shared_experts, score_scale=model.score_scale)
         needs = METHODS[model.construction].needs
-        if model.budgets and model.construction not in FITTED:
-            raise ValueError(f"model.budgets=true is for model.construction={', '.join(FITTED)} and model.kind=prune, got {model.construction}")
+        if model.budgets and model.construction not in fitted():
+            raise ValueError(f"model.budgets=true is for model.construction={', '.join(fitted())} and model.kind=prune, got {model.construction}")
     sequences = cfg.calibration_tokens // cfg.calibration_length
     if needs == "scores" and sequences < model.num_experts:
         raise ValueError(f"calibration_tokens={cfg.calibration_tokens} are {sequences} sequences of calibration_length={cfg.calibration_length}: too few for a "
@@ -130,5 +130,5 @@ def gate_lr(cfg: Any, kind: str) -> float | None:
     """`optim.gate_lr` of a training. Where it is not set, gates that were fitted to activations have a hundredth of the peak rate: their weights are so small
     that a few dozen steps at the rate itself rewrite them (docs/llama_moe.md)."""
     model = cfg.model
-    fitted = kind == "moe" and model.construction in FITTED and model.start == "pretrained" and model.train == "all"
-    return 0.01 * cfg.optim.lr if fitted and cfg.optim.gate_lr is None else cfg.optim.gate_lr
+    slow = kind == "moe" and model.construction in fitted() and model.start == "pretrained" and model.train == "all"
+    return 0.01 * cfg.optim.lr if slow and cfg.optim.gate_lr is None else cfg.optim.gate_lr

@@ -32,11 +32,11 @@ from dyn.models.llama_moe_align import align
 from dyn.models.llama_moe_construct import METHODS
 from dyn.models.llama_moe_dense import load_dense, read_config
 from dyn.models.llama_moe_diagnose import domain_losses, ideal_routing, layer_contributions, neuron_oracle, routing_statistics
-from dyn.models.packaged import cache_folder
+from dyn.models.packaged import cache_folder, load_tokenizer
 from dyn.nn.surgery import count_parameters, flops_per_token
 from dyn.train.calibration import budget_text, check_conversion, check_vocabulary, draw_calibration
 from dyn.train.distill import parent_hash
-from dyn.train.pretrain import MADE, Corpus, find_source, load_corpus, load_tokenizer
+from dyn.train.pretrain import MADE, Corpus, find_source, load_corpus
 from dyn.train.speed import interleaved
 
 PAPER_SIZE = 6_000_000_000  # parameters of the smallest model of the training-free papers (LLaMA-2-7B)

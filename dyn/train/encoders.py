@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from dyn import env, figures
 from dyn.data.glue import DOCSTRINGS, EXAMPLES, NOT_IN_MEANS, TASKS, SentenceData, SentenceSet
 from dyn.models.encoder import make_moe, moe_layers
-from dyn.models.packaged import sentence_classifier
+from dyn.models.packaged import sentence_classifier, with_places
 from dyn.nn.bank import Banked
 from dyn.nn.experts import check_gate
 from dyn.nn.surgery import compact, dynamic_shares, macs_per_sentence
@@ -43,7 +43,7 @@ def train_encoders(cfg: Any, run: Any) -> dict[str, Any]:
     """Partition, train, compact, measure. Returns the metrics, fills `run.cost` and `run.notes`."""
     check_world(cfg.trainer)
     check_gate(cfg.model.num_experts, cfg.model.num_experts_per_tok, cfg.model.gate, False, "importance_load", where="model.gate")
-    data = {found.task: found for task in cfg.tasks for found in (sentences.open_task(cfg, run, cfg.model.source, task),)}  # the docstring task as itself
+    data = {found.task: found for task in cfg.tasks for found in (sentences.open_task(cfg, run, cfg.model.source, task, "model.source"),)}
     for caveat in (warnings := sentences.caveats(cfg.model.source, data)):
         run.log(f"warning: {caveat}")
     models = by_method(cfg.model, cfg.beside)
@@ -248,7 +248,8 @@ def _planned(cfg: Any, model: Any) -> dict[str, Any]:
     """Parameters, multiply-adds and memory of one network."""
     labels = max((TASKS.get(task, DOCSTRINGS).labels for task in cfg.tasks), default=2)
     with torch.device("meta"):
-        net = _with_experts(sentence_classifier("google-bert/bert-base-uncased" if model.source == "tiny" else model.source, max(1, labels)), model)
+        net = sentence_classifier("google-bert/bert-base-uncased" if model.source == "tiny" else model.source, max(1, labels))
+        net = _with_experts(with_places(net, cfg.data.max_length), model)
     parameters, _, _ = planned_parameters(net, model, model.num_experts)
     return {"parameters": parameters, f"MACs a sentence of {cfg.data.max_length} tokens": macs_per_sentence(net, cfg.data.max_length),
             "memory, GiB (weights, gradients, AdamW)": round(16 * parameters["total"] / GIB, 2)}

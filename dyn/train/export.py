@@ -20,6 +20,7 @@ import transformers
 
 from dyn.models.llama_moe import Construction, LlamaMoeForCausalLM
 from dyn.models.llama_moe_dense import check_weights
+from dyn.models.packaged import load_tokenizer
 from dyn.train.checkpoint import find_checkpoint, verify_checkpoint
 
 PAPER_TASKS: dict[str, int] = {
@@ -65,7 +66,7 @@ def export(source: str | Path, out: str | Path, *, name: str = "", tokenizer: st
         source: run folder or checkpoint.
         out: a folder that does not exist yet, or is empty.
         name: which training of the run, where there are several.
-        tokenizer: folder or hub id of a tokenizer that goes along.
+        tokenizer: folder or hub id of a tokenizer that goes along; None: the one beside the model that the run itself has exported, if it has.
 
     Raises:
         ValueError: no checkpoint, several trainings and no name, an `out` in use.
@@ -74,6 +75,8 @@ def export(source: str | Path, out: str | Path, *, name: str = "", tokenizer: st
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} is in use; give a folder that does not exist or is empty")
     net = load_net(source if source.is_file() else _of_run(source, name))
+    if tokenizer is None and (beside := source / "export" / "tokenizer_config.json").is_file():
+        tokenizer = beside.parent
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -141,7 +144,7 @@ def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     parser = argparse.ArgumentParser(prog="python -m dyn.train.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     if words[:1] == ["eval"]:
-        parser.add_argument("folder")
+        parser.add_argument("folder", metavar="FOLDER")
         parser.add_argument("--tasks", required=True, help="names with commas, or paper")
         parser.add_argument("--shots", type=int)
         parser.add_argument("--limit", type=int)
@@ -156,6 +159,7 @@ def main(words: Sequence[str] | None = None) -> int:
             if given.out and not Path(given.out).resolve().parent.is_dir():
                 raise ValueError(f"--out {given.out}: its folder does not exist")
             check_weights(given.folder)
+            load_tokenizer(given.folder, "FOLDER")
             results = run_harness(given.folder, tasks, include_path=given.include_path, limit=given.limit, batch_size=batch, device=given.device)
         except (ValueError, OSError) as error:
             parser.error(str(error))

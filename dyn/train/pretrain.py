@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from dyn import env, figures
 from dyn.data.filters import FILTERS, WEB, Fluency
-from dyn.data.mixture import MixtureLoader, domain_weights, validation_batches
+from dyn.data.mixture import WEIGHTS, MixtureLoader, domain_weights, validation_batches
+from dyn.data.sources import choose
 from dyn.data.teacher import fingerprint
 from dyn.data.tiny import tiny_corpus, tiny_tokenizer
 from dyn.data.tokens import Tokens, shard
 from dyn.models.llama_moe import LlamaMoeForCausalLM, from_dense, prune_dense
 from dyn.models.llama_moe_dense import check_weights, fresh, load_dense, read_config
-from dyn.models.packaged import PACKAGED, cache_folder, dense_config, packaged
+from dyn.models.packaged import PACKAGED, cache_folder, dense_config, load_tokenizer, packaged
 from dyn.nn.experts import Gate
 from dyn.nn.surgery import count_parameters, flops_per_token, train_only
 from dyn.train.calibration import check_amount, check_vocabulary, draw_calibration, gate_lr, reads_text
@@ -74,6 +74,8 @@ def pretrain(cfg: Any, run: Any) -> dict[str, float]:
     calibration_batches(cfg, corpus)  # refuses too little text before references are measured and teachers asked
     before = run.stage("dense, untrained", lambda: _measure_dense(cfg, source, tokenizer, corpus))
     gc.collect()  # trainers and their networks hold each other; two at once would not fit a small machine
+    if broken := [d for d, loss in before["losses"].items() if not math.isfinite(loss)]:
+        raise ValueError(f"model.source={cfg.model.source}: the dense model's held-out loss is not finite ({', '.join(broken)}); are its weights whole?")
     run.log(f"dense model, {before['parameters']:,} parameters; held-out loss: " + ", ".join(f"{d} {v:.3f}" for d, v in before["losses"].items()))
     steps = before["steps"]
     if steps < cfg.steps():
@@ -111,14 +113,6 @@ def find_source(cfg: Any, run: Any, rank: int = 0) -> Any:
     return source
 
 
-def load_tokenizer(source: Any) -> Any:
-    """The tokenizer of a folder or hub id; ValueError in one line where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.source={source} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
-
-
 def load_corpus(cfg: Any, run: Any, source: Any, tokenizer: Any) -> Corpus:
     """Shard the text (or find it sharded) and cut held-out batches.
 
@@ -128,6 +122,8 @@ def load_corpus(cfg: Any, run: Any, source: Any, tokenizer: Any) -> Corpus:
     data = cfg.data
 
     def weigh(domains: list[str]) -> dict[str, float]:
+        choose(data.stand_for, domains if data.text.domains is None else {**data.stand_for}, "data.stand_for")
+        choose(data.stand_for.values(), WEIGHTS["llama"], "data.stand_for", "domain of the paper")
         shares = domain_weights(data.weights, [data.stand_for.get(d, d) for d in domains])
         return {d: shares[data.stand_for.get(d, d)] for d in domains}
 

@@ -19,13 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from dyn import env
 from dyn.data.glue import NOT_IN_MEANS, SentenceData, SentenceSet, open_sentences
 from dyn.data.loader import EvaluationLoader, ResumableLoader
 from dyn.data.tiny import tiny_glue, tiny_tokenizer
-from dyn.models.packaged import PACKAGED, SEEN, packaged, sentence_classifier, tiny_encoder
+from dyn.models.packaged import PACKAGED, SEEN, load_tokenizer, packaged, sentence_classifier, tiny_encoder, with_places
 from dyn.train.classify import Answers
 from dyn.train.speed import interleaved, on_device, seconds_per_micro_batch
 from dyn.train.trainer import on_gpu, own_device, world
@@ -33,16 +32,13 @@ from dyn.train.trainer import on_gpu, own_device, world
 Inputs = dict[str, Tensor]
 
 
-def open_task(cfg: Any, run: Any, source: str, task: str) -> SentenceData:
-    """The data of one task for the encoder `source`; the path "tiny" is generated into the run folder. The log says what was taken."""
+def open_task(cfg: Any, run: Any, source: str, task: str, setting: str = "source") -> SentenceData:
+    """The data of one task for the encoder `source`, which `setting` names; the path "tiny" is generated into the run folder. The log says what was taken."""
     data, rank = dataclasses.replace(cfg.data, task=task), world(cfg.trainer)[0]
     if data.path == "tiny":
         env.once(run.folder / "tiny-glue", lambda part: tiny_glue(part, ("cola", "mrpc", "stsb")), rank)
         data = dataclasses.replace(data, path=str(run.folder / "tiny-glue"))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(encoder_folder(source, run, rank))
-    except OSError as error:
-        raise ValueError(f"{source} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
+    tokenizer = load_tokenizer(encoder_folder(source, run, rank), setting)
     return open_sentences(data, tokenizer, multiple=8 if on_gpu(cfg.trainer) else 1, log=run.log)
 
 
@@ -64,7 +60,9 @@ def build(cfg: Any, run: Any, source: str, data: SentenceData) -> nn.Module:
     """The encoder with a head for the task; the head, and what is drawn after it, follow from `cfg.seed`."""
     folder = encoder_folder(source, run, world(cfg.trainer)[0])
     torch.manual_seed(cfg.seed)
-    net = sentence_classifier(folder, data.num_labels)
+    net = with_places(sentence_classifier(folder, data.num_labels), cfg.data.max_length)
+    if net.config.pad_token_id is None:
+        net.config.pad_token_id = data.train.pads["input_ids"]  # decoders look for a sentence's last token by it
     if not on_gpu(cfg.trainer):
         net.set_attn_implementation("eager")  # with dropout a CPU has no fused attention, and the plain one has fewer passes
     return net

@@ -52,8 +52,10 @@ class TrainerConfig:
 
     @property
     def kind(self) -> str:
-        """The strategy that is meant: single, ddp or fsdp2."""
-        return self.strategy if self.strategy != "auto" else "single" if self.world_size == 1 else "ddp" if self.num_nodes == 1 else "fsdp2"
+        """The strategy that is meant: single, ddp or fsdp2. One process has nothing to shard."""
+        if self.world_size == 1 and self.strategy != "ddp":
+            return "single"
+        return self.strategy if self.strategy != "auto" else "ddp" if self.num_nodes == 1 else "fsdp2"
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,6 +1,7 @@
 """lm-evaluation-harness, offline, on a local task: an exported checkpoint, and a model in memory; its numbers against our own."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from dyn.data.tiny import tiny_tokenizer
 from dyn.models.llama_moe import Construction, LlamaMoeConfig, LlamaMoeForCausalLM
+from dyn.models.packaged import load_tokenizer
 from dyn.train.checkpoint import AtomicCheckpointIO
 from dyn.train.export import export, load_net, main, run_harness
 from dyn.train.optim import OptimConfig
@@ -133,6 +135,14 @@ def test_without_the_extra_one_clear_error(monkeypatch):
 def test_the_command_line_exports(place, tmp_path, capsys):
     assert main([str(place / "run"), str(tmp_path / "out"), "--name", "moe"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out") and (tmp_path / "out" / "model.safetensors").is_file()
+    with pytest.raises(SystemExit):
+        main(["eval", str(tmp_path / "out"), "--tasks", "tiny_choice"])
+    assert f"FOLDER={tmp_path / 'out'} has no tokenizer that transformers can load" in capsys.readouterr().err
+    shutil.copytree(place / "run", tmp_path / "run")
+    tiny_tokenizer().save_pretrained(tmp_path / "run" / "export")
+    assert main([str(tmp_path / "run"), str(tmp_path / "other"), "--name", "moe"]) == 0  # the run's own tokenizer goes along
+    assert load_tokenizer(tmp_path / "other")("a b")["input_ids"] == tiny_tokenizer()("a b")["input_ids"]
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         main([str(place / "run"), str(tmp_path / "out")])
     assert "is in use" in capsys.readouterr().err

@@ -33,7 +33,8 @@ def experiment(task: str):
 @pytest.mark.parametrize("task", ["squad", "xsum"])
 @pytest.mark.parametrize(("words", "message"), [
     (["beside=[{kind: none},{kind: none}]"], "beside and sparse must be networks that differ, got full fine-tuning; full fine-tuning"),
-    (["rates=[1e-4]"], r"rates=\[0.0001\] must be positive and differ, .*data.tuning=0.0 must be above 0"), (["trainer.strategy=fsdp2"], "strategy=ddp"),
+    (["rates=[1e-4]"], r"rates=\[0.0001\] must be positive and differ, .*data.tuning=0.0 must be above 0"),
+    (["trainer.strategy=fsdp2", "trainer.devices=2"], "strategy=ddp"),
     (["trainer.max_steps=7"], "trainer.max_steps=7 would be ignored by this experiment; set epochs"), (["epochs=0"], "epochs=0.0 and minutes=None"),
     (["sparse.keep=0"], r"sparse: keep=0.0 must lie in \(0, 1\]"), (["minutes=3", "trainer.devices=2"], "minutes=3.0 is for one device"),
     (["sparse.kind=hulsby"], "nearest: 'houlsby'"), (["eval_batch_size=0"], "eval_batch_size=0 must be at least 1"),
@@ -132,4 +133,4 @@ def test_without_a_model_the_refusal_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["sparse_adapter_xsum", "profile=smoke", f"runs={tmp_path}", "source=someone/bart"]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "source=someone/bart: no tokenizer that transformers can load" in line and "give a folder with the model" in line
+    assert "source=someone/bart has no tokenizer that transformers can load" in line and "give a folder with the model" in line

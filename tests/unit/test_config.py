@@ -144,6 +144,7 @@ def test_refusals_of_words(word, parts):
         ("dense:\n  kind: no\n", ["x.bad.yaml, dense.kind", "'adamw' or 'sgd'"]),
         ("seed: 1\nseed: 2\n", ["x.bad.yaml", "duplicate"]),
         ("- seed\n", ["x.bad.yaml", "list"]),
+        ("5\n", ["x.bad.yaml", "number"]),
         ("seed: [1\n", ["x.bad.yaml", "not valid YAML"]),
     ],
 )

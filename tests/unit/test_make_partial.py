@@ -11,8 +11,8 @@ from torch import nn
 from dyn.core.partition import kept_count
 from dyn.nn import partial as partial_module
 from dyn.nn.bank import Banked
-from dyn.nn.dynamic_conv import set_temperature
-from dyn.nn.partial import CRITERIA, compact, make_partial, settle, switches
+from dyn.nn.dynamic_conv import KINDS, set_temperature
+from dyn.nn.partial import CRITERIA, PartialConv2d, compact, make_partial, settle, switches
 from dyn.nn.surgery import count_parameters, dynamic_shares, make_dynamic
 
 TOTAL = 8 * 4 * 9 + 8 * 4 * 9 + 10 * 8
@@ -374,7 +374,9 @@ def test_scale_ablations(scales):
 @pytest.mark.parametrize(("change", "message"), [
     (dict(keep=1.5), r"keep=1.5 must be a share in \[0, 1\] or an int count"), (dict(keep=-0.1), r"keep=-0.1 must be a share"),
     (dict(keep=10_000), "must lie in 0..656"), (dict(rounds=0), "rounds=0 must be an integer, at least 1"),
-    (dict(rounds=2.5), "rounds=2.5 must be an integer"), (dict(rounds=0, keep=0.0), "rounds=0 must be"),
+    (dict(rounds=2.5), "rounds=2.5 must be an integer"), (dict(keep=True), "keep=True must be a share"), (dict(rounds=True), "rounds=True must be an integer"),
+    (dict(batches=torch.zeros(2, 3, 9, 9)), r"batches is a Tensor; give a list of batches, \[batch\] for a single one"),
+    (dict(rounds=0, keep=0.0), "rounds=0 must be"),
     (dict(schedule="x", keep=1.0), "schedule='x' is unknown"),
     (dict(scope="x", keep=0.0), "scope='x' is unknown"),
     (dict(schedule="cosine"), "schedule='cosine' is unknown; allowed: exponential, linear"),
@@ -392,6 +394,29 @@ def test_errors(change, message):
 def test_the_ends_of_the_scale_may_be_ints(keep):
     model = make_partial(network(), data(), loss, keep=keep)
     assert set(dynamic_shares(model).values()) == {keep}
+
+
+@pytest.mark.parametrize("kind", ["dyconv", "condconv", "odconv"])
+@pytest.mark.parametrize("num_kernels", [1, 3])
+def test_a_compact_layer_trains_what_its_output_asks_for(kind, num_kernels):
+    """Processes that train together wait for the gradients of all that trains."""
+    layer = KINDS[kind](4, 6, 3, bias=True, num_kernels=num_kernels, reduction=1).train()
+    x = torch.randn(5, 4, 7, 7)
+    small = compact(nn.Sequential(copy.deepcopy(make_partial(nn.Sequential(layer), None, None, keep=0.0)[0])))
+    small(x).square().sum().backward()
+    assert all(p.grad is not None for p in small.parameters() if p.requires_grad)
+    some = compact(make_partial(nn.Sequential(KINDS[kind](4, 6, 3, bias=True, num_kernels=num_kernels, reduction=1)), None, None, keep=0.5, method="random"))
+    small.load_state_dict(some.state_dict())  # with dynamic positions all of it trains again
+    small.zero_grad(set_to_none=True)
+    small(x).square().sum().backward()
+    assert all(p.requires_grad and p.grad is not None for p in small[0].attention.parameters())
+
+
+def test_static_values_fit_the_mask():
+    mask = torch.ones(6, 4, 3, 3, dtype=torch.bool)
+    mask[0] = False
+    with pytest.raises(ValueError, match=r"static values must be \[6, 4, 3, 3\], as the mask; got \[4, 6, 3, 3\]"):
+        PartialConv2d(4, 6, 3, mask=mask, static=torch.zeros(4, 6, 3, 3))
 
 
 def test_scores_need_autograd():

@@ -12,10 +12,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaModel
 
 from dyn import config
 from dyn.data.glue import TASKS, SentenceData, SentenceSet
+from dyn.data.tiny import tiny_tokenizer
 from dyn.runfolder import Cancelled, Run, create
 from dyn.train import encoders, sentences
 from dyn.train.classify import Answers
@@ -60,7 +61,7 @@ def test_names_and_controls():
     (["model.num_experts_per_tok=9"], "num_experts_per_tok=9 must be at most num_experts=4"), (["trainer.max_steps=5"], "max_steps=5 would be ignored"),
     (["compact_examples=-1"], "compact_examples=-1 must be at least 1"), (["data.tuning=0.5"], "data.tuning=0.5 holds examples out"),
     (["classify.mixup=0.2"], "classify.mixup=0.2 and classify.cutmix=0.0 mix images"),
-    (["beside=[pad]"], "must be methods other than"), (["trainer.strategy=fsdp2"], "trainer.strategy=ddp"),
+    (["beside=[pad]"], "must be methods other than"), (["trainer.strategy=fsdp2", "trainer.devices=2"], "trainer.strategy=ddp"),
 ])
 def test_settings_that_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
@@ -126,10 +127,32 @@ def test_data_and_encoders_that_cannot_be_had(tmp_path, monkeypatch):
     assert opened.task == "docstrings" and opened.num_labels == 8 and len(opened.train) == 40
     assert opened.what.startswith("the docstring task in place of mrpc, which neither $DYN_DATA nor the hub gives")
     assert opened.what in (run.folder / "log.txt").read_text()
-    with pytest.raises(ValueError, match="no/such has no tokenizer that transformers can load"):
+    with pytest.raises(ValueError, match=r"^source=no/such has no tokenizer that transformers can load"):
         sentences.open_task(cfg, run, "no/such", "mrpc")
+    with pytest.raises(ValueError, match=r"^model\.source=.* is no model folder: it has no config\.json$"):
+        sentences.open_task(cfg, run, str(tmp_path), "mrpc", "model.source")
     with pytest.raises(ValueError, match="no/such is no encoder that transformers can load"):
         sentences.build(cfg, run, "no/such", opened)
+
+
+def test_a_decoder_reads_sentences_of_different_lengths(tmp_path):
+    tokenizer = tiny_tokenizer(framed=True)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    LlamaModel(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    cfg = smoke([])
+    run = new_run(tmp_path, cfg)
+    opened = sentences.open_task(cfg, run, str(tmp_path / "llama"), "mrpc")
+    assert config.pad_token_id is None and len(set(opened.train.lengths[:4])) > 1
+    net = sentences.build(cfg, run, str(tmp_path / "llama"), opened)
+    assert sentences.sentence_loss(net, opened.train.batch(np.arange(4), None)).isfinite()
+    with pytest.raises(ValueError, match=r"data.max_length=129 is more than the 128 tokens that BertForSequenceClassification has places for"):
+        sentences.build(smoke(["data.max_length=129"]), run, "tiny", opened)
+
+
+def test_a_plan_of_longer_sentences_than_the_encoder_takes():
+    with pytest.raises(ValueError, match=r"data\.max_length=600 is more than the 512 tokens that \w+ has places for"):
+        experiment.plan(config.load(experiment.Config, "padnet_bert_glue", "paper", ["data.max_length=600"], root=ROOT))
 
 
 def test_answers(tmp_path):

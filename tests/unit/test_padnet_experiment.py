@@ -78,7 +78,7 @@ def test_what_auto_stands_for():
     (["beside=[pad]"], "must be methods other than model.method=pad"),
     (["trainer.max_steps=10"], "trainer.max_steps=10 would be ignored by this experiment; set epochs"),
     (["minutes=2", "trainer.devices=2"], "minutes=2.0 is for one device"),
-    (["trainer.strategy=fsdp2", "trainer.devices=2"], "set trainer.strategy=ddp"),
+    (["data.size=0"], "data: images: size=0 must be at least 8"), (["trainer.strategy=fsdp2", "trainer.devices=2"], "set trainer.strategy=ddp"),
     (["pretrained=true"], "stem=stride2 must be imagenet"),
     (["compact_images=0"], "compact_images=0 must be at least 1"), (["model.partition_temperature=0"], "partition_temperature=0.0 must be above 0"),
     (["temperature_share=2"], "temperature_share=2.0 must lie in"),

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from dyn import config
 from dyn.data import tokens
 from dyn.data.tiny import tiny_corpus, tiny_documents, tiny_tokenizer
+from dyn.models.llama_moe_construct import METHODS
 from dyn.models.llama_moe_dense import load_dense
+from dyn.models.packaged import load_tokenizer
 from dyn.train import convert, pretrain
 from dyn.train.calibration import gate_lr
 from dyn.train.plan import plan_pretraining
@@ -97,8 +99,11 @@ def test_processes_that_do_not_match(tmp_path, monkeypatch):
 def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
         pretrain.check(settings(), types.SimpleNamespace(folder=tmp_path, resumed=False), tmp_path, tiny_tokenizer())
-    with pytest.raises(ValueError, match="no tokenizer"):
-        pretrain.load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"^source=.* is no model folder: it has no config\.json$"):
+        load_tokenizer(tmp_path, "source")
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^model\.source=.* has no tokenizer that transformers can load: .*$"):  # in one line
+        load_tokenizer(tmp_path)
 
 
 def corpus(cfg, tmp_path, documents=40, validation=True):
@@ -117,6 +122,18 @@ def test_weights_that_are_cut_short_are_named_before_text_is_read(tmp_path):
                 read()
 
 
+def test_weights_that_are_no_numbers_are_named_before_training(tmp_path):
+    net = LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=259))
+    net.lm_head.weight.data.fill_(torch.nan)
+    net.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    cfg = settings(source=str(tmp_path / "dense"))
+    cfg.data.text.path, cfg.data.cache = tiny_corpus(tmp_path / "text", documents=40), str(tmp_path / "tokens")
+    run = types.SimpleNamespace(folder=tmp_path, resumed=False, log=lambda _: None, stage=lambda _, fn: fn())
+    with pytest.raises(ValueError, match=r"the dense model's held-out loss is not finite \(red, green, blue\); are its weights whole\?"):
+        pretrain.pretrain(cfg, run)
+
+
 def test_blocks_longer_than_the_model_was_made_for_are_said(tmp_path):
     LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=259, max_position_embeddings=64)).save_pretrained(tmp_path)
     cfg, lines = settings(source=str(tmp_path)), []
@@ -130,6 +147,14 @@ def test_corpus_domains_weights_and_filters(tmp_path):
     cfg.data.stand_for = {"red": "en_cc", "green": "en_c4", "blue": "github"}
     made = corpus(cfg, tmp_path)
     assert list(made.train) == ["red", "green", "blue"] and sum(made.weights.values()) == pytest.approx(1)
+    for wrong, message in (({"rad": "en_cc"}, r"data.stand_for: no domain 'rad'; there are red, green, blue \(nearest: red\)"),
+                           ({"red": "en_ccc"}, r"data.stand_for: no domain of the paper 'en_ccc'; .* \(nearest: en_cc\)")):
+        cfg.data.stand_for = wrong
+        with pytest.raises(ValueError, match=message):
+            corpus(cfg, tmp_path)
+    cfg.data.stand_for, cfg.data.text.domains = {"red": "en_cc", "green": "en_c4"}, ["red"]  # of all domains, not of those that are taken
+    assert list(corpus(cfg, tmp_path).train) == ["red"]
+    cfg.data.text.domains = None
     cfg.data.block_size = 100_000
     with pytest.raises(ValueError, match=r"red has \d+.*data\.block_size=100000"):
         corpus(cfg, tmp_path)
@@ -308,8 +333,9 @@ def test_gates_that_cannot_be_trained_alone(words, what):
     (["model.construction=calibrated", "optim.gate_lr=0"], "moe", 0.0),
     (["model.construction=calibrated", "optim.gate_lr=1e-4"], "moe", 1e-4), (["model.construction=calibrated", "model.train=gates"], "moe", None),
     (["model.construction=calibrated", "model.start=scratch"], "moe", None), (["model.construction=calibrated"], "dense", None),
-    (["model.construction=random"], "moe", None)])
-def test_fitted_gates_train_slowly_beside_everything_else(words, kind, rate):
+    (["model.construction=random"], "moe", None), (["model.construction=mine"], "moe", 3e-6)])
+def test_fitted_gates_train_slowly_beside_everything_else(words, kind, rate, monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", METHODS["calibrated"])  # added as docs/extend.md says
     cfg = config.load(EXPERIMENT.Config, "llama_moe_cpt", "smoke", ["optim.lr=3e-4", *words], root=ROOT)
     assert gate_lr(cfg, kind) == pytest.approx(rate)
 

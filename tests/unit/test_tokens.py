@@ -1,4 +1,5 @@
 import errno
+import gzip
 import importlib.util
 import json
 import os
@@ -290,7 +291,7 @@ def test_tokenizer_without_bos_is_refused(corpus, tmp_path):
 @pytest.mark.parametrize(("settings", "message"), [
     ({"domains": ["gren"]}, "no domain 'gren'.*nearest: green"),
     ({"text_field": "body"}, "no column 'body'; found text"),
-    ({"held_out": 1.5}, "held_out=1.5"),
+    ({"held_out": 1.5}, "held_out=1.5"), ({"domains": []}, "domains=\\[\\] of the text .* null for all"),
     ({"domain_field": "meta"}, "needs a data set of one config"),
 ])
 def test_sources_refused(corpus, tokenizer, tmp_path, settings, message):
@@ -348,6 +349,15 @@ def test_a_file_without_a_byte_is_named(tokenizer, tmp_path):
     (tmp_path / "data" / "README.md").write_text("\n".join([*head, "---", ""]))
     with pytest.raises(ValueError, match=r"cannot be read as a data set .*; without a byte: beta/train.jsonl"):
         shard(_source(str(tmp_path / "data")), tokenizer, str(tmp_path / "cache"), log=_quiet)
+
+
+def test_why_a_file_cannot_be_read_is_said(tokenizer, tmp_path):
+    whole = gzip.compress("\n".join(json.dumps({"text": f"{i} " * i}) for i in range(200)).encode())
+    for name, content, why in (("train.jsonl.gz", whole[: len(whole) // 2], "EOFError: "), ("train.parquet", b"PAR1" * 99, "ArrowInvalid: Parquet")):
+        (folder := tmp_path / name.replace(".", "-")).mkdir()
+        (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"cannot be read as a data set \(.*{why}.*\); its files: {name}$"):
+            shard(_source(str(folder)), tokenizer, str(tmp_path / "cache"), log=_quiet)
 
 
 def test_a_domain_without_documents_is_named_every_time(tokenizer, tmp_path):

@@ -346,6 +346,8 @@ def test_divergence_stops_with_advice(tmp_path):
 
 def test_strategies_follow_the_number_of_processes(monkeypatch):
     assert trainer_module._machine(config())["strategy"] == "auto"
+    alone = trainer_module._machine(config(strategy="fsdp2", precision="bf16-mixed"))  # nothing to shard: what is saved is one process's
+    assert alone["strategy"] == "auto" and alone["precision"] == "bf16-mixed"
     assert isinstance(trainer_module._machine(config(devices=2))["strategy"], DDPStrategy)
     several = trainer_module._machine(config(devices=8, num_nodes=2, precision="bf16-mixed"))
     assert isinstance(several["strategy"], ModelParallelStrategy) and several["precision"] == "32-true"  # FSDP2 has its own policy
