@@ -51,7 +51,7 @@ def indexing(idx: Tensor, num_experts: int) -> dict[str, Callable[[], object]]:
         return flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts).cumsum(0)
 
     def ours() -> tuple[object, Tensor | None]:
-        ends, slot = rows_module.arrange("benchmark", idx, len(weights), {"idx": idx})
+        ends, slot = rows_module.arrange("benchmark", idx, len(weights), {"idx": idx}, 0)
         return rows_module.usable(ends, slot, weights), slot
 
     calls = {"torch": torch_index, "torch: sort": lambda: idx.flatten().sort(stable=True), f"{OURS}torch": ours}

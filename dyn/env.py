@@ -151,7 +151,7 @@ def commit() -> tuple[str | None, bool | None]:
     top, _, name = (_git("rev-parse", "--show-toplevel", "HEAD") or "").partition("\n")
     if Path(top).resolve() != Path(__file__).resolve().parents[1] or not name:  # installed somewhere below a checkout of the user's own
         return os.environ.get("DYN_COMMIT") or None, None
-    status = _git("status", "--porcelain")
+    status = _git("status", "--porcelain", "--", ":/", ":(top,exclude)results")  # a result that was saved just now changes no other
     return name, None if status is None else bool(status)
 
 

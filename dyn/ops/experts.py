@@ -14,6 +14,7 @@ does the same in kernels of its own (triton_experts).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,7 @@ from dyn.ops import triton_experts, triton_launch
 from dyn.ops.arguments import autocast, check_routed, expert_tensors, given, pick, refuse_negative, unobserved
 from dyn.ops.linear import routed_linear as routed_linear
 from dyn.ops.rows import (
+    CALL,
     arrange,
     chosen_weights,
     clear_skipped,
@@ -42,9 +44,9 @@ from dyn.ops.rows import (
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
 
-# For `_all_pay`, of two CPUs: multiplications in the time that one more call of a product takes, in bfloat16 and else, and in that of reading a weight; and how
+# For `_all_pay`, of two CPUs: multiplications, not of bfloat16, in the time that one more call of a product takes, and any in that of reading a weight; and how
 # many times sooner a call for a single token is done, which needs no sort.
-_CALL_BF16, _CALL, _READ, _ALONE = 6 << 20, 1 << 20, 32, 3
+_CALL_ELSE, _READ, _ALONE = 1 << 20, 32, 3
 
 
 def experts(
@@ -136,7 +138,7 @@ def _all_pay(T: int, K: int, down_EDF: Tensor) -> bool:
         return False
     unread = E * (1 - K / E) ** T  # expected
     in_vain = 3 * D * F * ((E - K) * T + _READ * unread)
-    call = (_CALL_BF16 if down_EDF.dtype == torch.bfloat16 else _CALL) / (_ALONE if T == 1 else 1)
+    call = (CALL if down_EDF.dtype == torch.bfloat16 else _CALL_ELSE) / (_ALONE if T == 1 else 1)
     return in_vain <= 2 * (E - unread) * call
 
 
@@ -170,7 +172,8 @@ def _run(
     x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y_TD, the pre-activations [S, 2F] in expert order (no rows unless `keep`), where each expert's rows end [E], and the slot of every row [S]."""
-    ends_E, slot_S = arrange("experts", idx_TK, len(down_EDF), expert_tensors(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK))
+    ends_E, slot_S = arrange("experts", idx_TK, len(down_EDF), expert_tensors(x_TD, gate_up_E2FD, down_EDF, idx_TK, weight_TK),
+                           0.75 * x_TD.element_size() * math.prod(down_EDF.shape[1:]))
     ends = usable(ends_E, slot_S, gate_up_E2FD, down_EDF)
     token_S = tokens(slot_S, idx_TK)
     num_rows, double_width = slot_S.numel(), gate_up_E2FD.shape[1]

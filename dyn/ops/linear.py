@@ -13,6 +13,7 @@ in expert order: with P_te the score that token t gives expert e, it adds P b, a
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -187,7 +188,8 @@ def _torch(x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor, 
 
 def _run(x_TI: Tensor, weight_EOI: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y_TO without bias, where each expert's rows end [E], and the slot of every row [S]."""
-    ends_E, slot_S = arrange("routed_linear", idx_TK, len(weight_EOI), _named(x_TI, weight_EOI, idx_TK, weight_TK))
+    ends_E, slot_S = arrange("routed_linear", idx_TK, len(weight_EOI), _named(x_TI, weight_EOI, idx_TK, weight_TK),
+                             x_TI.element_size() / 2 * math.prod(weight_EOI.shape[1:]))
     ends = usable(ends_E, slot_S, weight_EOI)
     token_S = tokens(slot_S, idx_TK)
     y_SO = scratch(x_TI, slot_S.numel(), weight_EOI.shape[1])

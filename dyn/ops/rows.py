@@ -29,6 +29,9 @@ _SEGMENT_BYTES = 4 << 20
 # about as long as the product itself at a few hundred rows, and routing gives new row counts at every step.
 _ROW_BLOCK = 32
 
+# Multiplications in the time that one more call of a product takes, in bfloat16 on two CPUs.
+CALL = 6 << 20
+
 _SCRATCH_BYTES = 64 << 20  # what a thread may keep between calls
 _memory = threading.local()
 _inside = types.SimpleNamespace(lock=threading.Lock(), threads=0, before=None)  # of `_by_onednn`
@@ -36,17 +39,25 @@ _inside = types.SimpleNamespace(lock=threading.Lock(), threads=0, before=None)  
 Ends = list[int] | Tensor  # where each expert's rows end: numbers on the host, or int32 [E] on the device
 
 
-def arrange(op: str, idx_TK: Tensor, num_experts: int, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def arrange(op: str, idx_TK: Tensor, num_experts: int, tensors: Mapping[str, Tensor], row_cost: float) -> tuple[Tensor, Tensor]:
     """Where each expert's rows end, int32 [E], and the slot t * K + k of every row [S]; -1 - slot for padding, with the slot of a row of the same expert.
 
-    ValueError for negative ids on CPU, which names `op` and its tensors.
+    Args:
+        op, tensors: named in the ValueError for negative ids on CPU.
+        row_cost: multiplications that a product needs for a row, those of float32 counted twice. Padding makes neighbours alike where that is cheaper than a
+            product more.
     """
-    sorted_S, slot_S = idx_TK.flatten().sort(stable=True)
-    if sorted_S.numel():
-        refuse_negative(op, sorted_S[0], tensors)
-    ids_E = torch.arange(num_experts, device=sorted_S.device, dtype=sorted_S.dtype)
-    ends_E = torch.searchsorted(sorted_S, ids_E, right=True, out_int32=True)
-    return pad(ends_E, slot_S, row_block(idx_TK, num_experts))
+    if idx_TK.is_cpu and idx_TK.numel():
+        refuse_negative(op, idx_TK.min(), tensors)
+    if idx_TK.is_cpu and num_experts < 1 << 15:
+        key_S = idx_TK.flatten().clamp(max=num_experts).to(torch.uint8 if num_experts < 1 << 8 else torch.int16)
+        slot_S = torch.from_numpy(key_S.numpy().argsort(kind="stable"))  # of so short numbers a radix sort, ten times as fast as torch's
+        ends_E = torch.bincount(key_S, minlength=num_experts + 1)[:num_experts].cumsum(0, dtype=torch.int32)
+    else:
+        sorted_S, slot_S = idx_TK.flatten().sort(stable=True)
+        ids_E = torch.arange(num_experts, device=sorted_S.device, dtype=sorted_S.dtype)
+        ends_E = torch.searchsorted(sorted_S, ids_E, right=True, out_int32=True)
+    return pad(ends_E, slot_S, row_block(idx_TK, num_experts), CALL / max(row_cost, 1))
 
 
 def usable(ends_E: Tensor, slot_S: Tensor, *weights: Tensor) -> Ends:
@@ -106,10 +117,12 @@ def products(rows_SI: Tensor, weight_EIO: Tensor, ends: Ends, out_SO: Tensor) ->
         routed_S1 = torch.arange(out_SO.shape[0], device=ends.device)[:, None] < ends[-1]
         torch.where(routed_S1, product, product.new_zeros(()), out=out_SO)
         return
-    with _mm(ends, rows_SI):
-        for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
-            if end > start:
-                torch.mm(rows_SI[start:end], weight_EIO[e], out=out_SO[start:end])
+    with _mm(ends, rows_SI) as at_once:
+        for some, rows in _runs(ends, at_once):
+            if (count := some.stop - some.start) == 1:
+                torch.mm(rows_SI[rows], weight_EIO[some.start], out=out_SO[rows])
+            elif rows.stop > rows.start:
+                torch.bmm(rows_SI[rows].unflatten(0, (count, -1)), weight_EIO[some], out=out_SO[rows].unflatten(0, (count, -1)))
 
 
 def outer_products(left_SI: Tensor, right_SO: Tensor, ends: Ends, out_EIO: Tensor) -> None:
@@ -119,22 +132,39 @@ def outer_products(left_SI: Tensor, right_SO: Tensor, ends: Ends, out_EIO: Tenso
         filled_E11 = ends.diff(prepend=ends.new_zeros(1)).gt(0)[:, None, None]
         torch.where(filled_E11, product, product.new_zeros(()), out=out_EIO)
         return
-    with _mm(ends, left_SI):
-        for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
-            if end > start:
-                torch.mm(left_SI[start:end].t(), right_SO[start:end], out=out_EIO[e])
+    with _mm(ends, left_SI) as at_once:
+        for some, rows in _runs(ends, at_once):
+            if rows.stop == rows.start:
+                out_EIO[some].zero_()
+            elif (count := some.stop - some.start) == 1:
+                torch.mm(left_SI[rows].t(), right_SO[rows], out=out_EIO[some.start])
             else:
-                out_EIO[e].zero_()
+                torch.bmm(left_SI[rows].unflatten(0, (count, -1)).mT, right_SO[rows].unflatten(0, (count, -1)), out=out_EIO[some])
 
 
-def _mm(ends: list[int], left_MN: Tensor) -> AbstractContextManager[None]:
-    """Where float32 products go to oneDNN. It compiles a kernel for every number of an expert's rows, so only padded numbers go there."""
-    pays = left_MN.dtype == torch.float32 and left_MN.is_cpu and all(end % _ROW_BLOCK == 0 for end in ends) and _onednn_pays()
-    return _by_onednn() if pays else nullcontext()
+def _runs(ends: list[int], at_once: bool) -> Iterator[tuple[slice, slice]]:
+    """(experts, their rows): neighbours of equally many rows, or each expert alone. A product for several costs a quarter to a half less than one each where
+    experts are small."""
+    sizes = [end - start for start, end in itertools.pairwise([0, *ends])]
+    first = 0
+    while first < len(sizes):
+        last = first + 1
+        while at_once and last < len(sizes) and sizes[last] == sizes[first]:
+            last += 1
+        yield slice(first, last), slice(ends[last - 1] - (last - first) * sizes[first], ends[last - 1])
+        first = last
+
+
+def _mm(ends: list[int], left_MN: Tensor) -> AbstractContextManager[bool]:
+    """Where float32 products go to oneDNN, and whether products do, as those of 16 bits do anyway. It compiles a kernel for every number of an expert's rows,
+    so only padded numbers go there."""
+    if not left_MN.is_cpu or left_MN.dtype != torch.float32:
+        return nullcontext(left_MN.is_cpu and left_MN.dtype in (torch.bfloat16, torch.float16))
+    return _by_onednn() if all(end % _ROW_BLOCK == 0 for end in ends) and _onednn_pays() else nullcontext(False)
 
 
 @contextmanager
-def _by_onednn() -> Iterator[None]:
+def _by_onednn() -> Iterator[bool]:
     """oneDNN may take bfloat16 inside float32 products; `_onednn_pays` has seen that it does not. The setting is the process's: of threads that are here at
     once, the last puts back what the first found, and products elsewhere may meanwhile be summed in oneDNN's order."""
     matmul = torch.backends.mkldnn.matmul
@@ -144,7 +174,7 @@ def _by_onednn() -> Iterator[None]:
         matmul.fp32_precision = "bf16"
         _inside.threads += 1
     try:
-        yield
+        yield True
     finally:
         with _inside.lock:
             _inside.threads -= 1
@@ -164,7 +194,8 @@ def _onednn_pays() -> bool:
     left_MN, right_NO = (torch.randn(256, 256, generator=g, dtype=torch.float32, device="cpu") for _ in range(2))
     try:
         with _by_onednn():
-            found = [left_MN @ right_NO, left_MN @ right_NO.t().contiguous().t(), left_MN.t().contiguous().t() @ right_NO]
+            found = [left_MN @ right_NO, left_MN @ right_NO.t().contiguous().t(), left_MN.t().contiguous().t() @ right_NO,
+                     torch.bmm(left_MN.view(2, 128, 256), right_NO.repeat(2, 1, 1)).flatten(0, 1)]
     except (AttributeError, RuntimeError):
         return False
     exact = left_MN.double() @ right_NO.double()
@@ -197,18 +228,34 @@ def row_block(idx_TK: Tensor, num_experts: int) -> int:
     return torch.sym_ite(idx_TK.shape[0] * idx_TK.shape[1] >= 4 * _ROW_BLOCK * num_experts, _ROW_BLOCK, 1)
 
 
-def pad(ends_E: Tensor, slot_S: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def pad(ends_E: Tensor, slot_S: Tensor, block: int, spare: float) -> tuple[Tensor, Tensor]:
     """Ends in multiples of `block`, and the slots at their new rows with padding between (see `arrange`); as many rows as any routing could need."""
     if block == 1:
         return ends_E, slot_S
-    ends = ends_E.tolist()
-    padded = list(itertools.accumulate(-(-(end - start) // block) * block for start, end in itertools.pairwise([0, *ends])))
-    out_S = slot_S.new_full((slot_S.numel() + len(ends) * (block - 1),), -1)
-    for start, end, to in zip([0, *ends], [*ends, slot_S.numel()], [0, *padded], strict=True):  # the last: rows of no expert
-        out_S[to : to + end - start] = slot_S[start:end]
+    ends, more = ends_E.tolist(), ends_E.numel() * (block - 1)
+    sizes = [-(-(end - start) // block) * block for start, end in itertools.pairwise([0, *ends])]
+    padded = list(itertools.accumulate(evened(sizes, ends[-1] + more - sum(sizes), spare)))
+    out_S = slot_S.new_full((slot_S.numel() + more,), -1)
+    out, slots = out_S.numpy(), slot_S.numpy()  # the same memory; torch takes ten times as long for each of these slices
+    for start, end, to, stop in zip([0, *ends], [*ends, len(slots)], [0, *padded], [*padded, len(out)], strict=True):  # the last: rows of no expert
+        out[to : to + end - start] = slots[start:end]
         if end > start:
-            out_S[to + end - start : to - (start - end) // block * block] = ~slot_S[start]
+            out[to + end - start : stop] = ~slots[start]
     return torch.tensor(padded, dtype=ends_E.dtype, device=ends_E.device), out_S
+
+
+def evened(sizes: list[int], room: int, spare: float) -> list[int]:
+    """Numbers of rows, where neighbours, but not those without rows, are made alike while that takes at most `spare` rows for each and `room` in all."""
+    sizes, first = list(sizes), 0
+    for e in range(1, len(sizes)):
+        size, own = sizes[first], sizes[e]
+        rows = (own - size) * (e - first) if own > size else size - own
+        if not own or not size or rows > min(room, spare):
+            first = e
+            continue
+        room -= rows
+        sizes[first : e + 1] = [max(size, own)] * (e + 1 - first)
+    return sizes
 
 
 def places(slot_S: Tensor, weight_TK: Tensor) -> Tensor:

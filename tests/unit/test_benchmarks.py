@@ -214,11 +214,11 @@ def test_the_commit_without_a_checkout(monkeypatch):
 
 def test_the_commit_of_a_foreign_checkout_is_not_ours(monkeypatch):
     """An environment that lies in somebody's repository."""
-    answers = {"HEAD": "/somebody/project\ntheir commit", "--porcelain": " M file"}
-    monkeypatch.setattr(env, "_git", lambda *words: answers[words[-1]])
+    answers = {"rev-parse": "/somebody/project\ntheir commit", "status": " M file"}
+    monkeypatch.setattr(env, "_git", lambda *words: answers[words[0]])
     monkeypatch.setenv("DYN_COMMIT", "ours")
     assert env.commit() == ("ours", None)
-    answers["HEAD"] = f"{Path(env.__file__).parents[1]}\ntheir commit"
+    answers["rev-parse"] = f"{Path(env.__file__).parents[1]}\ntheir commit"
     assert env.commit() == ("their commit", True)
 
 

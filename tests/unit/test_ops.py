@@ -2,7 +2,7 @@
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -306,6 +306,61 @@ def test_results_are_bitwise_repeatable():
         y = experts(*args)
         runs.append((y, *torch.autograd.grad(y.sin().sum(), floating(args))))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("num_experts", [1, 7, 255, 256, 32767, 32768])
+def test_rows_are_ordered_stably_whatever_the_number_of_experts(num_experts, dtype):
+    """Also where ids are of no expert, far beyond what a short number holds."""
+    generator = torch.Generator().manual_seed(num_experts)
+    idx_TK = torch.randint(num_experts + 3, (97, 3), generator=generator).to(dtype)
+    idx_TK[5] = torch.iinfo(dtype).max
+    expert_S, slot_S = idx_TK.flatten().clamp(max=num_experts).sort(stable=True)
+    ends_E, found_S = rows.arrange("experts", idx_TK, num_experts, {}, 1)
+    routed = int((expert_S < num_experts).sum())
+    assert torch.equal(found_S[found_S >= 0][:routed], slot_S[:routed])  # what has no expert stands behind, in any order
+    counts = ends_E.diff(prepend=ends_E.new_zeros(1))
+    if num_experts > 1:  # a single one has padding
+        assert torch.equal(counts.long(), expert_S.bincount(minlength=num_experts)[:num_experts])
+    assert ends_E.dtype == torch.int32 and found_S.dtype == torch.int64
+    idx_TK[96, 2] = -1
+    with pytest.raises(ValueError, match="experts: idx holds -1"):
+        rows.arrange("experts", idx_TK, num_experts, {}, 1)
+
+
+@pytest.mark.parametrize("row_cost", [1, 50_000, 1e12])
+def test_padding_makes_neighbours_alike_with_rows_of_their_own(row_cost):
+    generator = torch.Generator().manual_seed(0)
+    idx_TK = torch.multinomial(torch.tensor([5.0, 6, 5, 0, 5, 1, 5, 5, 3]), 1500, True, generator=generator).view(-1, 3)  # the last is none of 8 experts
+    ends_E, slot_S = rows.arrange("experts", idx_TK, 8, {}, row_cost)
+    assert len(slot_S) == rows.rows_needed(idx_TK, 8) and not (ends_E % 32).any()
+    expert = idx_TK.flatten()[torch.where(slot_S < 0, ~slot_S, slot_S)]
+    sizes = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+    assert expert[: ends_E[-1]].tolist() == [e for e, size in enumerate(sizes) for _ in range(size)]
+    assert torch.equal(slot_S[slot_S >= 0].sort().values, torch.arange(1500))
+    least = [-(-n // 32) * 32 for n in idx_TK.flatten().bincount(minlength=8)[:8].tolist()]
+    assert (sizes == least) == (row_cost == 1e12) and sizes[3] == 0
+    assert all(0 <= size - n <= rows.CALL / row_cost for size, n in zip(sizes, least, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_of_several_experts_at_once_are_those_of_each(dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(256, 24, generator=generator).to(dtype), torch.randn(256, 40, generator=generator).to(dtype)
+    weight, ends, calls = torch.randn(6, 24, 40, generator=generator).to(dtype), [64, 128, 128, 160, 192, 256], []
+    at_once, runs = rows._mm, rows._runs
+    monkeypatch.setattr(rows, "_runs", lambda ends, batched: calls.append([(s.start, s.stop) for s, _ in runs(ends, batched)]) or runs(ends, batched))
+    made = [(torch.full((256, 40), torch.nan, dtype=dtype), torch.full((6, 24, 40), torch.nan, dtype=dtype)) for _ in range(2)]
+    for (product, outer), batched in zip(made, (True, False), strict=True):
+        monkeypatch.setattr(rows, "_mm", lambda *_, batched=batched: nullcontext(batched))
+        rows.products(left, weight, ends, product)
+        rows.outer_products(left, right, ends, outer)
+    assert calls[0] == calls[1] == [(0, 2), (2, 3), (3, 5), (5, 6)] and calls[2] == [(e, e + 1) for e in range(6)]
+    torch.testing.assert_close(made[0], made[1])
+    assert not made[0][1][2].any()
+    for wide in (torch.float32, torch.float64, torch.bfloat16):
+        with at_once(ends, left.to(wide)) as batched:
+            assert batched == (wide == torch.bfloat16 or (wide == torch.float32 and rows._onednn_pays()))
 
 
 def test_segments_do_not_change_results(monkeypatch):
