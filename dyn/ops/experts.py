@@ -48,6 +48,8 @@ _logged: set[str] = set()
 # many times sooner a call for a single token is done, which needs no sort.
 _CALL_ELSE, _READ, _ALONE = 1 << 20, 32, 3
 
+_SHORT, _VECTORS = 512, 64  # of a row, for `_halves`: numbers, and how many torch's elementwise loops take at a time
+
 
 def experts(
     x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, backend: str = "auto", recompute: bool = False,
@@ -147,7 +149,7 @@ def _all_experts(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: T
     (T, D), E = x_TD.shape, len(down_EDF)
     y_ED = scratch(x_TD, (E + 1) * T, D)  # the last T rows: of no expert
     y_ED[E * T :].zero_()
-    gate_ETF, up_ETF = torch.bmm(x_TD.expand(E, T, D), gate_up_E2FD.transpose(1, 2)).chunk(2, dim=-1)
+    gate_ETF, up_ETF = _halves(torch.bmm(x_TD.expand(E, T, D), gate_up_E2FD.transpose(1, 2)))
     torch.bmm(F.silu(gate_ETF).mul_(up_ETF), down_EDF.transpose(1, 2), out=y_ED[: E * T].view(E, T, D))
     row_TK = idx_TK.clamp(max=E) * T + torch.arange(T, device=idx_TK.device)[:, None]
     return F.embedding_bag(row_TK, y_ED, per_sample_weights=chosen_weights(idx_TK, weight_TK.to(x_TD.dtype), E), mode="sum")
@@ -168,6 +170,13 @@ def _one_token(x_1D: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_1K: Ten
     return weight_1K.to(x_1D.dtype).masked_fill(idx_1K >= len(down_EDF), 0) @ y_KD
 
 
+def _halves(gate_up_S2F: Tensor) -> tuple[Tensor, Tensor]:
+    """The gate's part and the up projection's. On a CPU a short gate that is no whole number of vectors is copied: what a row leaves over goes through its
+    exponentials one by one, which takes several times as long as the rest."""
+    gate, up = gate_up_S2F.chunk(2, dim=-1)
+    return gate.contiguous() if gate.is_cpu and gate.shape[-1] < _SHORT and gate.shape[-1] % _VECTORS else gate, up
+
+
 def _run(
     x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, idx_TK: Tensor, weight_TK: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -182,7 +191,7 @@ def _run(
     for some, rows, local in segments(ends, num_rows, max(x_TD.shape[1], double_width) * x_TD.element_size()):
         gate_up = kept_S2F[rows] if keep else x_TD.new_empty(rows.stop - rows.start, double_width)
         products(x_TD.index_select(0, token_S[rows]), gate_up_E2FD[some].transpose(1, 2), local, gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = _halves(gate_up)
         products(F.silu(gate).mul_(up), down_EDF[some].transpose(1, 2), local, y_SD[rows])
     clear_skipped(ends, y_SD, kept_S2F)
     return gather_sum(y_SD, slot_S, chosen_weights(idx_TK, weight_TK.to(x_TD.dtype), len(down_EDF))), kept_S2F, ends_E, slot_S
@@ -207,7 +216,7 @@ def _run_backward(
         if not kept_S2F.numel():
             gate_up = x.new_empty(x.shape[0], 2 * width)
             products(x, gate_up_E2FD[some].transpose(1, 2), local, gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = _halves(gate_up)
         swish = F.silu(gate)
         act = swish * up
         # The weighted down projection. dact lacks the weight for as long as it gives the weight's gradient.
@@ -220,8 +229,13 @@ def _run_backward(
             outer_products(dy, act.mul_(weight_S1[rows]), local, ddown_EDF[some])
         # silu(gate) * up, then the gate-up projection.
         dgate_up = torch.empty_like(gate_up)
-        torch.mul(dact, swish, out=dgate_up[:, width:])
-        torch.ops.aten.silu_backward.grad_input(dact.mul_(up), gate, grad_input=dgate_up[:, :width])
+        dgate, dup = dgate_up.chunk(2, dim=-1)
+        if gate.is_contiguous():
+            dup.copy_(swish.mul_(dact))
+            dgate.copy_(torch.ops.aten.silu_backward(dact.mul_(up), gate))
+        else:
+            torch.mul(dact, swish, out=dup)
+            torch.ops.aten.silu_backward.grad_input(dact.mul_(up), gate, grad_input=dgate)
         if need_params:
             outer_products(dgate_up, x, local, dgate_up_E2FD[some])
         if need_x:

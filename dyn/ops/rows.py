@@ -23,7 +23,7 @@ from dyn.ops.arguments import refuse_negative
 # Elementwise work runs on as many experts at once as have pre-activations of this size together. One expert at a time is
 # slower by a tenth or more where experts are many and small, all at once by as much where rows are many: they leave the
 # caches, and malloc returns large blocks to the system, to be faulted in again.
-_SEGMENT_BYTES = 4 << 20
+_SEGMENT_BYTES = 6 << 20
 
 # On CPU an expert's rows are padded to a multiple of this, with rows of weight 0. oneDNN compiles a kernel for every new shape, which takes
 # about as long as the product itself at a few hundred rows, and routing gives new row counts at every step.
