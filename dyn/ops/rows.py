@@ -156,11 +156,12 @@ def _runs(ends: list[int], at_once: bool) -> Iterator[tuple[slice, slice]]:
 
 
 def _mm(ends: list[int], left_MN: Tensor) -> AbstractContextManager[bool]:
-    """Where float32 products go to oneDNN, and whether products do, as those of 16 bits do anyway. It compiles a kernel for every number of an expert's rows,
-    so only padded numbers go there."""
-    if not left_MN.is_cpu or left_MN.dtype != torch.float32:
-        return nullcontext(left_MN.is_cpu and left_MN.dtype in (torch.bfloat16, torch.float16))
-    return _by_onednn() if all(end % _ROW_BLOCK == 0 for end in ends) and _onednn_pays() else nullcontext(False)
+    """Where float32 products go to oneDNN, as those of 16 bits do anyway, and whether it may multiply several experts at once. It compiles a kernel for every
+    number of an expert's rows, and of experts, so only padded numbers of rows go there by choice."""
+    padded = left_MN.is_cpu and all(end % _ROW_BLOCK == 0 for end in ends)
+    if padded and left_MN.dtype == torch.float32 and _onednn_pays():
+        return _by_onednn()
+    return nullcontext(padded and left_MN.dtype in (torch.bfloat16, torch.float16))
 
 
 @contextmanager
