@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, make_dataclass
 from typing import Any, Literal, get_args
@@ -117,7 +118,8 @@ def make_moe(model: PreTrainedModel, num_experts: int = 8, num_experts_per_tok: 
         balance_weight: of the balance loss; 0: none.
 
     Raises:
-        ValueError: another architecture, a decoder, a model with experts already, k outside 1 .. E, unknown settings, a linear that has been replaced.
+        ValueError: another architecture, a decoder, a model with experts already, k outside 1 .. E, unknown settings, a linear that has been
+            replaced or that shares its parameters.
     """
     family = getattr(getattr(model, "config", None), "model_type", None)
     if not isinstance(model, PreTrainedModel) or family not in FAMILIES:
@@ -159,6 +161,10 @@ def _insert(model: nn.Module, config: Any, **kwargs: float) -> None:
         raise ValueError(f"make_moe: {type(model).__name__} has no {block.__name__}")
     if hung := [name for name, m in found if not is_bare(m)]:
         raise ValueError(f"make_moe: {hung[0]} has an adapter, a mask, a weight norm or hooks; replace feed-forward layers before that")
+    uses = Counter([id(p) for _, m in found for p in (m.weight, m.bias) if p is not None])
+    uses.update(id(p) for m in {*model.modules()} - {m for _, m in found} for p in m.parameters(recurse=False))
+    if tied := [name for name, m in found if uses[id(m.weight)] > 1 or uses[id(m.bias)] > 1]:
+        raise ValueError(f"make_moe: {tied[0]} shares its parameters with another place, which files could not say; give each layer its own")
     made = [LinearExperts.from_linear(linear, config.num_experts, config.num_experts_per_tok, gate=config.gate, gate_noise=config.gate_noise, **kwargs)
             for _, linear in found]
     for (name, _), experts in zip(found, made, strict=True):

@@ -348,7 +348,18 @@ def replaced():
     return model
 
 
+def tied(of):
+    model = dense()
+    first, last = model.bert.encoder.layer[0].output, model.bert.encoder.layer[2].output
+    if of == "layer":
+        last.dense = first.dense
+    else:
+        setattr(last.dense, of, getattr(first.dense, of))
+    return model
+
+
 @pytest.mark.parametrize(("model", "settings", "message"), [
+    *((lambda of=of: tied(of), {}, r"bert.encoder.layer.0.output.dense shares its parameters with another place") for of in ("layer", "weight", "bias")),
     (lambda: transformers.GPT2Model(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1)), {},
      r"GPT2Model \(model_type 'gpt2'\) is not supported; allowed: bert, roberta, albert"),
     (lambda: nn.Linear(3, 3), {}, r"Linear \(model_type None\) is not supported"), (lambda: make_moe(dense(), 4, 2), {}, "has experts already"),
