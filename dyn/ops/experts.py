@@ -5,8 +5,8 @@
 T tokens, K experts a token, S = T*K routed rows in expert order, E experts, D hidden size, F expert width. A name ends
 in the shape of its tensor: `gate_up_E2FD` is [E, 2F, D], the gate's F rows before the up projection's.
 
-`_eager` is the specification. `_torch` sorts the (token, expert) pairs once, runs one matrix product an expert on
-slices of the sorted rows, and has its own backward. What backward keeps is x, the pre-activations [S, 2F] and the order
+`_eager` is the specification. `_torch` orders the (token, expert) pairs once, runs one matrix product an expert, or for
+several neighbours at once, on slices of the ordered rows, and has its own backward. What backward keeps is x, the pre-activations [S, 2F] and the order
 of the rows: the weights' gradient is <dL/d(activation), activation>, so the experts' outputs are never kept. `_triton`
 does the same in kernels of its own (triton_experts).
 """

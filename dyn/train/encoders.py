@@ -43,6 +43,7 @@ def train_encoders(cfg: Any, run: Any) -> dict[str, Any]:
     """Partition, train, compact, measure. Returns the metrics, fills `run.cost` and `run.notes`."""
     check_world(cfg.trainer)
     check_gate(cfg.model.num_experts, cfg.model.num_experts_per_tok, cfg.model.gate, False, "importance_load", where="model.gate")
+    # The docstring task under its own name.
     data = {found.task: found for task in cfg.tasks for found in (sentences.open_task(cfg, run, cfg.model.source, task, "model.source"),)}
     for caveat in (warnings := sentences.caveats(cfg.model.source, data)):
         run.log(f"warning: {caveat}")
