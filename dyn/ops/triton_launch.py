@@ -37,7 +37,8 @@ class Kernel:
 
         names = self.function.__globals__
         names["tl"] = triton.language
-        jitted = self.__dict__["jitted"] = triton.jit(self.function)  # kept before the others are: they may need this one
+        make = triton.jit if interpreted() or torch.version.hip else _kept_type()
+        jitted = self.__dict__["jitted"] = make(self.function)  # kept before the others are: they may need this one
         for name, value in list(names.items()):
             if isinstance(value, Kernel):
                 names[name] = value.jitted
@@ -45,6 +46,45 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self.jitted[grid]
+
+
+@functools.cache
+def _kept_type() -> type:
+    """Triton's compiled function that finds what it has compiled for arguments of the same kinds by itself: to work them out anew at each launch, as Triton
+    does, takes the host longer than small kernels take the device."""
+    from triton.runtime import JITFunction
+
+    class Kept(JITFunction):
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return functools.partial(_launch, self, grid)
+
+    return Kept
+
+
+def _launch(jitted: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Run a kernel on `grid` programs: `args`, then its constexprs and options of the launch by name. Triton compiles it where `args` are of other kinds than
+    before (`_kind`) or constants differ."""
+    key = torch.cuda.current_device(), *map(_kind, args), *constants.values()
+    known = jitted.__dict__.setdefault("known", {})
+    if key not in known:
+        names = [param.name for param in jitted.params[len(args) :]]
+        compiled = jitted.run(*args, grid=grid, warmup=False, **constants)
+        if hasattr(compiled, "packed_metadata") and constants.keys() >= set(names):  # not while it is compiled elsewhere, nor with defaults
+            known[key] = compiled, [constants[name] for name in names]
+        return
+    compiled, values = known[key]
+    compiled[*grid, *(1,) * (3 - len(grid))](*args, *values)
+
+
+def _kind(value: Any) -> Any:
+    """What Triton compiles for: a tensor's dtype and alignment, whether a number is 1, a multiple of 16 or needs 64 bits, a descriptor's tile."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if type(value) is int:
+        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31, value < 2**63
+    if hasattr(value, "block_shape"):
+        return value.base.dtype, tuple(value.block_shape), value.padding
+    return type(value)
 
 
 def interpreted() -> bool:
