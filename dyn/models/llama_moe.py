@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
 
 from dyn.models.llama_moe_config import LlamaMoeConfig
-from dyn.nn.experts import GATES, Balance, Experts, Gate, MoeFeedForward
+from dyn.nn.experts import GATES, Balance, Choice, Experts, Gate, MoeFeedForward, statistics_of_layers
 from dyn.ops.experts import experts as experts_op
 
 
@@ -76,7 +76,7 @@ class LlamaMoeAttention(nn.Module):
 
 
 class LlamaMoeDecoderLayer(GradientCheckpointingLayer):
-    """Attention, then the mixture; hands the routing statistics up beside the hidden states, so that they survive checkpointing."""
+    """Attention, then the mixture; hands the gate's choice up beside the hidden states, so that it survives checkpointing."""
 
     def __init__(self, config: LlamaMoeConfig, layer_idx: int) -> None:
         super().__init__()
@@ -90,11 +90,11 @@ class LlamaMoeDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None, output_router_stats: bool = False, output_router_logits: bool = False,
                 **kwargs) -> tuple[Tensor, ...]:
-        """[B, L, D] -> (hidden [B, L, D], attention weights or None, the gate's clean logits [B * L, E] or None, the five statistics of `Routing.stats`)."""
+        """[B, L, D] -> (hidden [B, L, D], attention weights or None, the gate's clean logits [B * L, E] or None, the parts of its `Choice` if asked for)."""
         attended, weights = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
-        mixed, routed = self.mlp(self.post_attention_layernorm(hidden_states), token_mask, output_router_stats)
-        return hidden_states + mixed, weights, routed.logits_TE if output_router_logits else None, *routed.stats()
+        mixed, routed = self.mlp(self.post_attention_layernorm(hidden_states), token_mask, False)
+        return hidden_states + mixed, weights, routed.logits_TE if output_router_logits else None, *(routed.choice if output_router_stats else ())
 
 
 @dataclass
@@ -114,9 +114,9 @@ class LlamaMoeOutput(CausalLMOutputWithPast):
 
 @dataclass
 class LlamaMoeModelOutput(BaseModelOutputWithPast):
-    """Where asked for, of every layer, router_stats: the five statistics of `Routing.stats`; router_logits: as in `LlamaMoeOutput`."""
+    """Where asked for, of every layer, router_stats: the five statistics of `Routing.stats`, each stacked; router_logits: as in `LlamaMoeOutput`."""
 
-    router_stats: list[list[Tensor]] | None = None
+    router_stats: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
 
 
@@ -194,20 +194,22 @@ class LlamaMoeModel(LlamaMoePreTrainedModel):
         masks = attention_mask if isinstance(attention_mask, dict) else {
             kind: (create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask)(**packed) for kind in set(self.config.layer_types)}
         position_embeddings = self.rotary_emb(hidden, position_ids)
-        history, attentions, router_logits, stats = [], [], [], []
+        history, attentions, router_logits, choices = [], [], [], []
         for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
             history += [hidden] if output_hidden_states else []
-            hidden, weights, logits, *layer_stats = layer(
+            hidden, weights, logits, *choice = layer(
                 hidden, token_mask=token_mask, output_router_stats=output_router_stats, output_router_logits=output_router_logits, attention_mask=masks[kind],
                 position_ids=position_ids, past_key_values=past_key_values, position_embeddings=position_embeddings, **kwargs)
             attentions += [weights] if output_attentions else []
             router_logits += [logits] if output_router_logits else []
-            stats.append(layer_stats)
+            choices += [Choice(*choice)] if output_router_stats else []
         if any(weights is None for weights in attentions):
             raise ValueError(f"output_attentions=True needs attn_implementation='eager'; {self.config._attn_implementation} makes no attention weights")
         hidden = self.norm(hidden)
+        mask_T = None if token_mask is None else token_mask.flatten()
+        stats = statistics_of_layers([layer.mlp.gate for layer in self.layers], choices, mask_T) if choices else None
         output = LlamaMoeModelOutput(last_hidden_state=hidden, past_key_values=past_key_values if use_cache else None, attentions=tuple(attentions) or None,
-                                     hidden_states=(*history, hidden) if output_hidden_states else None, router_stats=stats if output_router_stats else None,
+                                     hidden_states=(*history, hidden) if output_hidden_states else None, router_stats=stats,
                                      router_logits=tuple(router_logits) or None)
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
@@ -244,7 +246,7 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, GenerationMixin):
         loss = lm_loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         stats: dict[str, Tensor] = {}
         if stats_wanted:
-            balance, z, load, importance, dropped = (torch.stack(each) for each in zip(*base.router_stats, strict=True))
+            balance, z, load, importance, dropped = base.router_stats
             aux_loss = self.config.balance_weight * balance.sum() + self.config.z_loss_weight * z.sum()
             stats = dict(aux_loss=aux_loss, balance_loss=balance.detach(), expert_load=load, expert_importance=importance, dropped_mass=dropped)
             if loss is not None and self.training:

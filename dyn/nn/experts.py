@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -35,6 +35,7 @@ class Routing(NamedTuple):
     load_E: Tensor | None = None  # tokens that chose each expert, a hard count, no gradient
     importance_E: Tensor | None = None  # sum of the scores that each expert got, no gradient
     dropped_mass: Tensor | None = None  # mean probability (softmax over all experts) outside the chosen ones; all of a token's that is over the capacity
+    choice: Choice | None = None  # what statistics can be had from later; only where they were not asked for
 
     def stats(self) -> tuple[Tensor, ...]:
         """(balance_loss, z_loss, load_E, importance_E, dropped_mass), the part that a layer hands up."""
@@ -187,7 +188,7 @@ class Gate(nn.Module):
             most = routing.capacity(len(x_TD), self.num_experts, self.capacity_factor)
             kept_T = routing.within_capacity(choice.idx_TK[:, 0], most, mask_T)
             choice = choice._replace(weight_TK=torch.where(kept_T[:, None], choice.weight_TK, 0))
-        return self.statistics(choice, mask_T) if stats else Routing(choice.idx_TK, choice.weight_TK, choice.clean_TE)
+        return self.statistics(choice, mask_T) if stats else Routing(choice.idx_TK, choice.weight_TK, choice.clean_TE, choice=choice)
 
     def choose(self, x_TD: Tensor) -> Choice:
         """Route x [T, D], and keep what `statistics` needs: for layers that see their tokens in parts, or without knowing which are padding."""
@@ -273,6 +274,27 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """See the class."""
         return experts(x_TD, self.gate_up_proj, self.down_proj, idx_TK, weight_TK)
+
+
+def statistics_of_layers(gates: Sequence[Gate], choices: Sequence[Choice], mask_T: Tensor | None = None) -> tuple[Tensor, ...]:
+    """`Routing.stats` of gates that differ in K alone, each stacked over layers: [layers], [layers], [layers, E], [layers, E], [layers].
+
+    Once for all layers of one K: layer by layer they are over a hundred small operations each, which keep a GPU waiting for its host.
+    """
+    layers_of: dict[int, list[int]] = {}
+    for i, gate in enumerate(gates):
+        layers_of.setdefault(gate.num_experts_per_tok, []).append(i)
+    device, found = choices[0].weight_TK.device, []
+    for layers in layers_of.values():
+        gate, first = gates[layers[0]], choices[layers[0]]
+        stacked = [None if part is None else torch.stack([choices[i][n].to(device) for i in layers]) for n, part in enumerate(first)]
+        with _exact(first.weight_TK):
+            alike = torch.vmap(lambda *parts, gate=gate: gate._statistics(*parts, mask_T).stats(), tuple(None if part is None else 0 for part in stacked))
+            found.append(alike(*stacked))
+    if len(found) == 1:
+        return found[0]
+    order = torch.tensor([i for layers in layers_of.values() for i in layers], device=device).argsort()
+    return tuple(torch.cat(each)[order] for each in zip(*found, strict=True))
 
 
 class GatedMLP(nn.Module):

@@ -109,7 +109,7 @@ def test_gradient_checkpointing_changes_no_gradient(settings):
 def test_the_loss_has_every_layers_losses_times_their_weights():
     moe = from_dense(tiny(), num_experts=4, num_experts_per_tok=2).train()
     moe.config.balance_weight, moe.config.z_loss_weight = 0.3, 0.07
-    seen, hooks = [], [layer.mlp.gate.register_forward_hook(lambda _, __, routed: seen.append(routed)) for layer in moe.model.layers]
+    seen, hooks = [], [layer.mlp.gate.register_forward_hook(lambda gate, _, routed: seen.append(gate.statistics(routed.choice))) for layer in moe.model.layers]
     output = moe(input_ids=IDS, labels=IDS)
     for hook in hooks:
         hook.remove()
