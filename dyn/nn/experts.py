@@ -279,7 +279,8 @@ class Experts(nn.Module):
 def statistics_of_layers(gates: Sequence[Gate], choices: Sequence[Choice], mask_T: Tensor | None = None) -> tuple[Tensor, ...]:
     """`Routing.stats` of gates that differ in K alone, each stacked over layers: [layers], [layers], [layers, E], [layers, E], [layers].
 
-    Once for all layers of one K: layer by layer they are over a hundred small operations each, which keep a GPU waiting for its host.
+    Once for all layers of one K: layer by layer they are over a hundred small operations each, which keep a GPU waiting for its host. Some tensors of
+    [layers, T, E] are kept for backward, also where layers are checkpointed.
     """
     layers_of: dict[int, list[int]] = {}
     for i, gate in enumerate(gates):
