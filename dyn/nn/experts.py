@@ -285,17 +285,17 @@ def statistics_of_layers(gates: Sequence[Gate], choices: Sequence[Choice], mask_
     layers_of: dict[int, list[int]] = {}
     for i, gate in enumerate(gates):
         layers_of.setdefault(gate.num_experts_per_tok, []).append(i)
-    device, found = choices[0].weight_TK.device, []
+    device, stats_of = choices[0].weight_TK.device, {}
     for layers in layers_of.values():
         gate, first = gates[layers[0]], choices[layers[0]]
         stacked = [None if part is None else torch.stack([choices[i][n].to(device) for i in layers]) for n, part in enumerate(first)]
         with _exact(first.weight_TK):
             alike = torch.vmap(lambda *parts, gate=gate: gate._statistics(*parts, mask_T).stats(), tuple(None if part is None else 0 for part in stacked))
-            found.append(alike(*stacked))
-    if len(found) == 1:
-        return found[0]
-    order = torch.tensor([i for layers in layers_of.values() for i in layers], device=device).argsort()
-    return tuple(torch.cat(each)[order] for each in zip(*found, strict=True))
+            found = alike(*stacked)
+        if len(layers) == len(gates):
+            return found
+        stats_of |= zip(layers, zip(*found, strict=True), strict=True)
+    return tuple(torch.stack(each) for each in zip(*(stats_of[i] for i in range(len(gates))), strict=True))
 
 
 class GatedMLP(nn.Module):
